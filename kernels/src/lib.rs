@@ -1,1 +1,22 @@
-//! See ARCHITECTURE.md.
+//! Numbers and devices: tensors, weight matrices, the operations that layers are made of, and the
+//! backends that run them. This crate knows no model, no YAML and no file.
+//!
+//! Every operation is one file in [`ops`]: its formula, its argument struct, its shape checks and a
+//! plain reference. The same name in [`cpu`] is the fast path.
+
+pub mod backend;
+pub mod cpu;
+pub mod error;
+pub mod matrix;
+pub mod null;
+pub mod ops;
+pub mod random;
+pub mod reference;
+pub mod span;
+pub mod tensor;
+
+pub use backend::Backend;
+pub use error::{Error, Result};
+pub use matrix::Matrix;
+pub use span::{Ragged, Span};
+pub use tensor::{DType, HostBytes, HostTensor, Tensor};

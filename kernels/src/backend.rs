@@ -1,0 +1,72 @@
+//! What a device must be able to do.
+
+use crate::error::Result;
+use crate::ops::{
+    Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, Linear,
+    RmsNorm, Rope, Route, Scale, SelectiveScan,
+};
+use crate::tensor::{DType, HostTensor, Tensor};
+
+/// A set of kernels and the device they run on.
+///
+/// Operations run in the order they are called. Each checks its arguments first and writes nothing
+/// when they do not fit together. A backend that lacks an operation answers
+/// [`Error::Unsupported`](crate::Error::Unsupported); it never substitutes silently.
+pub trait Backend: Send + Sync {
+    /// A short name for messages: `cpu`, `reference`, `null`.
+    fn name(&self) -> &'static str;
+
+    /// New zeroed memory. Memory that is never written may cost nothing.
+    fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor>;
+
+    /// A weight on the device, as `rows` × `cols`. Where device and host share memory this is a view
+    /// without a copy if the address is aligned.
+    fn upload(&self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor>;
+
+    /// Copies elements to the host, widened to f32, row after row.
+    fn read(&self, from: &Tensor, to: &mut [f32]) -> Result<()>;
+
+    /// Copies elements from the host, row after row, rounded to the tensor's type.
+    fn write(&self, from: &[f32], to: &mut Tensor) -> Result<()>;
+
+    /// Copies between tensors of one shape and type.
+    fn copy(&self, from: &Tensor, to: &mut Tensor) -> Result<()>;
+
+    /// Sets all elements to zero.
+    fn clear(&self, tensor: &mut Tensor) -> Result<()>;
+
+    /// Fills with draws from a normal distribution of standard deviation `std`. Element (r, c) of
+    /// the tensor depends on `seed`, r and c only.
+    fn fill_normal(&self, tensor: &mut Tensor, seed: u64, std: f32) -> Result<()>;
+
+    /// See [`Linear`].
+    fn linear(&self, op: Linear<'_>) -> Result<()>;
+    /// See [`Embed`].
+    fn embed(&self, op: Embed<'_>) -> Result<()>;
+    /// See [`Gather`].
+    fn gather(&self, op: Gather<'_>) -> Result<()>;
+    /// See [`RmsNorm`].
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<()>;
+    /// See [`Add`].
+    fn add(&self, op: Add<'_>) -> Result<()>;
+    /// See [`Scale`].
+    fn scale(&self, op: Scale<'_>) -> Result<()>;
+    /// See [`Activate`].
+    fn activate(&self, op: Activate<'_>) -> Result<()>;
+    /// See [`Conv1d`].
+    fn conv1d(&self, op: Conv1d<'_>) -> Result<()>;
+    /// See [`SelectiveScan`].
+    fn selective_scan(&self, op: SelectiveScan<'_>) -> Result<()>;
+    /// See [`Rope`].
+    fn rope(&self, op: Rope<'_>) -> Result<()>;
+    /// See [`KvWrite`].
+    fn kv_write(&self, op: KvWrite<'_>) -> Result<()>;
+    /// See [`Attention`].
+    fn attention(&self, op: Attention<'_>) -> Result<()>;
+    /// See [`Route`].
+    fn route(&self, op: Route<'_>) -> Result<()>;
+    /// See [`ExpertLinear`].
+    fn expert_linear(&self, op: ExpertLinear<'_>) -> Result<()>;
+    /// See [`Combine`].
+    fn combine(&self, op: Combine<'_>) -> Result<()>;
+}

@@ -1,0 +1,596 @@
+//! Tensors: two-dimensional views on device memory.
+//!
+//! Everything a layer touches is a matrix: activations are (tokens, features), a slot tensor is
+//! (slots, elements), a page tensor is (pages × page size, features), a vector is one row. Column
+//! ranges of a wider tensor are views with the same row stride, so a fused projection is split
+//! without a copy.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+
+/// Element types that run. Files may hold others; those are converted while loading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of a single.
+    BF16,
+    /// Signed 32-bit integers: expert numbers.
+    I32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 | DType::I32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DType::F32 => "F32",
+            DType::F16 => "F16",
+            DType::BF16 => "BF16",
+            DType::I32 => "I32",
+        })
+    }
+}
+
+/// Bytes in host memory that somebody keeps alive: a mapped file, a vector.
+pub trait HostBytes: Send + Sync {
+    /// The bytes. The same address every time, as long as the owner lives.
+    fn bytes(&self) -> &[u8];
+}
+
+impl HostBytes for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+}
+
+/// A weight as a source hands it out: row-major elements in host memory, shared with their owner.
+#[derive(Clone)]
+pub struct HostTensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    owner: Arc<dyn HostBytes>,
+    range: Range<usize>,
+}
+
+impl HostTensor {
+    /// A view of `range` (in bytes) of `owner`. Fails when the range does not hold exactly `shape`
+    /// elements of `dtype`, or lies outside its owner.
+    pub fn new(
+        dtype: DType,
+        shape: &[usize],
+        owner: Arc<dyn HostBytes>,
+        range: Range<usize>,
+    ) -> Result<Self> {
+        let fault = |why: String| Error::Value {
+            op: "host tensor",
+            why,
+        };
+        let bytes = shape
+            .iter()
+            .try_fold(dtype.size(), |a, &n| a.checked_mul(n))
+            .ok_or_else(|| fault(format!("shape {shape:?} of {dtype} overflows")))?;
+        if range.start > range.end || range.end > owner.bytes().len() {
+            return Err(fault(format!(
+                "bytes {range:?} lie outside the {} that there are",
+                owner.bytes().len()
+            )));
+        }
+        if range.len() != bytes {
+            return Err(fault(format!(
+                "{} bytes found, {bytes} expected for {shape:?} of {dtype}",
+                range.len()
+            )));
+        }
+        Ok(HostTensor {
+            dtype,
+            shape: shape.to_vec(),
+            owner,
+            range,
+        })
+    }
+
+    /// A tensor of its own, from f32 values.
+    pub fn from_f32(shape: &[usize], values: &[f32]) -> Result<Self> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let range = 0..bytes.len();
+        HostTensor::new(DType::F32, shape, Arc::new(bytes), range)
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements' bytes, little endian.
+    pub fn bytes(&self) -> &[u8] {
+        &self.owner.bytes()[self.range.clone()]
+    }
+
+    /// The same elements under another shape of equal size.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
+        HostTensor::new(self.dtype, shape, self.owner.clone(), self.range.clone())
+    }
+
+    /// Entry `range` of the outermost dimension, without a copy.
+    pub fn slice(&self, range: Range<usize>) -> Result<Self> {
+        let outer = *self.shape.first().unwrap_or(&1);
+        if range.start > range.end || range.end > outer {
+            return Err(Error::Value {
+                op: "host tensor",
+                why: format!("rows {range:?} lie outside shape {:?}", self.shape),
+            });
+        }
+        let row = self.range.len().checked_div(outer).unwrap_or(0);
+        let mut shape = self.shape.clone();
+        if let Some(first) = shape.first_mut() {
+            *first = range.len();
+        }
+        let start = self.range.start + range.start * row;
+        HostTensor::new(
+            self.dtype,
+            &shape,
+            self.owner.clone(),
+            start..start + range.len() * row,
+        )
+    }
+
+    /// All elements, widened to f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let bytes = self.bytes();
+        match self.dtype {
+            DType::F32 => bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+            DType::F16 => bytes
+                .chunks_exact(2)
+                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+            DType::BF16 => bytes
+                .chunks_exact(2)
+                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+            DType::I32 => bytes
+                .chunks_exact(4)
+                .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32)
+                .collect(),
+        }
+    }
+
+    fn address(&self) -> *const u8 {
+        self.bytes().as_ptr()
+    }
+}
+
+impl fmt::Debug for HostTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostTensor({} {:?})", self.dtype, self.shape)
+    }
+}
+
+/// Zeroed host memory, aligned for vector loads. The operating system commits its pages when they
+/// are first written, so a large reserve costs nothing until it is used.
+struct HostMemory {
+    pointer: *mut u8,
+    bytes: usize,
+}
+
+/// Vector registers are at most 64 bytes wide, and so are cache lines.
+const ALIGN: usize = 64;
+
+impl HostMemory {
+    fn new(bytes: usize) -> Option<Self> {
+        let layout = std::alloc::Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
+        // SAFETY: the layout has a size of at least one byte.
+        let pointer = unsafe { std::alloc::alloc_zeroed(layout) };
+        (!pointer.is_null()).then_some(HostMemory { pointer, bytes })
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        let layout = std::alloc::Layout::from_size_align(self.bytes.max(1), ALIGN)
+            .expect("the layout was accepted when the memory was allocated");
+        // SAFETY: allocated in `new` with this layout, and freed once.
+        unsafe { std::alloc::dealloc(self.pointer, layout) }
+    }
+}
+
+// SAFETY: the memory is plain bytes. Who may write which part, and when, is the contract of the
+// operations: outputs overlap no input (checked in `ops`), and one operation runs at a time on a
+// backend's activations.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above.
+unsafe impl Sync for HostMemory {}
+
+#[derive(Clone)]
+enum Memory {
+    /// Ours, writable.
+    Owned(Arc<HostMemory>),
+    /// Somebody's, read only.
+    Borrowed(HostTensor),
+    /// No memory at all: what the null backend hands out.
+    None,
+}
+
+/// A view of `rows` × `cols` elements, `stride` elements from row to row, on memory that it keeps
+/// alive. Cloning clones the view, not the elements.
+#[derive(Clone)]
+pub struct Tensor {
+    memory: Memory,
+    dtype: DType,
+    offset: usize,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl Tensor {
+    /// New zeroed host memory.
+    pub(crate) fn host(dtype: DType, rows: usize, cols: usize) -> Result<Self> {
+        let out_of_memory = |bytes| Error::OutOfMemory {
+            backend: "cpu",
+            bytes,
+        };
+        let bytes = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(dtype.size()))
+            .ok_or(out_of_memory(usize::MAX))?;
+        let memory = HostMemory::new(bytes).ok_or(out_of_memory(bytes))?;
+        Ok(Tensor::whole(
+            Memory::Owned(Arc::new(memory)),
+            dtype,
+            rows,
+            cols,
+        ))
+    }
+
+    /// A shape without memory.
+    pub(crate) fn null(dtype: DType, rows: usize, cols: usize) -> Self {
+        Tensor::whole(Memory::None, dtype, rows, cols)
+    }
+
+    /// A read-only view of a host tensor with `cols` columns; `None` if its address is not aligned
+    /// for its element type.
+    pub(crate) fn borrowed(from: &HostTensor, rows: usize, cols: usize) -> Option<Self> {
+        assert_eq!(
+            rows * cols,
+            from.len(),
+            "a view holds as many elements as what it views"
+        );
+        let aligned = from.address().align_offset(from.dtype().size()) == 0;
+        aligned.then(|| Tensor::whole(Memory::Borrowed(from.clone()), from.dtype(), rows, cols))
+    }
+
+    fn whole(memory: Memory, dtype: DType, rows: usize, cols: usize) -> Self {
+        Tensor {
+            memory,
+            dtype,
+            offset: 0,
+            rows,
+            cols,
+            stride: cols,
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Elements from the start of one row to the start of the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes of the elements in view.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.cols * self.dtype.size()
+    }
+
+    /// Whether rows follow each other without gaps.
+    pub fn is_contiguous(&self) -> bool {
+        self.stride == self.cols || self.rows <= 1
+    }
+
+    /// The first `rows` rows.
+    pub fn first_rows(&self, rows: usize) -> Tensor {
+        self.row_range(0..rows)
+    }
+
+    /// Rows `range`. Panics when they are not there.
+    pub fn row_range(&self, range: Range<usize>) -> Tensor {
+        assert!(
+            range.start <= range.end && range.end <= self.rows,
+            "rows {range:?} of {self:?}"
+        );
+        let offset = self.offset + range.start * self.stride;
+        Tensor {
+            offset,
+            rows: range.len(),
+            ..self.clone()
+        }
+    }
+
+    /// Columns `range` of every row, with this tensor's stride. Panics when they are not there.
+    pub fn columns(&self, range: Range<usize>) -> Tensor {
+        assert!(
+            range.start <= range.end && range.end <= self.cols,
+            "columns {range:?} of {self:?}"
+        );
+        Tensor {
+            offset: self.offset + range.start,
+            cols: range.len(),
+            ..self.clone()
+        }
+    }
+
+    /// The same elements as `rows` × `cols`. Panics when the sizes differ or rows have gaps.
+    pub fn reshape(&self, rows: usize, cols: usize) -> Tensor {
+        assert!(
+            self.is_contiguous(),
+            "only contiguous tensors can be reshaped: {self:?}"
+        );
+        assert_eq!(
+            rows * cols,
+            self.rows * self.cols,
+            "reshape of {self:?} to {rows} × {cols}"
+        );
+        Tensor {
+            rows,
+            cols,
+            stride: cols,
+            ..self.clone()
+        }
+    }
+
+    /// Whether operations may write to it.
+    pub fn is_writable(&self) -> bool {
+        !matches!(self.memory, Memory::Borrowed(_))
+    }
+
+    /// Address range in host memory, for the overlap check; empty without memory.
+    fn extent(&self) -> Range<usize> {
+        if matches!(self.memory, Memory::None) || self.rows == 0 || self.cols == 0 {
+            return 0..0;
+        }
+        let start = self.address() as usize;
+        start..start + ((self.rows - 1) * self.stride + self.cols) * self.dtype.size()
+    }
+
+    /// Whether two tensors may share an element. Column ranges of one wide tensor that do not meet
+    /// are told apart.
+    pub fn overlaps(&self, other: &Tensor) -> bool {
+        let (a, b) = (self.extent(), other.extent());
+        if a.start >= b.end || b.start >= a.end {
+            return false;
+        }
+        if self.stride == other.stride && self.dtype == other.dtype && self.stride > 0 {
+            let apart = a.start.abs_diff(b.start) / self.dtype.size() % self.stride;
+            let (first, second) = if a.start <= b.start {
+                (self, other)
+            } else {
+                (other, self)
+            };
+            // In every row, `second` begins `apart` elements after `first`.
+            return !(first.cols <= apart && apart + second.cols <= self.stride);
+        }
+        true
+    }
+
+    fn address(&self) -> *mut u8 {
+        let base = match &self.memory {
+            Memory::Owned(memory) => memory.pointer,
+            Memory::Borrowed(host) => host.address().cast_mut(),
+            Memory::None => std::ptr::NonNull::<u64>::dangling().as_ptr().cast(),
+        };
+        base.wrapping_add(self.offset * self.dtype.size())
+    }
+
+    /// The elements, to be read by a CPU path. Panics on another element type: `check` of the
+    /// operation has refused it before.
+    pub(crate) fn view<T: Element>(&self) -> View<T> {
+        assert_eq!(T::DTYPE, self.dtype, "element type of {self:?}");
+        assert!(
+            !matches!(self.memory, Memory::None),
+            "a tensor of the null backend has no elements"
+        );
+        View {
+            pointer: self.address().cast(),
+            rows: self.rows,
+            cols: self.cols,
+            stride: self.stride,
+        }
+    }
+
+    /// The elements, to be written by a CPU path.
+    pub(crate) fn view_mut<T: Element>(&mut self) -> ViewMut<T> {
+        assert!(self.is_writable(), "{self:?} is read only");
+        ViewMut(self.view())
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Tensor({} {} × {}, stride {})",
+            self.dtype, self.rows, self.cols, self.stride
+        )
+    }
+}
+
+/// Types that a tensor's elements can be seen as.
+pub(crate) trait Element: Copy + Send + Sync + 'static {
+    /// The element type that has this form.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Element for i32 {
+    const DTYPE: DType = DType::I32;
+}
+impl Element for half::f16 {
+    const DTYPE: DType = DType::F16;
+}
+impl Element for half::bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
+/// Elements to read. A view is used inside one operation, whose tensors outlive it.
+#[derive(Clone, Copy)]
+pub(crate) struct View<T> {
+    pointer: *const T,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+// SAFETY: a view is a pointer to plain elements; see `HostMemory` for who may write them.
+unsafe impl<T: Element> Send for View<T> {}
+// SAFETY: as above.
+unsafe impl<T: Element> Sync for View<T> {}
+
+impl<T: Element> View<T> {
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Row `r`.
+    pub(crate) fn row(&self, r: usize) -> &[T] {
+        assert!(r < self.rows, "row {r} of {}", self.rows);
+        // SAFETY: the tensor holds `rows` rows of `cols` elements at this stride and is alive for
+        // the whole operation; outputs overlap no input, so nobody writes these elements meanwhile.
+        unsafe { std::slice::from_raw_parts(self.pointer.add(r * self.stride), self.cols) }
+    }
+}
+
+/// Elements to write. Copies may go to several threads; each row is written by one of them.
+#[derive(Clone, Copy)]
+pub(crate) struct ViewMut<T>(View<T>);
+
+impl<T: Element> ViewMut<T> {
+    pub(crate) fn rows(&self) -> usize {
+        self.0.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.0.cols
+    }
+
+    /// Row `r`, to be written.
+    ///
+    /// # Safety
+    /// No other reference to an element of this row is alive: within an operation each row belongs
+    /// to one thread, which holds one such slice at a time.
+    #[allow(clippy::mut_from_ref)] // the caller keeps rows apart; a borrow could not cross threads
+    pub(crate) unsafe fn row(&self, r: usize) -> &mut [T] {
+        // SAFETY: the row exists (`columns` checks), and the caller keeps other references away.
+        unsafe { self.columns(r, 0..self.0.cols) }
+    }
+
+    /// Columns `range` of row `r`, to be written.
+    ///
+    /// # Safety
+    /// As for [`ViewMut::row`], for these elements.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn columns(&self, r: usize, range: Range<usize>) -> &mut [T] {
+        assert!(r < self.0.rows && range.start <= range.end && range.end <= self.0.cols);
+        // SAFETY: inside the tensor by the assertion; the caller keeps other references away.
+        unsafe {
+            let start = self
+                .0
+                .pointer
+                .add(r * self.0.stride + range.start)
+                .cast_mut();
+            std::slice::from_raw_parts_mut(start, range.len())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn column_ranges_of_one_tensor_do_not_overlap() {
+        let wide = Tensor::host(DType::F32, 4, 10).unwrap();
+        let (left, right) = (wide.columns(0..4), wide.columns(4..10));
+        assert!(!left.overlaps(&right) && !right.overlaps(&left));
+        assert!(wide.overlaps(&left) && left.overlaps(&wide.columns(3..5)));
+        assert!(!wide.row_range(0..2).overlaps(&wide.row_range(2..4)));
+    }
+
+    #[test]
+    fn a_host_tensor_refuses_bytes_that_do_not_fit_its_shape() {
+        let bytes: Arc<dyn HostBytes> = Arc::new(vec![0u8; 16]);
+        assert!(HostTensor::new(DType::F32, &[2, 2], bytes.clone(), 0..16).is_ok());
+        for (shape, range) in [
+            (&[2usize, 3][..], 0..16),
+            (&[2, 2], 4..20),
+            (&[usize::MAX, 8], 0..16),
+            (&[4], 12..8),
+        ] {
+            assert!(
+                HostTensor::new(DType::F32, shape, bytes.clone(), range).is_err(),
+                "{shape:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn slices_share_their_owner() {
+        let t = HostTensor::from_f32(&[3, 2], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+        assert_eq!(t.slice(1..3).unwrap().to_f32(), [2.0, 3.0, 4.0, 5.0]);
+        assert!(t.slice(2..4).is_err());
+    }
+}
