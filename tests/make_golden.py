@@ -1,0 +1,489 @@
+"""Writes tests/golden: tiny random models, and what the reference computes for them.
+
+    make_golden.py [NAME...] [--out tests/golden]    write the named variants, or all of them
+    make_golden.py [NAME...] --check                 only compare what is written with the reference
+
+NAME is `family/variant`, as the folders are called. Needs torch and transformers; runs on one CPU
+thread in a few minutes. The same versions and seeds write the same bytes.
+
+A default initialisation would let most mistakes pass: its norms are all one, its states forget at
+once, its layers hardly move the residual stream. So the weights are drawn by hand (`randomise`), every
+branch is scaled until it matters (`balance`), and `check_traps` proves of each written model that every
+tensor, the long memory of the state and the variant's own traps do move the logits.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FalconMambaConfig, JambaConfig, MambaConfig
+
+# A variant's folder, weights and logits together, in bytes.
+FOLDER_LIMIT = 500_000
+# What a runtime may differ by, in units of the standard deviation of the logits. A change counts as
+# visible when it moves some logit ten times as far.
+TOLERANCE = 1e-3
+VISIBLE = 10 * TOLERANCE
+# Each greedy step: the best logit leads the second by this many standard deviations.
+GREEDY_MARGIN = 0.03
+# Each routed token: the last chosen router logit leads the first refused one by this much.
+ROUTER_MARGIN = 0.01
+GREEDY_STEPS = 32
+# Fewer different tokens than this in a greedy continuation would be a loop, which proves little.
+GREEDY_DISTINCT = 10
+# The default experts (grouped matmul) refuse rows that are not a multiple of 16 bytes.
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+@dataclass
+class Variant:
+    config: transformers.PreTrainedConfig
+    dtype: torch.dtype
+    seed: int
+    sequences: int
+    tokens: int
+    shard_size: str = "50GB"
+    # As the reference names tensors in memory: the experts of a layer in two tensors.
+    fused_experts: bool = False
+    # Keys to write over, or out of, the config.json that save_pretrained writes.
+    set_keys: dict = field(default_factory=dict)
+    drop_keys: tuple = ()
+    # Standard deviations. Small ones make the epsilon of the norm that follows visible.
+    embedding_std: float | None = None
+    x_proj_std: float = 2.0
+    # Config values a runtime could wrongly assume; each has to be visible.
+    wrong_keys: tuple = ()
+
+
+# The keys of Jamba v0.1's published file that its architecture does not read, and of its 4.x writer.
+JAMBA_DEAD_KEYS = {
+    "attn_implementation": "eager",
+    "auto_map": {
+        "AutoConfig": "configuration_jamba.JambaConfig",
+        "AutoModelForCausalLM": "modeling_jamba.JambaForCausalLM",
+    },
+    "calc_logits_for_entire_prompt": False,
+    "mamba_inner_layernorms": True,
+    "n_ctx": 262144,
+    "num_logits_to_keep": 1,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_mamba_kernels": True,
+}
+
+# The keys that the published state-spaces `-hf` files carry beside those that are read.
+MAMBA_DEAD_KEYS = {
+    "d_inner": 80,
+    "d_model": 40,
+    "fused_add_norm": True,
+    "n_layer": 4,
+    "pad_vocab_size_multiple": 8,
+    "rms_norm": True,
+    "ssm_cfg": {},
+    "time_step_init_scheme": "random",
+    "torch_dtype": "float32",
+    "transformers_version": "4.39.0.dev0",
+}
+
+VARIANTS = {
+    "jamba/moe-shards": Variant(
+        JambaConfig(
+            vocab_size=120, hidden_size=32, intermediate_size=40, num_hidden_layers=5,
+            num_attention_heads=4, num_key_value_heads=2, attn_layer_period=4, attn_layer_offset=2,
+            expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=2,
+            mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=4, tie_word_embeddings=False,
+        ),
+        torch.float32, seed=101, sequences=2, tokens=47, shard_size="110KB",
+    ),
+    "jamba/dense-tied-bf16": Variant(
+        JambaConfig(
+            vocab_size=150, hidden_size=40, intermediate_size=96, num_hidden_layers=6,
+            num_attention_heads=5, num_key_value_heads=1, attn_layer_period=5, attn_layer_offset=3,
+            expert_layer_period=2, expert_layer_offset=1, num_experts=1, num_experts_per_tok=1,
+            mamba_d_state=16, mamba_dt_rank="auto", tie_word_embeddings=True, eos_token_id=[2, 51],
+        ),
+        torch.bfloat16, seed=102, sequences=2, tokens=53, set_keys={"mamba_dt_rank": "auto"},
+    ),
+    "jamba/odd": Variant(
+        JambaConfig(
+            vocab_size=97, hidden_size=35, intermediate_size=77, num_hidden_layers=7,
+            num_attention_heads=5, num_key_value_heads=1, attn_layer_period=3, attn_layer_offset=1,
+            expert_layer_period=3, expert_layer_offset=1, num_experts=5, num_experts_per_tok=3,
+            mamba_d_state=5, mamba_d_conv=3, mamba_expand=3, mamba_dt_rank=7, mamba_conv_bias=False,
+            mamba_proj_bias=True, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        ),
+        torch.float16, seed=103, sequences=2, tokens=41, x_proj_std=0.02,
+        wrong_keys=(("rms_norm_eps", 1e-6),),
+    ),
+    "jamba/fused-experts": Variant(
+        JambaConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=24, num_hidden_layers=6,
+            num_attention_heads=4, num_key_value_heads=2, attn_layer_period=4, attn_layer_offset=2,
+            expert_layer_period=2, expert_layer_offset=0, num_experts=4, num_experts_per_tok=2,
+            mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank="auto", tie_word_embeddings=True,
+        ),
+        torch.bfloat16, seed=104, sequences=3, tokens=45, fused_experts=True,
+    ),
+    "jamba/published-config": Variant(
+        JambaConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=16, num_hidden_layers=8,
+            num_attention_heads=8, tie_word_embeddings=False,
+        ),
+        torch.bfloat16, seed=105, sequences=2, tokens=43, set_keys=JAMBA_DEAD_KEYS,
+        drop_keys=(
+            "attention_dropout", "attn_layer_offset", "attn_layer_period", "bos_token_id", "dtype",
+            "expert_layer_offset", "expert_layer_period", "hidden_act", "initializer_range",
+            "mamba_conv_bias", "mamba_d_conv", "mamba_d_state", "mamba_dt_rank", "mamba_expand",
+            "mamba_proj_bias", "max_position_embeddings", "num_experts", "num_experts_per_tok",
+            "num_key_value_heads", "output_router_logits", "pad_token_id", "rms_norm_eps",
+            "router_aux_loss_coef", "tie_word_embeddings", "use_associative_scan", "use_cache", "use_mambapy",
+        ),
+    ),
+    "mamba/tied": Variant(
+        MambaConfig(
+            vocab_size=131, hidden_size=40, state_size=16, num_hidden_layers=4, expand=2, conv_kernel=4,
+            use_bias=False, use_conv_bias=True, time_step_rank="auto", tie_word_embeddings=True,
+        ),
+        torch.float32, seed=201, sequences=3, tokens=57, set_keys=MAMBA_DEAD_KEYS,
+        drop_keys=("dtype", "tie_word_embeddings", "use_associative_scan", "use_mambapy"),
+    ),
+    "mamba/untied-bias": Variant(
+        MambaConfig(
+            vocab_size=113, hidden_size=44, state_size=7, num_hidden_layers=5, expand=3, conv_kernel=5,
+            use_bias=True, use_conv_bias=False, time_step_rank=3, tie_word_embeddings=False,
+        ),
+        torch.bfloat16, seed=202, sequences=2, tokens=61, drop_keys=("intermediate_size",),
+        embedding_std=0.01, wrong_keys=(("layer_norm_epsilon", 1e-6),),
+    ),
+    "falcon-mamba/wide-expand": Variant(
+        FalconMambaConfig(
+            vocab_size=127, hidden_size=32, intermediate_size=64, expand=16, state_size=16,
+            num_hidden_layers=6, conv_kernel=4, use_bias=False, use_conv_bias=True, time_step_rank=4,
+            bos_token_id=0, eos_token_id=11, pad_token_id=11, tie_word_embeddings=False,
+        ),
+        torch.bfloat16, seed=301, sequences=2, tokens=49, drop_keys=("mixer_rms_eps",), x_proj_std=0.02,
+        wrong_keys=(("mixer_rms_eps", 1e-5),),
+    ),
+    "falcon-mamba/eps": Variant(
+        FalconMambaConfig(
+            vocab_size=109, hidden_size=36, state_size=8, num_hidden_layers=4, expand=2, conv_kernel=4,
+            use_bias=False, use_conv_bias=True, time_step_rank="auto", layer_norm_epsilon=1e-6,
+            mixer_rms_eps=1e-5, bos_token_id=0, eos_token_id=11, pad_token_id=0, tie_word_embeddings=True,
+        ),
+        torch.float32, seed=302, sequences=2, tokens=67, set_keys={"time_step_rank": "auto"}, x_proj_std=0.02,
+        wrong_keys=(("mixer_rms_eps", 1e-6),),
+    ),
+}
+
+
+# --- weights ---
+
+
+def randomise(model, variant: Variant, rng: torch.Generator):
+    """Draws every parameter anew, so that no part of the model is close to doing nothing."""
+
+    def normal(shape, std, mean=0.0):
+        return mean + std * torch.randn(shape, generator=rng)
+
+    def uniform(shape, low, high):
+        return low + (high - low) * torch.rand(shape, generator=rng)
+
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):  # (I, N)
+            # The published start, A = -1..-N, halved for a longer memory, and shaken.
+            w = torch.log(torch.arange(1, p.shape[1] + 1) / 2) + normal(p.shape, 0.4)
+        elif name.endswith(".D"):
+            w = normal(p.shape, 0.5, mean=0.5)
+        elif name.endswith("dt_proj.bias"):
+            # softplus of this runs from 0.001 to 0.5, evenly in the logarithm.
+            dt = torch.exp(uniform(p.shape, math.log(0.001), math.log(0.5)))
+            w = dt + torch.log(-torch.expm1(-dt))
+        elif "norm" in name:
+            w = uniform(p.shape, 0.7, 1.3)
+        elif name.endswith(".bias"):
+            w = normal(p.shape, 0.3)
+        elif "embed" in name:
+            w = normal(p.shape, variant.embedding_std or 2 / math.sqrt(p.shape[1]))
+        else:
+            gain = 1.0
+            if name.endswith("lm_head.weight"):
+                gain = 2.0
+            elif name.endswith("router.weight"):
+                gain = 3.0
+            elif name.endswith("x_proj.weight"):
+                gain = variant.x_proj_std
+            elif name.endswith("dt_proj.weight"):
+                gain = 0.5
+            elif name.endswith(("q_proj.weight", "k_proj.weight")):
+                gain = 1.5
+            w = normal(p.shape, gain / math.sqrt(p.shape[-1]))
+        p.data.copy_(w)
+
+
+def balance(model, token_ids, branch_std=0.7):
+    """Scales the last projection of every branch, so that each adds as much to the residual stream."""
+
+    def scale(module, _inputs, output):
+        y = output[0] if isinstance(output, tuple) else output
+        factor = branch_std / y.std()
+        for name, p in module.named_parameters():
+            if any(part in name for part in ("out_proj", "o_proj", "down_proj")):
+                p.data.mul_(factor)
+        return (y * factor, *output[1:]) if isinstance(output, tuple) else y * factor
+
+    branches = (".mamba", ".self_attn", ".feed_forward", ".mixer")
+    hooks = [m.register_forward_hook(scale) for name, m in model.named_modules() if name.endswith(branches)]
+    forward(model, token_ids)
+    for hook in hooks:
+        hook.remove()
+
+
+def write_model(variant: Variant, folder: Path):
+    """The folder as a published checkpoint: config.json, generation_config.json, weights."""
+    rng = torch.Generator().manual_seed(variant.seed)
+    model = AutoModelForCausalLM.from_config(variant.config, dtype=torch.float32, **PLAIN).eval()
+    randomise(model, variant, rng)
+    model.tie_weights()
+    balance(model, torch.randint(variant.config.vocab_size, (4, 64), generator=rng))
+    model.to(variant.dtype).save_pretrained(
+        folder, max_shard_size=variant.shard_size, save_original_format=not variant.fused_experts
+    )
+    path = folder / "config.json"
+    keys = json.loads(path.read_text())
+    for key in variant.drop_keys:
+        del keys[key]
+    path.write_text(json.dumps(keys | variant.set_keys, indent=2, sort_keys=True) + "\n")
+
+
+# --- the reference ---
+
+
+def load(folder: Path, **changed):
+    """The reference in f32 throughout, whatever the files hold, with plain attention and experts."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **PLAIN, **changed).eval()
+
+
+@torch.no_grad()
+def forward(model, token_ids):
+    """One forward of whole sequences. Never from a cache: the Mamba-1 families of the reference start
+    the scan from a zero state whenever more than one token is given, even in the middle of a text."""
+    return model(input_ids=token_ids, use_cache=False).logits  # (S, T, V)
+
+
+@contextlib.contextmanager
+def router_gaps(model, top_k):
+    """Collects, for every routed token, how far the chosen experts are from the refused ones."""
+    gaps = []
+
+    def measure(_module, _inputs, output):
+        logits = output[0].sort(descending=True).values  # (S * T, E)
+        gaps.append((logits[:, top_k - 1] - logits[:, top_k]).min().item())
+
+    hooks = [m.register_forward_hook(measure) for name, m in model.named_modules() if name.endswith(".router")]
+    yield gaps
+    for hook in hooks:
+        hook.remove()
+
+
+def clear_forward(model, token_ids):
+    """The logits, and the smallest router gap (infinite where nothing is routed)."""
+    with router_gaps(model, getattr(model.config, "num_experts_per_tok", None)) as gaps:
+        logits = forward(model, token_ids)
+    return logits, min(gaps, default=math.inf)
+
+
+def draw_sequences(model, variant: Variant, rng):
+    """Random tokens without near-ties in the routers. Token 0 is always among them: its embedding is a
+    row like any other, though the configs call it padding."""
+    rows = []
+    while len(rows) < variant.sequences:
+        row = torch.randint(model.config.vocab_size, (1, variant.tokens), generator=rng)
+        row[0, 5] = 0
+        if clear_forward(model, row)[1] > ROUTER_MARGIN:
+            rows.append(row)
+    return torch.cat(rows)
+
+
+def draw_greedy(model, rng, logits_std):
+    """A prompt whose greedy continuation has no near-tie, does not loop and never ends the text."""
+    eos = model.config.eos_token_id
+    eos = set(eos if isinstance(eos, list) else [eos])
+    for _ in range(2000):
+        prompt = torch.randint(1, model.config.vocab_size, (1, 7), generator=rng)
+        ids, smallest, gap = prompt, math.inf, math.inf
+        while ids.shape[1] < prompt.shape[1] + GREEDY_STEPS:
+            logits, step_gap = clear_forward(model, ids)
+            best = logits[0, -1].topk(2)
+            smallest = min(smallest, ((best.values[0] - best.values[1]) / logits_std).item())
+            gap = min(gap, step_gap)
+            if smallest < GREEDY_MARGIN or gap < ROUTER_MARGIN or best.indices[0].item() in eos:
+                break
+            ids = torch.cat([ids, best.indices[:1, None]], dim=1)
+        else:
+            tokens = ids[0, prompt.shape[1] :]
+            if len(set(tokens.tolist())) >= GREEDY_DISTINCT:
+                return prompt[0], tokens, smallest, gap
+    raise RuntimeError("no prompt without near-ties found: choose another seed")
+
+
+def sort_header(path: Path):
+    """Metadata comes out in a different order each time; the same data should be the same bytes."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(end - 8)
+    assert len(text) == end - 8
+    path.write_bytes(data[:8] + text + data[end:])
+
+
+def write_golden(variant: Variant, folder: Path):
+    model = load(folder)
+    rng = torch.Generator().manual_seed(variant.seed + 1000)
+    token_ids = draw_sequences(model, variant, rng)
+    logits, gap = clear_forward(model, token_ids)
+    std = logits.std().item()
+    assert 1 <= std <= 4, f"{folder}: logits have a standard deviation of {std}"
+    prompt, tokens, margin, greedy_gap = draw_greedy(model, rng, std)
+    metadata = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "seed": str(variant.seed),
+        "logits_std": f"{std:.4f}",
+        "smallest_greedy_margin": f"{margin:.4f}",  # in standard deviations
+    }
+    if math.isfinite(gap):
+        metadata["smallest_router_gap"] = f"{min(gap, greedy_gap):.4f}"
+    golden = {"token_ids": token_ids, "logits": logits, "greedy_prompt": prompt, "greedy_tokens": tokens}
+    path = folder / "golden.safetensors"
+    save_file({k: v.contiguous() for k, v in golden.items()}, path, metadata)
+    sort_header(path)
+
+
+# --- checks ---
+
+
+def distance(logits, golden):
+    """The largest difference of any logit, in standard deviations."""
+    return ((logits - golden["logits"]).abs().max() / golden["logits"].std()).item()
+
+
+def check_golden(folder: Path):
+    """What is written is what the reference computes, and the folder is small."""
+    golden = load_file(folder / "golden.safetensors")
+    model = load(folder)
+    far = distance(forward(model, golden["token_ids"]), golden)
+    assert far < TOLERANCE / 10, f"{folder}: logits differ by {far} standard deviations"
+
+    prompt = golden["greedy_prompt"]
+    ids = torch.cat([prompt, golden["greedy_tokens"]])[None]
+    # Causal, so one forward shows what every step saw.
+    again = forward(model, ids)[0, len(prompt) - 1 : -1].argmax(-1)
+    assert torch.equal(again, golden["greedy_tokens"]), f"{folder}: greedy tokens differ"
+
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    assert size < FOLDER_LIMIT, f"{folder}: {size} bytes"
+    with safe_open(folder / "golden.safetensors", "pt") as f:
+        facts = ", ".join(f"{k} {v}" for k, v in sorted(f.metadata().items()) if k not in ("torch", "transformers"))
+    print(f"{folder}: {size} bytes, logits within {far:.1e}; {facts}")
+
+
+@contextlib.contextmanager
+def forgetful_scan(model, at):
+    """The state is lost once, before token `at`, as if a prompt's second part began from zero."""
+    module = sys.modules[type(model).__module__]
+    scan = module.mamba_selective_scan
+
+    def forgetful(x, dt, A, B, C, **kwargs):  # x, dt: (S, I, T); B, C: (S, N, T)
+        z = kwargs.pop("z")
+        cut = [slice(None, at), slice(at, None)]
+        parts = [scan(x[..., c], dt[..., c], A, B[..., c], C[..., c], z=z[..., c], **kwargs) for c in cut]
+        return torch.cat(parts, dim=-1)
+
+    module.mamba_selective_scan = forgetful
+    yield
+    module.mamba_selective_scan = scan
+
+
+@contextlib.contextmanager
+def renormalised_router(model):
+    """The chosen weights made to sum to one, as Mixtral does and Jamba does not."""
+
+    def renormalise(_module, _inputs, output):
+        return output[0], output[1] / output[1].sum(-1, keepdim=True), output[2]
+
+    hooks = [m.register_forward_hook(renormalise) for name, m in model.named_modules() if name.endswith(".router")]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def check_traps(variant: Variant, folder: Path):
+    """Every tensor, the state's memory and the variant's own traps are visible in the logits."""
+    golden = load_file(folder / "golden.safetensors")
+    token_ids = golden["token_ids"]
+    model = load(folder)
+    tensors, traps = {}, {}
+
+    for name, p in model.named_parameters():
+        experts = [slice(e, e + 1) for e in range(p.shape[0])] if p.dim() == 3 and "experts" in name else [slice(None)]
+        for part in experts:
+            kept = p.data.clone()
+            p.data[part] = p.data[part].flatten().roll(1).view_as(p.data[part])
+            key = f"{name}[{part.start}]" if len(experts) > 1 else name
+            tensors[key] = distance(forward(model, token_ids), golden)
+            p.data.copy_(kept)
+
+    # Only the last quarter counts: the memory has to reach that far.
+    late = token_ids.shape[1] * 3 // 4
+    with forgetful_scan(model, token_ids.shape[1] // 3):
+        lost = (forward(model, token_ids) - golden["logits"])[:, late:].abs().max() / golden["logits"].std()
+    traps["state lost"] = lost.item()
+
+    if any(name.endswith(".router") for name, _ in model.named_modules()):
+        with renormalised_router(model):
+            traps["router weights renormalised"] = distance(forward(model, token_ids), golden)
+    for key, value in variant.wrong_keys:
+        traps[f"{key} {value}"] = distance(forward(load(folder, **{key: value}), token_ids), golden)
+
+    for what, far in (tensors | traps).items():
+        assert far > VISIBLE, f"{folder}: {what} moves the logits by only {far:.1e} standard deviations"
+    weakest = min(tensors, key=tensors.get)
+    print(f"  {len(tensors)} tensors visible, weakest {weakest} {tensors[weakest]:.2g}")
+    print("  " + ", ".join(f"{what} {far:.2g}" for what, far in traps.items()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "golden")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    for unknown in set(args.names) - set(VARIANTS):
+        parser.error(f"no variant {unknown}")
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in args.names or VARIANTS:
+        variant, folder = VARIANTS[name], args.out / name
+        if not args.check:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_model(variant, folder)
+            write_golden(variant, folder)
+        check_golden(folder)
+        check_traps(variant, folder)
+
+
+if __name__ == "__main__":
+    main()
