@@ -1,1 +1,27 @@
-//! See ARCHITECTURE.md.
+//! What a model may be made of: layer plans, the layers they name, and the weights and the state that
+//! those want. This crate knows no family, no file and no thread.
+
+#![forbid(unsafe_code)]
+
+pub mod graph;
+pub mod layer;
+pub mod param;
+pub mod plan;
+pub mod state;
+pub mod weights;
+pub mod yaml;
+
+mod attention;
+mod linear;
+mod mamba1;
+mod mlp;
+mod moe;
+mod norm;
+mod scale;
+
+pub use graph::{Graph, NodeId, ValueId};
+pub use layer::{Context, Layer, LayerSpec, Scratch};
+pub use plan::Plan;
+pub use state::{LayerState, Pages, Part, StateSpec};
+pub use weights::{Init, Role, WeightSource, WeightSpec, Weights};
+pub use yaml::{Fault, Faults, Mark, Node};

@@ -1,0 +1,633 @@
+//! A plan, lowered: a flat list of nodes in running order.
+//!
+//! Lowering resolves names, follows the width of the stream through every step, and gives each layer
+//! the path of its weights and the path of its state. All that is wrong is reported together.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use crate::layer::LayerSpec;
+use crate::param::list_of;
+use crate::plan::{Named, Plan, Step, StepKind};
+use crate::state::StateSpec;
+use crate::weights::{Role, WeightSpec};
+use crate::yaml::{Faults, Mark};
+
+/// A node's place in [`Graph::nodes`].
+pub type NodeId = usize;
+/// A value's place in [`Graph::widths`]; value 0 is the embedding.
+pub type ValueId = usize;
+
+/// What runs.
+#[derive(Debug)]
+pub struct Graph {
+    /// In running order.
+    pub nodes: Vec<Node>,
+    /// Width of each value.
+    pub widths: Vec<usize>,
+    /// Number of token ids.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Whether the output matrix is the embedding.
+    pub tied: bool,
+    /// Multiplies the embedding's rows.
+    pub embed_scale: Option<f64>,
+    /// Multiplies the logits.
+    pub logit_scale: Option<f64>,
+    /// The value that the output matrix multiplies.
+    pub last: ValueId,
+}
+
+/// One operation of the graph.
+#[derive(Debug)]
+pub struct Node {
+    /// Where it stands in the plan, and the name of its state: `blocks.3.mamba1`.
+    pub name: String,
+    /// What it does.
+    pub run: Run,
+    /// The values it reads.
+    pub inputs: Vec<ValueId>,
+    /// The value it writes.
+    pub output: ValueId,
+}
+
+/// What a node does.
+#[derive(Debug)]
+pub enum Run {
+    /// A layer.
+    Layer {
+        /// Its parameters.
+        spec: Arc<dyn LayerSpec>,
+        /// Where its weights are: `blocks.3.mamba1`, `shared.s0.mlp`.
+        weights: String,
+    },
+    /// The sum of two inputs.
+    Add,
+    /// All inputs side by side.
+    Concat,
+}
+
+impl Node {
+    /// The state it keeps for every sequence.
+    pub fn state(&self) -> StateSpec {
+        match &self.run {
+            Run::Layer { spec, .. } => spec.state(),
+            Run::Add | Run::Concat => StateSpec::default(),
+        }
+    }
+}
+
+/// One weight of a graph: its path and what it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GraphWeight {
+    /// The full path.
+    pub path: String,
+    /// Shape, role and initialisation.
+    pub spec: WeightSpec,
+}
+
+/// Most nodes of a graph.
+const MAX_NODES: usize = 200_000;
+
+impl Graph {
+    /// Lowers a plan. `file` is its name for messages.
+    pub fn lower(plan: &Plan, file: &str) -> Result<Graph, Faults> {
+        let mut lower = Lower {
+            plan,
+            faults: Faults::new(file),
+            nodes: Vec::new(),
+            widths: vec![plan.d_model],
+            specs: BTreeMap::new(),
+        };
+        let last = lower.stack();
+        let Lower {
+            faults,
+            nodes,
+            widths,
+            ..
+        } = lower;
+        faults.or(last.map(|last| Graph {
+            nodes,
+            widths,
+            vocab: plan.vocab,
+            d_model: plan.d_model,
+            tied: plan.head.tie,
+            embed_scale: plan.embed.scale,
+            logit_scale: plan.head.scale,
+            last,
+        }))
+    }
+
+    /// All weights, each once, in the order in which they are first used.
+    pub fn weights(&self) -> Vec<GraphWeight> {
+        let mut seen = BTreeMap::new();
+        let mut list = Vec::new();
+        let mut add = |path: String, spec: WeightSpec| {
+            if seen.insert(path.clone(), ()).is_none() {
+                list.push(GraphWeight { path, spec });
+            }
+        };
+        let table = WeightSpec::matrix("", self.vocab, self.d_model);
+        add(
+            "embed".into(),
+            WeightSpec {
+                role: Role::Table,
+                ..table
+            },
+        );
+        for node in &self.nodes {
+            if let Run::Layer { spec, weights } = &node.run {
+                for want in spec.weights(self.widths[node.inputs[0]]) {
+                    add(want.path(weights), want);
+                }
+            }
+        }
+        if !self.tied {
+            add(
+                "head".into(),
+                WeightSpec::matrix("", self.vocab, self.d_model),
+            );
+        }
+        list
+    }
+
+    /// Bytes of fixed-size state that one sequence has.
+    pub fn slot_bytes(&self) -> usize {
+        let parts = self.nodes.iter().flat_map(|n| n.state().slot);
+        parts.map(|p| p.elements() * 4).sum()
+    }
+
+    /// Elements that one token adds to the pages, keys and values together.
+    pub fn page_elements_per_token(&self) -> usize {
+        self.nodes
+            .iter()
+            .filter_map(|n| n.state().pages)
+            .map(|p| 2 * p.cols)
+            .sum()
+    }
+
+    /// The list as text: a line a node.
+    pub fn print(&self) -> String {
+        let mut out = String::new();
+        let kind = |node: &Node| match &node.run {
+            Run::Layer { spec, .. } => spec.kind(),
+            Run::Add => "add",
+            Run::Concat => "concat",
+        };
+        let mut line = |output: ValueId, kind: &str, inputs: &str, weights: &str, state: &str| {
+            let call = format!("%{output:<4} = {kind:<9} ({inputs})");
+            let _ = write!(
+                out,
+                "{call:<32} width={:<6}",
+                self.widths.get(output).unwrap_or(&self.vocab)
+            );
+            let weights = if weights.is_empty() { "-" } else { weights };
+            let _ = match state {
+                "" => writeln!(out, " weights={weights}"),
+                state => writeln!(out, " weights={weights:<26} state={state}"),
+            };
+        };
+        line(0, "embed", "tokens", "embed", "");
+        for node in &self.nodes {
+            let inputs: Vec<String> = node.inputs.iter().map(|v| format!("%{v}")).collect();
+            let weights = match &node.run {
+                Run::Layer { spec, weights } if !spec.weights(1).is_empty() => weights.as_str(),
+                _ => "",
+            };
+            let state = node.state();
+            let mut kept: Vec<String> = state
+                .slot
+                .iter()
+                .map(|p| format!("{}({}, {})", p.name, p.rows, p.cols))
+                .collect();
+            kept.extend(state.pages.map(|p| format!("pages(2, {})", p.cols)));
+            line(
+                node.output,
+                kind(node),
+                &inputs.join(", "),
+                weights,
+                &kept.join("+"),
+            );
+        }
+        let head = if self.tied { "embed" } else { "head" };
+        line(
+            self.widths.len(),
+            "linear",
+            &format!("%{}", self.last),
+            head,
+            "",
+        );
+        out
+    }
+}
+
+struct Lower<'a> {
+    plan: &'a Plan,
+    faults: Faults,
+    nodes: Vec<Node>,
+    widths: Vec<usize>,
+    /// What has been asked for under each path: two uses of one path must ask for the same.
+    specs: BTreeMap<String, Vec<WeightSpec>>,
+}
+
+/// A chain of steps that is being lowered.
+struct Chain<'a> {
+    /// Where its state is.
+    state: String,
+    /// Where its weights are.
+    weights: String,
+    /// Names in reach.
+    names: BTreeMap<String, ValueId>,
+    /// The layers so far, by name, to find two of one name.
+    layers: BTreeMap<String, Mark>,
+    /// Joints and uses so far, for their nodes' names.
+    counts: BTreeMap<&'static str, usize>,
+    /// The shared chains that this one is part of.
+    inside: Vec<&'a str>,
+}
+
+impl Chain<'_> {
+    fn node_name(&mut self, kind: &'static str) -> String {
+        let count = self.counts.entry(kind).or_insert(0);
+        *count += 1;
+        match *count {
+            1 => format!("{}.{kind}", self.state),
+            n => format!("{}.{kind}{n}", self.state),
+        }
+    }
+}
+
+impl<'a> Lower<'a> {
+    fn stack(&mut self) -> Option<ValueId> {
+        let plan = self.plan;
+        for (kind, list) in [("block", &plan.blocks), ("shared chain", &plan.shared)] {
+            for (i, named) in list.iter().enumerate() {
+                if list[..i].iter().any(|n| n.name == named.name) {
+                    self.faults.add(
+                        named.at,
+                        format!("a second {kind} is named `{}`", named.name),
+                    );
+                }
+            }
+        }
+        let mut x = Some(0);
+        // A faulty block is lowered once: its faults would be the same at every place.
+        let mut faulty: Vec<&str> = Vec::new();
+        for (i, place) in plan.stack.iter().enumerate() {
+            let Some(block) = plan.blocks.iter().find(|b| b.name == place.block) else {
+                let known = list_of(plan.blocks.iter().map(|b| b.name.as_str()));
+                let message = format!("there is no block `{}`; there are {known}", place.block);
+                self.faults.add(place.at, message);
+                continue;
+            };
+            if faulty.contains(&block.name.as_str()) {
+                continue;
+            }
+            let mut chain = Chain {
+                state: format!("blocks.{i}"),
+                weights: format!("blocks.{}", place.weights),
+                names: BTreeMap::from([("x0".into(), 0)]),
+                layers: BTreeMap::new(),
+                counts: BTreeMap::new(),
+                inside: Vec::new(),
+            };
+            let before = self.faults.list().len();
+            // After a fault the stream goes on with its usual width, so that the rest is checked.
+            let out = self.steps(&block.steps, x.unwrap_or(0), &mut chain);
+            if let Some(out) = out
+                && self.widths[out] != plan.d_model
+            {
+                let (found, expected) = (self.widths[out], plan.d_model);
+                let message = format!(
+                    "block `{}` ends with width {found}, d_model is {expected}",
+                    block.name
+                );
+                self.faults.add(block.at, message);
+            }
+            if self.faults.list().len() > before {
+                faulty.push(&block.name);
+            }
+            x = out.filter(|v| self.widths[*v] == plan.d_model);
+            if self.nodes.len() > MAX_NODES {
+                self.faults.add(
+                    place.at,
+                    format!("the plan has more than {MAX_NODES} layers"),
+                );
+                return None;
+            }
+        }
+        for named in &plan.blocks {
+            if !plan.stack.iter().any(|p| p.block == named.name) {
+                self.faults.add(
+                    named.at,
+                    format!("block `{}` is not in the stack", named.name),
+                );
+            }
+        }
+        let spec = Arc::new(plan.head.norm.clone()) as Arc<dyn LayerSpec>;
+        let output = self.value(plan.d_model);
+        let run = Run::Layer {
+            spec,
+            weights: "head.norm".into(),
+        };
+        self.nodes.push(Node {
+            name: "head.norm".into(),
+            run,
+            inputs: vec![x?],
+            output,
+        });
+        Some(output)
+    }
+
+    fn value(&mut self, width: usize) -> ValueId {
+        self.widths.push(width);
+        self.widths.len() - 1
+    }
+
+    fn steps(&mut self, steps: &'a [Step], x: ValueId, chain: &mut Chain<'a>) -> Option<ValueId> {
+        let mut x = Some(x);
+        let mut whole = true;
+        for step in steps {
+            let before = x.unwrap_or(0);
+            x = self.step(step, before, chain);
+            if x.is_none() {
+                whole = false;
+                x = Some(before);
+            }
+        }
+        x.filter(|_| whole)
+    }
+
+    fn step(&mut self, step: &'a Step, x: ValueId, chain: &mut Chain<'a>) -> Option<ValueId> {
+        if self.nodes.len() > MAX_NODES {
+            return None;
+        }
+        match &step.kind {
+            StepKind::Residual(steps) => {
+                let y = self.steps(steps, x, chain)?;
+                self.add(step.at, "residual", x, y, chain)
+            }
+            StepKind::Parallel(branches) => {
+                let ends: Vec<_> = branches.iter().map(|b| self.steps(b, x, chain)).collect();
+                let ends: Vec<ValueId> = ends.into_iter().collect::<Option<_>>()?;
+                let (first, rest) = ends.split_first().expect("`parallel` has a branch");
+                rest.iter()
+                    .try_fold(*first, |a, b| self.add(step.at, "parallel", a, *b, chain))
+            }
+            StepKind::Let(name, steps) => {
+                let value = self.steps(steps, x, chain);
+                // Named even after a fault, so that its users are not faulted too.
+                chain.names.insert(name.clone(), value.unwrap_or(x));
+                value.and(Some(x))
+            }
+            StepKind::Concat(names) => {
+                let inputs: Vec<_> = names
+                    .iter()
+                    .map(|n| self.named(step.at, n, x, chain))
+                    .collect();
+                let inputs: Vec<ValueId> = inputs.into_iter().collect::<Option<_>>()?;
+                let output = self.value(inputs.iter().map(|v| self.widths[*v]).sum());
+                let name = chain.node_name("concat");
+                self.nodes.push(Node {
+                    name,
+                    run: Run::Concat,
+                    inputs,
+                    output,
+                });
+                Some(output)
+            }
+            StepKind::Add(name) => {
+                let other = self.named(step.at, name, x, chain)?;
+                self.add(step.at, "add", x, other, chain)
+            }
+            StepKind::Use(name) => self.shared(step.at, name, x, chain),
+            StepKind::Layer(spec) => self.layer(step.at, spec, x, chain),
+        }
+    }
+
+    fn named(&mut self, at: Mark, name: &str, x: ValueId, chain: &Chain<'a>) -> Option<ValueId> {
+        if name == "x" {
+            return Some(x);
+        }
+        let found = chain.names.get(name).copied();
+        if found.is_none() {
+            let known = list_of(std::iter::once("x").chain(chain.names.keys().map(String::as_str)));
+            self.faults.add(
+                at,
+                format!("nothing is named `{name}` here; there are {known}"),
+            );
+        }
+        found
+    }
+
+    fn add(
+        &mut self,
+        at: Mark,
+        what: &'static str,
+        a: ValueId,
+        b: ValueId,
+        chain: &mut Chain<'a>,
+    ) -> Option<ValueId> {
+        let (width, other) = (self.widths[a], self.widths[b]);
+        if width != other {
+            self.faults
+                .add(at, format!("`{what}` adds width {other} to width {width}"));
+            return None;
+        }
+        let output = self.value(width);
+        let name = chain.node_name("add");
+        self.nodes.push(Node {
+            name,
+            run: Run::Add,
+            inputs: vec![a, b],
+            output,
+        });
+        Some(output)
+    }
+
+    /// The chain's weights are one, its state belongs to this place.
+    fn shared(
+        &mut self,
+        at: Mark,
+        name: &str,
+        x: ValueId,
+        chain: &mut Chain<'a>,
+    ) -> Option<ValueId> {
+        let shared: &'a [Named] = &self.plan.shared;
+        let Some(named) = shared.iter().find(|s| s.name == name) else {
+            let known = list_of(shared.iter().map(|s| s.name.as_str()));
+            self.faults.add(
+                at,
+                format!("there is no shared chain `{name}`; there are {known}"),
+            );
+            return None;
+        };
+        if chain.inside.contains(&named.name.as_str()) {
+            let path = chain.inside.join(" → ");
+            self.faults
+                .add(at, format!("`{name}` uses itself: {path} → {name}"));
+            return None;
+        }
+        let mut inner = Chain {
+            state: chain.node_name("use"),
+            weights: format!("shared.{name}"),
+            names: BTreeMap::from([("x0".into(), 0)]),
+            layers: BTreeMap::new(),
+            counts: BTreeMap::new(),
+            inside: chain
+                .inside
+                .iter()
+                .copied()
+                .chain([named.name.as_str()])
+                .collect(),
+        };
+        self.steps(&named.steps, x, &mut inner)
+    }
+
+    fn layer(
+        &mut self,
+        at: Mark,
+        spec: &Arc<dyn LayerSpec>,
+        x: ValueId,
+        chain: &mut Chain<'a>,
+    ) -> Option<ValueId> {
+        let d_in = self.widths[x];
+        let wanted = spec.weights(d_in);
+        let name = spec.name();
+        let state = if wanted.is_empty() {
+            chain.node_name(spec.kind())
+        } else {
+            if let Some(first) = chain.layers.insert(name.into(), at) {
+                let message = format!(
+                    "a second layer of this block is named `{name}` (the first is in line {}): give it a `name`, by which its weights are found",
+                    first.line
+                );
+                self.faults.add(at, message);
+                return None;
+            }
+            format!("{}.{name}", chain.state)
+        };
+        let weights = format!("{}.{name}", chain.weights);
+        if !wanted.is_empty() {
+            let before = self
+                .specs
+                .entry(weights.clone())
+                .or_insert_with(|| wanted.clone());
+            if *before != wanted {
+                let message = format!(
+                    "`{weights}` is used twice, and the two uses want weights of different shapes"
+                );
+                self.faults.add(at, message);
+                return None;
+            }
+        }
+        let output = self.value(spec.d_out(d_in));
+        let run = Run::Layer {
+            spec: spec.clone(),
+            weights,
+        };
+        self.nodes.push(Node {
+            name: state,
+            run,
+            inputs: vec![x],
+            output,
+        });
+        Some(output)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ZAMBA: &str = "\
+plan: 1
+name: shared and parallel
+vocab: 16
+d_model: 8
+context: 64
+shared:
+  s0:
+    - concat: [x, x0]
+    - norm: {eps: 1.0e-5}
+    - attention: {heads: 2, kv_heads: 2, head_dim: 8}
+    - linear: {name: narrow, d_out: 8}
+    - norm: {name: ff_norm, eps: 1.0e-5}
+    - mlp: {d_ff: 12, act: gelu}
+blocks:
+  h:
+    - let: {t: [use: s0, linear: {}]}
+    - residual: [add: t, norm: {eps: 1.0e-5}, mamba1: {d_inner: 16, d_state: 4, d_conv: 4, dt_rank: 2}]
+  p:
+    - residual:
+        - norm: {eps: 1.0e-5}
+        - parallel:
+            - [attention: {heads: 2, kv_heads: 1, head_dim: 4}]
+            - [mlp: {d_ff: 16, act: silu}, scale: {by: 0.5}]
+stack: [h, p, h]
+head: {norm: {eps: 1.0e-5}, tie: false}
+";
+
+    fn lower(text: &str) -> Result<Graph, Faults> {
+        Graph::lower(&Plan::parse(text, "p.yaml").unwrap(), "p.yaml")
+    }
+
+    #[test]
+    fn shared_chains_have_one_set_of_weights_and_a_state_each() {
+        let graph = lower(ZAMBA).unwrap();
+        let attentions: Vec<&Node> = graph
+            .nodes
+            .iter()
+            .filter(|n| n.name.ends_with("use.attention"))
+            .collect();
+        assert_eq!(attentions.len(), 2);
+        assert_ne!(attentions[0].name, attentions[1].name);
+        let paths: Vec<String> = graph.weights().into_iter().map(|w| w.path).collect();
+        assert_eq!(
+            paths
+                .iter()
+                .filter(|p| *p == "shared.s0.attention.q")
+                .count(),
+            1
+        );
+        assert!(paths.contains(&"blocks.2.linear".to_string()) && paths.contains(&"head".into()));
+    }
+
+    #[test]
+    fn faults_of_wiring_come_together() {
+        let broken = ZAMBA
+            .replace("add: t", "add: u")
+            .replace("[h, p, h]", "[h, q, p, h]")
+            .replace("d_out: 8", "d_out: 9")
+            .replace("name: ff_norm, ", "");
+        let text = lower(&broken).unwrap_err().to_string();
+        for expected in [
+            "nothing is named `u` here; there are x, t and x0",
+            "there is no block `q`; there are h and p",
+            "a second layer of this block is named `norm`",
+        ] {
+            assert!(
+                text.contains(expected),
+                "{expected:?} is missing from\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn cycles_are_faults() {
+        let broken = ZAMBA.replace("- concat: [x, x0]", "- use: s0");
+        let text = lower(&broken).unwrap_err().to_string();
+        assert!(text.contains("`s0` uses itself: s0 → s0"), "{text}");
+    }
+
+    #[test]
+    fn widths_must_agree() {
+        let text =
+            lower(&ZAMBA.replace("- linear: {name: narrow, d_out: 8}", "- scale: {by: 1.0}"))
+                .unwrap_err()
+                .to_string();
+        assert!(text.contains("adds width"), "{text}");
+    }
+}

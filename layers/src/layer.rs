@@ -1,0 +1,151 @@
+//! What a layer is: parameters that say which weights and state it wants, and a forward.
+
+use std::fmt::Debug;
+
+use strata_kernels::{Backend, DType, Ragged, Result, Tensor};
+
+use crate::state::{LayerState, StateSpec};
+use crate::weights::{WeightSpec, Weights};
+use crate::yaml::Value;
+
+/// A layer as a plan states it: parameters, no weights.
+pub trait LayerSpec: Debug + Send + Sync {
+    /// The key of its step in a plan.
+    fn kind(&self) -> &'static str;
+
+    /// The name its weights go by within a block; the kind, unless the plan gives another.
+    fn name(&self) -> &str;
+
+    /// Its parameters, as a plan writes them.
+    fn write(&self) -> Value;
+
+    /// Width of its output, for inputs of width `d_in`.
+    fn d_out(&self, d_in: usize) -> usize {
+        d_in
+    }
+
+    /// The weights it wants.
+    fn weights(&self, d_in: usize) -> Vec<WeightSpec>;
+
+    /// The state it keeps for every sequence.
+    fn state(&self) -> StateSpec {
+        StateSpec::default()
+    }
+
+    /// The layer with its weights on a device.
+    fn build(&self, d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>>;
+}
+
+/// A layer with its weights on a device.
+pub trait Layer: Send + Sync {
+    /// Reads `x` (tokens, d_in), writes all of `y` (tokens, d_out).
+    fn forward(&self, x: &Tensor, y: &mut Tensor, cx: &mut Context<'_>) -> Result<()>;
+}
+
+/// All that a layer may see while it runs.
+pub struct Context<'a> {
+    /// The device.
+    pub backend: &'a dyn Backend,
+    /// Which rows belong to which sequence.
+    pub ragged: Ragged<'a>,
+    /// This layer's pages and slots, no one else's.
+    pub state: &'a mut LayerState,
+    /// Memory until the end of the layer.
+    pub scratch: &'a mut Scratch,
+    /// What matrix products round their inputs to: F32 or BF16.
+    pub activations: DType,
+}
+
+impl Context<'_> {
+    /// Scratch of `rows` × `cols` in f32. Its contents are whatever was there.
+    pub fn take(&mut self, rows: usize, cols: usize) -> Result<Tensor> {
+        self.scratch.floats.take(self.backend, rows, cols)
+    }
+
+    /// Scratch for whole numbers.
+    pub fn take_i32(&mut self, rows: usize, cols: usize) -> Result<Tensor> {
+        self.scratch.numbers.take(self.backend, rows, cols)
+    }
+}
+
+/// Memory that layers borrow while they run. It grows to what the largest batch needs and is not
+/// allocated again after that.
+#[derive(Debug)]
+pub struct Scratch {
+    floats: Arena,
+    numbers: Arena,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Scratch {
+            floats: Arena::new(DType::F32),
+            numbers: Arena::new(DType::I32),
+        }
+    }
+}
+
+impl Scratch {
+    /// Makes all of it free again. Nothing taken before may be in use.
+    pub fn reset(&mut self, backend: &dyn Backend) -> Result<()> {
+        self.floats.reset(backend)?;
+        self.numbers.reset(backend)
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.floats.bytes() + self.numbers.bytes()
+    }
+}
+
+/// One row of memory, handed out from the front; a further row where it was too short.
+#[derive(Debug)]
+struct Arena {
+    dtype: DType,
+    rows: Vec<Tensor>,
+    used: usize,
+}
+
+/// Elements between two tensors' starts are a multiple of this, so that each begins a cache line.
+const ALIGN: usize = 16;
+
+impl Arena {
+    fn new(dtype: DType) -> Self {
+        Arena {
+            dtype,
+            rows: Vec::new(),
+            used: 0,
+        }
+    }
+
+    fn take(&mut self, backend: &dyn Backend, rows: usize, cols: usize) -> Result<Tensor> {
+        let size = (rows * cols).next_multiple_of(ALIGN);
+        if self.rows.last().is_none_or(|r| r.cols() - self.used < size) {
+            self.rows.push(backend.alloc(self.dtype, 1, size)?);
+            self.used = 0;
+        }
+        let row = self
+            .rows
+            .last()
+            .expect("a row was just added if there was none");
+        let taken = row
+            .columns(self.used..self.used + rows * cols)
+            .reshape(rows, cols);
+        self.used += size;
+        Ok(taken)
+    }
+
+    fn reset(&mut self, backend: &dyn Backend) -> Result<()> {
+        if self.rows.len() > 1 {
+            let total = self.rows.iter().map(Tensor::cols).sum();
+            self.rows.clear();
+            self.rows.push(backend.alloc(self.dtype, 1, total)?);
+        }
+        self.used = 0;
+        Ok(())
+    }
+
+    fn bytes(&self) -> usize {
+        self.rows.iter().map(Tensor::bytes).sum()
+    }
+}

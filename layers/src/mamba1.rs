@@ -1,0 +1,238 @@
+//! The Mamba-1 mixer (Gu and Dao, 2023): projection, causal convolution, selective scan, gate.
+//!
+//! Some families normalise the three inputs of the scan (dt, B, C) by RMS before use, with learned
+//! weights (Jamba) or without.
+
+use strata_kernels::ops::{Activation, Conv1d, RmsNorm, SelectiveScan};
+use strata_kernels::{Result, Tensor};
+
+use crate::layer::{Context, Layer, LayerSpec};
+use crate::linear::{Projection, projection};
+use crate::norm::check_eps;
+use crate::param::{Check, Fields, Param};
+use crate::params;
+use crate::state::{Part, StateSpec};
+use crate::weights::{Init, WeightSpec, Weights, transpose};
+use crate::yaml::{Faults, Value};
+
+params! {
+    /// Normalisation of the scan's inputs.
+    pub struct InnerNorm as "inner_norm" {
+        /// Added to the mean square before the root.
+        eps: f64,
+        /// Whether there are learned weights.
+        weight: bool,
+    }
+}
+
+impl Check for InnerNorm {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        check_eps("eps", self.eps, fields, faults);
+    }
+}
+
+params! {
+    /// Parameters of `mamba1`.
+    pub struct Mamba1 as "mamba1" {
+        /// Name of its weights within the block.
+        name: Option<String> = None,
+        /// Inner width I.
+        d_inner: usize,
+        /// State elements of a channel, N.
+        d_state: usize,
+        /// Taps of the convolution, K.
+        d_conv: usize,
+        /// Rank R of the step size's projection.
+        dt_rank: usize,
+        /// Whether the convolution has a bias.
+        conv_bias: bool = true,
+        /// Whether the outer projections have biases.
+        bias: bool = false,
+        /// Normalisation of dt, B and C; none if left out.
+        inner_norm: Option<InnerNorm> = None,
+    }
+}
+
+impl Check for Mamba1 {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        let sizes = [
+            ("d_inner", self.d_inner),
+            ("d_state", self.d_state),
+            ("d_conv", self.d_conv),
+            ("dt_rank", self.dt_rank),
+        ];
+        fields.positive(&sizes, faults);
+    }
+}
+
+/// The normalised inputs of the scan, in the order of the projection that makes them.
+const INPUTS: [&str; 3] = ["dt_norm", "b_norm", "c_norm"];
+
+impl Mamba1 {
+    fn input_widths(&self) -> [usize; 3] {
+        [self.dt_rank, self.d_state, self.d_state]
+    }
+}
+
+impl LayerSpec for Mamba1 {
+    fn kind(&self) -> &'static str {
+        "mamba1"
+    }
+
+    fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or("mamba1")
+    }
+
+    fn write(&self) -> Value {
+        Param::write(self)
+    }
+
+    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+        let (inner, states) = (self.d_inner, self.d_state);
+        let mut specs = projection("in_proj", 2 * inner, d_in, self.bias);
+        let taps = Init::Uniform(self.d_conv);
+        specs.push(WeightSpec::vector("conv", &[inner, self.d_conv], taps));
+        if self.conv_bias {
+            specs.push(WeightSpec::vector("conv.bias", &[inner], taps));
+        }
+        specs.extend(projection(
+            "x_proj",
+            self.dt_rank + 2 * states,
+            inner,
+            false,
+        ));
+        if self.inner_norm.as_ref().is_some_and(|n| n.weight) {
+            for (name, width) in INPUTS.iter().zip(self.input_widths()) {
+                specs.push(WeightSpec::vector(*name, &[width], Init::Constant(1.0)));
+            }
+        }
+        let dt_proj = WeightSpec::matrix("dt_proj", inner, self.dt_rank);
+        specs.push(WeightSpec {
+            init: Init::Uniform(self.dt_rank),
+            ..dt_proj
+        });
+        specs.push(WeightSpec::vector("dt_bias", &[inner], Init::StepBias));
+        specs.push(WeightSpec::vector("a", &[inner, states], Init::StateDecay));
+        specs.push(WeightSpec::vector("d", &[inner], Init::Constant(1.0)));
+        specs.extend(projection("out_proj", d_in, inner, self.bias));
+        specs
+    }
+
+    fn state(&self) -> StateSpec {
+        let part = |name, rows| Part {
+            name,
+            rows,
+            cols: self.d_inner,
+        };
+        let slot = vec![
+            part("conv_state", self.d_conv - 1),
+            part("ssm_state", self.d_state),
+        ];
+        StateSpec { pages: None, slot }
+    }
+
+    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+        let (inner, taps, states) = (self.d_inner, self.d_conv, self.d_state);
+        // Channels last, so that neighbouring channels are computed together.
+        let conv = transpose(inner, taps, &weights.values("conv")?);
+        let a = transpose(inner, states, &weights.values("a")?);
+        let mut norms = [None, None, None];
+        for (norm, name) in norms.iter_mut().zip(INPUTS) {
+            *norm = weights.optional_vector(name)?;
+        }
+        Ok(Box::new(Ready {
+            in_proj: Projection::build("in_proj", weights)?,
+            conv: weights.upload(taps, inner, &conv)?,
+            conv_bias: weights.optional_vector("conv.bias")?,
+            x_proj: Projection::build("x_proj", weights)?,
+            norms,
+            dt_proj: Projection::build("dt_proj", weights)?,
+            dt_bias: weights.vector("dt_bias")?,
+            a: weights.upload(states, inner, &a)?,
+            d: weights.vector("d")?,
+            out_proj: Projection::build("out_proj", weights)?,
+            spec: self.clone(),
+        }))
+    }
+}
+
+struct Ready {
+    spec: Mamba1,
+    in_proj: Projection,
+    conv: Tensor, // (K, I)
+    conv_bias: Option<Tensor>,
+    x_proj: Projection,
+    norms: [Option<Tensor>; 3],
+    dt_proj: Projection,
+    dt_bias: Tensor,
+    a: Tensor, // (N, I)
+    d: Tensor,
+    out_proj: Projection,
+}
+
+impl Ready {
+    /// Input `i` of the scan, normalised if the plan says so.
+    fn normed(&self, i: usize, x: Tensor, cx: &mut Context<'_>) -> Result<Tensor> {
+        let Some(norm) = &self.spec.inner_norm else {
+            return Ok(x);
+        };
+        let mut y = cx.take(x.rows(), x.cols())?;
+        let (weight, eps) = (self.norms[i].as_ref(), norm.eps as f32);
+        cx.backend.rms_norm(RmsNorm {
+            x: &x,
+            weight,
+            eps,
+            y: &mut y,
+        })?;
+        Ok(y)
+    }
+}
+
+impl Layer for Ready {
+    fn forward(&self, x: &Tensor, y: &mut Tensor, cx: &mut Context<'_>) -> Result<()> {
+        let (tokens, inner, ragged) = (x.rows(), self.spec.d_inner, cx.ragged);
+        let xz = self.in_proj.apply(x, cx)?; // (T, 2I): x first, then z
+        let (x, z) = (xz.columns(0..inner), xz.columns(inner..2 * inner));
+
+        let mut u = cx.take(tokens, inner)?;
+        let [conv_state, ssm_state] = &mut cx.state.slot[..] else {
+            panic!(
+                "mamba1 asks for two parts of a slot, and got {}",
+                cx.state.slot.len()
+            );
+        };
+        cx.backend.conv1d(Conv1d {
+            x: &x,
+            w: &self.conv,
+            bias: self.conv_bias.as_ref(),
+            act: Activation::Silu,
+            conv_state,
+            ragged,
+            y: &mut u,
+        })?;
+        let mut ssm_state = ssm_state.clone();
+
+        let inputs = self.x_proj.apply(&u, cx)?; // (T, R + 2N)
+        let (rank, states) = (self.spec.dt_rank, self.spec.d_state);
+        let dt_low = self.normed(0, inputs.columns(0..rank), cx)?;
+        let b = self.normed(1, inputs.columns(rank..rank + states), cx)?;
+        let c = self.normed(2, inputs.columns(rank + states..rank + 2 * states), cx)?;
+
+        let dt = self.dt_proj.apply(&dt_low, cx)?; // (T, I)
+        let mut scanned = cx.take(tokens, inner)?;
+        cx.backend.selective_scan(SelectiveScan {
+            x: &u,
+            dt: &dt,
+            dt_bias: Some(&self.dt_bias),
+            a: &self.a,
+            b: &b,
+            c: &c,
+            d: &self.d,
+            z: Some(&z),
+            ssm_state: &mut ssm_state,
+            ragged,
+            y: &mut scanned,
+        })?;
+        self.out_proj.forward(&scanned, y, cx)
+    }
+}

@@ -1,0 +1,105 @@
+//! The feed-forward network: down(act(gate x) · up x), or down(act(up x)) without a gate.
+
+use strata_kernels::ops::{Activate, Activation};
+use strata_kernels::{Result, Tensor};
+
+use crate::layer::{Context, Layer, LayerSpec};
+use crate::linear::{Projection, projection};
+use crate::param::{Check, Fields, Param};
+use crate::weights::{WeightSpec, Weights};
+use crate::yaml::{Faults, Value};
+use crate::{params, words};
+
+words!(Activation as "an activation" {
+    Silu = "silu",
+    Gelu = "gelu",
+    GeluTanh = "gelu_tanh",
+    Relu = "relu",
+    Relu2 = "relu2",
+    Identity = "identity",
+});
+
+params! {
+    /// Parameters of `mlp`.
+    pub struct Mlp as "mlp" {
+        /// Name of its weights within the block.
+        name: Option<String> = None,
+        /// Inner width.
+        d_ff: usize,
+        /// The function in the middle.
+        act: Activation,
+        /// Whether a second projection is multiplied by the activated one.
+        gated: bool = true,
+        /// Whether the projections have biases.
+        bias: bool = false,
+    }
+}
+
+impl Check for Mlp {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        fields.positive(&[("d_ff", self.d_ff)], faults);
+    }
+}
+
+impl LayerSpec for Mlp {
+    fn kind(&self) -> &'static str {
+        "mlp"
+    }
+
+    fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or("mlp")
+    }
+
+    fn write(&self) -> Value {
+        Param::write(self)
+    }
+
+    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+        let mut specs = projection("up", self.d_ff, d_in, self.bias);
+        specs.extend(projection("down", d_in, self.d_ff, self.bias));
+        if self.gated {
+            specs.extend(projection("gate", self.d_ff, d_in, self.bias));
+        }
+        specs
+    }
+
+    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+        let gate = self
+            .gated
+            .then(|| Projection::build("gate", weights))
+            .transpose()?;
+        let (up, down) = (
+            Projection::build("up", weights)?,
+            Projection::build("down", weights)?,
+        );
+        Ok(Box::new(Ready {
+            act: self.act,
+            gate,
+            up,
+            down,
+        }))
+    }
+}
+
+struct Ready {
+    act: Activation,
+    gate: Option<Projection>,
+    up: Projection,
+    down: Projection,
+}
+
+impl Layer for Ready {
+    fn forward(&self, x: &Tensor, y: &mut Tensor, cx: &mut Context<'_>) -> Result<()> {
+        let gate = self.gate.as_ref().map(|g| g.apply(x, cx)).transpose()?; // (T, F)
+        let up = self.up.apply(x, cx)?; // (T, F)
+        let mut inner = cx.take(up.rows(), up.cols())?;
+        let (gate, y_inner) = (gate.as_ref(), &mut inner);
+        cx.backend.activate(Activate {
+            x: &up,
+            gate,
+            act: self.act,
+            y: y_inner,
+        })?;
+        self.down.forward(&inner, y, cx)
+    }
+}
