@@ -1,0 +1,96 @@
+//! Weights for a model without a checkpoint, drawn by the published rules, straight in their place and
+//! in the type they run in.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use strata_kernels::{Backend, DType, Matrix, Result, random};
+use strata_layers::{Init, WeightSource, WeightSpec};
+
+/// Draws weights by a seed. A weight depends on the seed and its path only, so the same seed gives the
+/// same model on every machine and in every order of loading.
+pub struct RandomWeights {
+    seed: u64,
+    init_std: f32,
+    dtype: DType,
+    backend: Arc<dyn Backend>,
+    drawn: RefCell<HashMap<String, Matrix>>,
+}
+
+impl RandomWeights {
+    /// Matrices of type `dtype`, of standard deviation `init_std`.
+    pub fn new(seed: u64, init_std: f64, dtype: DType, backend: Arc<dyn Backend>) -> Self {
+        let init_std = init_std as f32;
+        RandomWeights {
+            seed,
+            init_std,
+            dtype,
+            backend,
+            drawn: RefCell::default(),
+        }
+    }
+
+    /// FNV-1a of the path, so that the draw does not depend on the standard library's hash.
+    fn seed_of(&self, path: &str) -> u64 {
+        let hash = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        });
+        hash ^ self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+
+    fn values(&self, path: &str, spec: &WeightSpec) -> Vec<f32> {
+        let (seed, elements) = (self.seed_of(path), spec.elements());
+        let uniform = |i: usize| random::uniform(seed, i as u64);
+        match spec.init {
+            Init::Normal => random::normal_row(seed, 0, elements, self.init_std),
+            Init::Constant(value) => vec![value; elements],
+            Init::Uniform(fan_in) => {
+                let bound = (fan_in as f32).powf(-0.5);
+                (0..elements)
+                    .map(|i| bound * (2.0 * uniform(i) - 1.0))
+                    .collect()
+            }
+            Init::StateDecay => {
+                let states = spec.shape.last().copied().unwrap_or(1);
+                (0..elements).map(|i| -((i % states + 1) as f32)).collect()
+            }
+            Init::StepBias => {
+                let step = |i| {
+                    let (low, high) = (1e-3f32.ln(), 1e-1f32.ln());
+                    (low + (high - low) * uniform(i)).exp()
+                };
+                // The inverse of softplus: ln(eˢ - 1).
+                (0..elements)
+                    .map(|i| step(i) + (-(-step(i)).exp_m1()).ln())
+                    .collect()
+            }
+        }
+    }
+}
+
+impl WeightSource for RandomWeights {
+    fn matrix(&self, path: &str, spec: &WeightSpec) -> Result<Matrix> {
+        if let Some(drawn) = self.drawn.borrow().get(path) {
+            return Ok(drawn.clone());
+        }
+        let [rows, cols] = spec.shape[..] else {
+            panic!("{path}: a matrix has two dimensions, not {:?}", spec.shape);
+        };
+        let mut data = self.backend.alloc(self.dtype, rows, cols)?;
+        match spec.init {
+            Init::Normal => {
+                self.backend
+                    .fill_normal(&mut data, self.seed_of(path), self.init_std)?;
+            }
+            _ => self.backend.write(&self.values(path, spec), &mut data)?,
+        }
+        let matrix = Matrix::dense(data);
+        self.drawn.borrow_mut().insert(path.into(), matrix.clone());
+        Ok(matrix)
+    }
+
+    fn vector(&self, path: &str, spec: &WeightSpec) -> Result<Vec<f32>> {
+        Ok(self.values(path, spec))
+    }
+}

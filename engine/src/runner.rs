@@ -1,0 +1,313 @@
+//! Walks the graph on one device: a ragged batch in, logits out.
+
+use std::sync::Arc;
+
+use strata_kernels::ops::{Add, Embed, Gather, Linear, Scale};
+use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Span, Tensor};
+use strata_layers::graph::{Graph, Node, Run, ValueId};
+use strata_layers::{Context, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
+
+use crate::state_store::StateStore;
+
+/// A graph with its weights on a device. Shared by all that run it.
+pub struct Network {
+    /// The nodes.
+    pub graph: Graph,
+    /// The device.
+    pub backend: Arc<dyn Backend>,
+    /// What matrix products round their inputs to: F32 or BF16.
+    pub activations: DType,
+    layers: Vec<Option<Box<dyn Layer>>>,
+    embed: Matrix,
+    head: Matrix,
+}
+
+impl Network {
+    /// Builds every layer with the weights of `source`.
+    pub fn build(
+        graph: Graph,
+        source: &dyn WeightSource,
+        backend: Arc<dyn Backend>,
+        activations: DType,
+    ) -> Result<Self> {
+        let table =
+            |path: &str| source.matrix(path, &WeightSpec::matrix("", graph.vocab, graph.d_model));
+        let embed = table("embed")?;
+        let head = if graph.tied {
+            embed.clone()
+        } else {
+            table("head")?
+        };
+        let build = |node: &Node| {
+            let Run::Layer { spec, weights } = &node.run else {
+                return Ok(None);
+            };
+            let d_in = graph.widths[node.inputs[0]];
+            let specs = spec.weights(d_in);
+            let weights = Weights {
+                source,
+                backend: &*backend,
+                path: weights,
+                specs: &specs,
+            };
+            spec.build(d_in, &weights).map(Some)
+        };
+        let layers = graph.nodes.iter().map(build).collect::<Result<_>>()?;
+        Ok(Network {
+            graph,
+            backend,
+            activations,
+            layers,
+            embed,
+            head,
+        })
+    }
+}
+
+/// What one step runs: rows of several sequences, and which of them want logits.
+pub struct Step<'a> {
+    /// Token of each row.
+    pub tokens: &'a [u32],
+    /// Which rows belong to which sequence.
+    pub ragged: Ragged<'a>,
+    /// Rows whose logits are wanted, ascending.
+    pub logits: &'a [usize],
+}
+
+/// Rows of logits that are computed at a time: the output matrix is read once for all of them, and
+/// their memory stays small beside any vocabulary.
+const LOGIT_ROWS: usize = 32;
+
+/// Runs steps of a network, with the state of its sequences and the memory between its nodes.
+pub struct Runner {
+    network: Arc<Network>,
+    /// The state of all sequences.
+    pub state: StateStore,
+    /// One row of memory for each buffer.
+    buffers: Vec<Tensor>,
+    /// The buffer that holds each value.
+    buffer_of: Vec<usize>,
+    scratch: Scratch,
+    empty: LayerState,
+    picked: Tensor,
+    logits: Tensor,
+    host_logits: Vec<f32>,
+    max_rows: usize,
+}
+
+impl Runner {
+    /// Memory for steps of up to `max_rows` rows.
+    pub fn new(network: Arc<Network>, state: StateStore, max_rows: usize) -> Result<Self> {
+        let (graph, backend) = (&network.graph, &network.backend);
+        let (buffer_of, sizes) = assign_buffers(graph);
+        let buffers = sizes
+            .iter()
+            .map(|width| backend.alloc(DType::F32, 1, width * max_rows))
+            .collect::<Result<_>>()?;
+        Ok(Runner {
+            state,
+            buffers,
+            buffer_of,
+            scratch: Scratch::default(),
+            empty: LayerState::default(),
+            picked: backend.alloc(DType::F32, LOGIT_ROWS, graph.d_model)?,
+            logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
+            host_logits: vec![0.0; LOGIT_ROWS * graph.vocab],
+            max_rows,
+            network,
+        })
+    }
+
+    /// The network that runs.
+    pub fn network(&self) -> &Arc<Network> {
+        &self.network
+    }
+
+    /// Most rows of a step.
+    pub fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    /// Bytes of activations and scratch, beside weights and state.
+    pub fn buffer_bytes(&self) -> usize {
+        let buffers: usize = self.buffers.iter().map(Tensor::bytes).sum();
+        buffers + self.picked.bytes() + 2 * self.logits.bytes() + self.scratch.bytes()
+    }
+
+    /// Runs one step. `sink` gets the row number and the logits of every row that asked for them,
+    /// in order.
+    pub fn forward(&mut self, step: &Step<'_>, sink: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        let rows = step.tokens.len();
+        assert!(
+            rows > 0 && rows <= self.max_rows,
+            "{rows} rows, at most {}",
+            self.max_rows
+        );
+        let network = self.network.clone();
+        let (graph, backend) = (&network.graph, &*network.backend);
+
+        let mut x = self.value(0, rows);
+        match graph.embed_scale {
+            None => backend.embed(Embed {
+                ids: step.tokens,
+                table: &network.embed,
+                y: &mut x,
+            })?,
+            Some(by) => {
+                self.scratch.reset(backend)?;
+                let mut raw = self
+                    .context(backend, step, usize::MAX)
+                    .take(rows, graph.d_model)?;
+                let y = &mut raw;
+                backend.embed(Embed {
+                    ids: step.tokens,
+                    table: &network.embed,
+                    y,
+                })?;
+                backend.scale(Scale {
+                    x: &raw,
+                    by: by as f32,
+                    y: &mut x,
+                })?;
+            }
+        }
+        for (i, node) in graph.nodes.iter().enumerate() {
+            self.scratch.reset(backend)?;
+            let x = self.value(node.inputs[0], rows);
+            let mut y = self.value(node.output, rows);
+            match &node.run {
+                Run::Layer { .. } => {
+                    let layer = network.layers[i]
+                        .as_ref()
+                        .expect("every layer node was built");
+                    layer.forward(&x, &mut y, &mut self.context(backend, step, i))?;
+                }
+                Run::Add => {
+                    let b = self.value(node.inputs[1], rows);
+                    backend.add(Add {
+                        a: &x,
+                        b: &b,
+                        y: &mut y,
+                    })?;
+                }
+                Run::Concat => {
+                    let mut first = 0;
+                    for input in &node.inputs {
+                        let part = self.value(*input, rows);
+                        let mut to = y.columns(first..first + part.cols());
+                        backend.copy(&part, &mut to)?;
+                        first += part.cols();
+                    }
+                }
+            }
+        }
+        self.head(step, rows, sink)
+    }
+
+    fn head(
+        &mut self,
+        step: &Step<'_>,
+        rows: usize,
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let network = self.network.clone();
+        let (graph, backend) = (&network.graph, &*network.backend);
+        let x = self.value(graph.last, rows);
+        for wanted in step.logits.chunks(LOGIT_ROWS) {
+            let mut picked = self.picked.first_rows(wanted.len());
+            let mut logits = self.logits.first_rows(wanted.len());
+            backend.gather(Gather {
+                x: &x,
+                rows: wanted,
+                y: &mut picked,
+            })?;
+            let (w, activations) = (&network.head, network.activations);
+            backend.linear(Linear {
+                x: &picked,
+                w,
+                bias: None,
+                activations,
+                y: &mut logits,
+            })?;
+            let host = &mut self.host_logits[..wanted.len() * graph.vocab];
+            backend.read(&logits, host)?;
+            if let Some(by) = graph.logit_scale {
+                host.iter_mut().for_each(|l| *l *= by as f32);
+            }
+            for (row, logits) in wanted.iter().zip(host.chunks_exact(graph.vocab)) {
+                sink(*row, logits);
+            }
+        }
+        Ok(())
+    }
+
+    fn context<'a>(
+        &'a mut self,
+        backend: &'a dyn Backend,
+        step: &Step<'a>,
+        node: usize,
+    ) -> Context<'a> {
+        let state = self.state.layers.get_mut(node).unwrap_or(&mut self.empty);
+        let activations = self.network.activations;
+        Context {
+            backend,
+            ragged: step.ragged,
+            state,
+            scratch: &mut self.scratch,
+            activations,
+        }
+    }
+
+    fn value(&self, value: ValueId, rows: usize) -> Tensor {
+        let width = self.network.graph.widths[value];
+        self.buffers[self.buffer_of[value]]
+            .columns(0..rows * width)
+            .reshape(rows, width)
+    }
+}
+
+/// Gives values buffers: a buffer is free again once its value has been read for the last time.
+/// Returns the buffer of each value and the width of each buffer. However deep the model, a stack of
+/// residual blocks takes three or four.
+fn assign_buffers(graph: &Graph) -> (Vec<usize>, Vec<usize>) {
+    let mut last_read = vec![0; graph.widths.len()];
+    for (i, node) in graph.nodes.iter().enumerate() {
+        node.inputs.iter().for_each(|v| last_read[*v] = i);
+    }
+    last_read[graph.last] = usize::MAX;
+    let mut buffer_of = vec![usize::MAX; graph.widths.len()];
+    let mut widths = vec![graph.d_model];
+    let mut free: Vec<usize> = Vec::new();
+    buffer_of[0] = 0;
+    for (i, node) in graph.nodes.iter().enumerate() {
+        let buffer = free.pop().unwrap_or_else(|| {
+            widths.push(0);
+            widths.len() - 1
+        });
+        buffer_of[node.output] = buffer;
+        widths[buffer] = widths[buffer].max(graph.widths[node.output]);
+        let mut done: Vec<ValueId> = node.inputs.clone();
+        done.sort_unstable();
+        done.dedup();
+        for value in done.into_iter().filter(|v| last_read[*v] == i) {
+            free.push(buffer_of[value]);
+        }
+        // A value that nobody reads (a `let` without use) is free at once.
+        if last_read[node.output] <= i {
+            free.push(buffer);
+        }
+    }
+    (buffer_of, widths)
+}
+
+/// The spans of a single sequence that starts at `position` and holds `len` rows, for callers that
+/// run one sequence without a scheduler.
+pub fn single_span(len: usize, position: usize, pages: usize) -> Span {
+    Span {
+        start: 0,
+        len,
+        position,
+        slot: 0,
+        pages: 0..pages,
+    }
+}
