@@ -1,1 +1,5 @@
 //! See ARCHITECTURE.md.
+
+pub mod ids;
+pub mod pages;
+pub mod slots;
