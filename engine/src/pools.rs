@@ -1,0 +1,102 @@
+//! The two pools as the scheduler uses them: what a sequence needs, and either pool may be missing.
+
+use crate::ids::{PageId, SlotId};
+use crate::pages::PagePool;
+use crate::sequence::Sequence;
+use crate::slots::SlotPool;
+
+/// Tokens a sequence gets room for when it starts to run: longer ones grow, so that a limit nobody means to
+/// reach costs nothing.
+const RESERVED_TOKENS: usize = 1 << 16;
+
+#[derive(Debug)]
+pub(crate) struct Pools {
+    pub(crate) pages: Option<PagePool>,
+    pub(crate) slots: Option<SlotPool>,
+}
+
+impl Pools {
+    pub(crate) fn pages_for(&self, tokens: usize) -> usize {
+        self.pages.as_ref().map_or(0, |pool| pool.pages_for(tokens))
+    }
+
+    pub(crate) fn free_pages(&self) -> usize {
+        self.pages.as_ref().map_or(0, PagePool::free)
+    }
+
+    pub(crate) fn free_slots(&self) -> usize {
+        self.slots.as_ref().map_or(0, SlotPool::free)
+    }
+
+    pub(crate) fn alloc_slot(&mut self) -> Option<SlotId> {
+        self.slots.as_mut().and_then(SlotPool::alloc)
+    }
+
+    /// The page that must be copied before the next token of a sequence is written: shared, and filled in part.
+    pub(crate) fn shared_tail(&self, sequence: &Sequence) -> Option<usize> {
+        let pool = self.pages.as_ref()?;
+        let tail = sequence.computed / pool.page_size();
+        let shared = sequence
+            .pages
+            .get(tail)
+            .is_some_and(|&page| pool.is_shared(page));
+        shared.then_some(tail)
+    }
+
+    /// Pages to be had before the tokens up to `end`, more than are computed, can be written.
+    pub(crate) fn pages_to_reach(&self, sequence: &Sequence, end: usize) -> usize {
+        let more = self.pages_for(end) - sequence.pages.len();
+        more + usize::from(self.shared_tail(sequence).is_some())
+    }
+
+    /// Gets these pages. There must be enough.
+    pub(crate) fn grow(
+        &mut self,
+        sequence: &mut Sequence,
+        end: usize,
+        copies: &mut Vec<(PageId, PageId)>,
+    ) {
+        let (tail, length) = (self.shared_tail(sequence), self.pages_for(end));
+        let Some(pool) = &mut self.pages else { return };
+        let alloc = |pool: &mut PagePool| pool.alloc().expect("as many are free as are needed");
+        if let Some(tail) = tail {
+            let copy = alloc(pool);
+            let shared = std::mem::replace(&mut sequence.pages[tail], copy);
+            pool.release(shared);
+            copies.push((shared, copy));
+        }
+        sequence.pages.resize_with(length, || alloc(pool));
+    }
+
+    pub(crate) fn retain(&mut self, pages: &[PageId]) {
+        if let Some(pool) = &mut self.pages {
+            pages.iter().for_each(|&page| pool.retain(page));
+        }
+    }
+
+    pub(crate) fn release(&mut self, sequence: &mut Sequence) {
+        if let Some(pool) = &mut self.pages {
+            // The last page first, so that pages are handed out again in the order they had.
+            for page in sequence.pages.drain(..).rev() {
+                pool.release(page);
+            }
+        }
+        if let (Some(pool), Some(slot)) = (&mut self.slots, sequence.slot.take()) {
+            pool.release(slot);
+        }
+    }
+
+    /// Makes room for the life of a sequence, so that its steps do not allocate.
+    pub(crate) fn reserve(&self, sequence: &mut Sequence) {
+        let left = sequence
+            .limits
+            .max_tokens
+            .saturating_sub(sequence.generated().len());
+        let tokens = left.min(RESERVED_TOKENS);
+        let pages = self.pages_for(sequence.tokens.len() + tokens);
+        sequence.tokens.reserve(tokens);
+        sequence
+            .pages
+            .reserve(pages.saturating_sub(sequence.pages.len()));
+    }
+}
