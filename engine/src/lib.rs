@@ -1,1 +1,8 @@
 //! See ARCHITECTURE.md.
+
+pub mod generation_config;
+pub mod sampler;
+pub mod text;
+
+#[cfg(test)]
+pub(crate) mod testing;
