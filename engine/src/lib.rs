@@ -3,12 +3,17 @@
 #![deny(unsafe_code)]
 
 pub mod batch;
+pub mod generation_config;
 pub mod ids;
 pub mod pages;
 mod pools;
 pub mod random_weights;
 pub mod runner;
+pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
 pub mod slots;
 pub mod state_store;
+#[cfg(test)]
+mod testing;
+pub mod text;
