@@ -12,7 +12,9 @@ pub mod runner;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+pub mod session;
 pub mod slots;
+pub mod state_file;
 pub mod state_store;
 #[cfg(test)]
 mod testing;
