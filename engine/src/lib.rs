@@ -19,3 +19,4 @@ pub mod state_store;
 #[cfg(test)]
 mod testing;
 pub mod text;
+pub mod verify;

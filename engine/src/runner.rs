@@ -10,14 +10,16 @@ use strata_layers::{Context, Layer, LayerState, Scratch, WeightSource, WeightSpe
 use crate::state_store::StateStore;
 
 /// A graph with its weights on a device. Shared by all that run it.
+#[derive(Clone)]
 pub struct Network {
     /// The nodes.
-    pub graph: Graph,
+    pub graph: Arc<Graph>,
     /// The device.
     pub backend: Arc<dyn Backend>,
     /// What matrix products round their inputs to: F32 or BF16.
     pub activations: DType,
-    layers: Vec<Option<Box<dyn Layer>>>,
+    /// By node; none where a node is no layer.
+    layers: Arc<Vec<Option<Box<dyn Layer>>>>,
     embed: Matrix,
     head: Matrix,
 }
@@ -52,15 +54,25 @@ impl Network {
             };
             spec.build(d_in, &weights).map(Some)
         };
-        let layers = graph.nodes.iter().map(build).collect::<Result<_>>()?;
+        let layers = Arc::new(graph.nodes.iter().map(build).collect::<Result<_>>()?);
         Ok(Network {
-            graph,
+            graph: Arc::new(graph),
             backend,
             activations,
             layers,
             embed,
             head,
         })
+    }
+}
+
+impl Network {
+    /// The same weights under another set of kernels of the same device.
+    pub fn on(&self, backend: Arc<dyn Backend>) -> Self {
+        Network {
+            backend,
+            ..self.clone()
+        }
     }
 }
 

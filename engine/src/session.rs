@@ -182,10 +182,20 @@ pub struct Engine {
 impl Engine {
     /// An engine for `network`. State is reserved here and committed as it is used.
     pub fn new(network: Arc<Network>, config: EngineConfig) -> Result<Self, Error> {
+        let pages = config.pages();
+        Engine::with_pages(network, config, pages)
+    }
+
+    /// As [`Engine::new`], with a given number of pages for all sequences together.
+    pub fn with_pages(
+        network: Arc<Network>,
+        config: EngineConfig,
+        pages: usize,
+    ) -> Result<Self, Error> {
         let graph = &network.graph;
         let has_pages = graph.page_elements_per_token() > 0;
         let has_slots = graph.slot_bytes() > 0;
-        let pages = if has_pages { config.pages() } else { 0 };
+        let pages = if has_pages { pages } else { 0 };
         let slots = if has_slots { config.slots() } else { 0 };
         let narrow = |what, n: usize, each: usize| {
             let bytes = n as u128 * each as u128;
@@ -318,8 +328,8 @@ impl Engine {
     }
 
     /// Runs one step; what came of it is in [`Engine::outputs`]. False when there is nothing to do.
-    /// `observe` gets the sequence, the position and the logits of every prompt row that asked for
-    /// them.
+    /// `observe` gets the sequence, the position and the logits of every row that computed some: those
+    /// that choose a token, and prompt rows that asked for them.
     pub fn step(&mut self, observe: &mut dyn FnMut(SeqId, usize, &[f32])) -> Result<bool, Error> {
         self.outputs.clear();
         match self.scheduler.next(&mut self.batch) {
@@ -413,9 +423,7 @@ impl Engine {
                 at += 1;
             }
             let span = &batch.spans[at];
-            if span.logits == Logits::All {
-                observe(span.seq, span.position + row - span.start, logits);
-            }
+            observe(span.seq, span.position + row - span.start, logits);
             if !span.sample || row + 1 < span.start + span.len || failed.is_some() {
                 return;
             }

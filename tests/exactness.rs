@@ -1,0 +1,100 @@
+//! The exactness contract on random models of many shapes, on every backend of the CPU.
+
+use std::sync::Arc;
+
+use strata::random_weights::RandomWeights;
+use strata::runner::Network;
+use strata::verify::{VerifyOptions, verify};
+use strata_kernels::reference::Reference;
+use strata_kernels::{Backend, DType};
+use strata_layers::{Graph, Plan};
+
+const MOE: &str =
+    "{experts: 4, top_k: 2, d_ff: 20, act: silu, router: {score: softmax, normalize: false}}";
+
+fn plan(blocks: &str, stack: &str) -> Plan {
+    let text = format!(
+        "plan: 1\nname: t\nvocab: 37\nd_model: 24\ncontext: 4096\ninit_std: 0.3\nblocks:\n{blocks}\nstack: {stack}\nhead: {{norm: {{eps: 1.0e-6}}, tie: true}}\n"
+    );
+    Plan::parse(&text, "plan").unwrap_or_else(|f| panic!("{f}\n{text}"))
+}
+
+fn hybrid() -> Plan {
+    let mamba = "mamba1: {d_inner: 40, d_state: 5, d_conv: 4, dt_rank: 3, inner_norm: {eps: 1.0e-6, weight: true}}";
+    let attention = "attention: {heads: 4, kv_heads: 2, head_dim: 7, window: 11, rope: {theta: 10000, dims: 6}}";
+    let n = "norm: {eps: 1.0e-6}";
+    let f = "norm: {name: ff_norm, eps: 1.0e-6}";
+    plan(
+        &format!(
+            "  m:\n    - residual: [{n}, {mamba}]\n    - residual: [{f}, moe: {MOE}]\n  a:\n    - residual: [{n}, {attention}]\n    - residual: [{f}, mlp: {{d_ff: 30, act: gelu}}]\n  p:\n    - residual: [{n}, parallel: [[{attention}], [{mamba}, scale: {{by: 0.5}}]]]"
+        ),
+        "[m, a, m, p, a@1]",
+    )
+}
+
+fn pure_mamba() -> Plan {
+    let mamba = "mamba1: {d_inner: 48, d_state: 16, d_conv: 1, dt_rank: 2}";
+    plan(
+        &format!("  m: [residual: [norm: {{eps: 1.0e-6}}, {mamba}]]"),
+        "[m*3]",
+    )
+}
+
+fn pure_attention() -> Plan {
+    let attention = "attention: {heads: 3, kv_heads: 1, head_dim: 8}";
+    plan(
+        &format!("  a: [residual: [norm: {{eps: 1.0e-6}}, {attention}]]"),
+        "[a*2]",
+    )
+}
+
+fn check(
+    name: &str,
+    plan: &Plan,
+    dtype: DType,
+    backend: Arc<dyn Backend>,
+    others: &[(usize, Arc<dyn Backend>)],
+) {
+    let graph = Graph::lower(plan, "plan").unwrap();
+    let weights = RandomWeights::new(5, plan.init_std, dtype, backend.clone());
+    let network = Arc::new(Network::build(graph, &weights, backend, dtype).unwrap());
+    let options = VerifyOptions {
+        prompt: 41,
+        generate: 9,
+        chunks: vec![1, 3, 16],
+        kv_dtype: dtype,
+        seed: 3,
+    };
+    let checks = verify(
+        &network,
+        &options,
+        others,
+        &std::env::temp_dir(),
+        &mut |_| {},
+    )
+    .unwrap();
+    for check in &checks {
+        assert_eq!(check.fault, None, "{name}, {dtype}: {}", check.name);
+    }
+    let least = if plan.blocks.iter().any(|b| b.name == "a") {
+        18
+    } else {
+        15
+    };
+    assert!(
+        checks.len() >= least,
+        "{name}: only {} checks ran",
+        checks.len()
+    );
+}
+
+#[test]
+fn the_reference_is_exact() {
+    for (name, plan) in [
+        ("hybrid", hybrid()),
+        ("mamba", pure_mamba()),
+        ("attention", pure_attention()),
+    ] {
+        check(name, &plan, DType::F32, Arc::new(Reference), &[]);
+    }
+}
