@@ -1,0 +1,111 @@
+//! `strata bench`.
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::json;
+
+use super::output::{Terminal, bytes};
+use super::{Common, Environment};
+use crate::bench::{BenchOptions, Figure, bench};
+
+/// Measure prefill and decode speed beside the machine's limits, taken in the same run.
+///
+/// With --random SEED, MODEL may be a config.json or a plan: any size can be timed without a
+/// checkpoint.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Folder, Hub id, bundled name, config.json or plan [default: demo]
+    model: Option<String>,
+    /// Prompt tokens to time
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt: u32,
+    /// Tokens to generate after the prompt
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    generate: u32,
+    /// Tokens that were read before, untimed
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    depth: u32,
+    /// Sequences that run together
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Timed runs, of which the median counts
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    repeat: u16,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Bench {
+    pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
+        let model = self.common.load(self.model.as_deref(), environment, terminal)?;
+        let limits = model.limits();
+        let options = BenchOptions {
+            prompt: self.prompt as usize,
+            generate: self.generate as usize,
+            depth: self.depth as usize,
+            batch: usize::from(self.batch),
+            repeat: usize::from(self.repeat),
+            kv_dtype: model.kv_dtype,
+        };
+        let bar = terminal.token_bar("runs", options.repeat);
+        let benched = bench(&model.network, &options, &mut |done, _| bar.set_position(done as u64))
+            .map_err(|error| model.explain(error.into()))?;
+        bar.finish_and_clear();
+
+        // One step of decoding reads every weight it multiplies once, however many rows it has.
+        let steps = benched.decode.median / options.batch as f64;
+        let read = model.decode_bytes() as f64 * steps;
+        let flops = model.flops_per_token() * benched.prefill.median;
+        let slot = model.network.graph.slot_bytes();
+        let kv = model.network.graph.page_elements_per_token() * model.kv_dtype.size();
+        let figure = |f: Figure| json!({"median": f.median, "min": f.min, "max": f.max});
+        let mut out = io::stdout().lock();
+        if self.common.json {
+            let object = json!({
+                "model": model.name,
+                "device": self.common.device,
+                "dtype": model.dtype_word(),
+                "threads": model.threads,
+                "weights_bytes": model.weights_bytes,
+                "state_bytes_per_sequence": slot,
+                "kv_bytes_per_token": kv,
+                "prompt": options.prompt,
+                "generate": options.generate,
+                "depth": options.depth,
+                "batch": options.batch,
+                "prefill_tokens_per_second": figure(benched.prefill),
+                "decode_tokens_per_second": figure(benched.decode),
+                "decode_bytes_per_second": read,
+                "prefill_flops_per_second": flops,
+                "limit": {
+                    "bytes_per_second": limits.bytes_per_second,
+                    "flops_per_second": limits.flops_per_second,
+                },
+            });
+            return writeln!(out, "{object}").context("standard output");
+        }
+        let percent = |of: f64, limit: f64| if limit > 0.0 { 100.0 * of / limit } else { 0.0 };
+        writeln!(
+            out,
+            "{}\nprefill {:>9.1} tok/s ({:.1} to {:.1}), {:.0} GFLOP/s: {:.0} % of {:.0} GFLOP/s\ndecode  {:>9.1} tok/s ({:.1} to {:.1}), {:.1} GB/s: {:.0} % of {:.1} GB/s\nstate {} a sequence, keys and values {} a token",
+            model.summary(),
+            benched.prefill.median,
+            benched.prefill.min,
+            benched.prefill.max,
+            flops / 1e9,
+            percent(flops, limits.flops_per_second),
+            limits.flops_per_second / 1e9,
+            benched.decode.median,
+            benched.decode.min,
+            benched.decode.max,
+            read / 1e9,
+            percent(read, limits.bytes_per_second),
+            limits.bytes_per_second / 1e9,
+            bytes(slot as u64),
+            bytes(kv as u64),
+        )
+        .context("standard output")
+    }
+}

@@ -1,0 +1,122 @@
+//! `strata logits`.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::json;
+
+use super::output::Terminal;
+use super::{Common, Environment, parse_token_ids, read_text};
+use crate::session::{Engine, Request};
+
+/// Write the logits of every position to a file: safetensors, `logits` F32 (tokens, vocab).
+#[derive(Debug, Args)]
+pub struct Logits {
+    /// Folder, Hub id (owner/name[@revision]) or bundled name
+    model: String,
+    /// The tokens, such as 1,2,3
+    #[arg(long, value_name = "IDS", value_parser = parse_token_ids, required_unless_present = "prompt_file")]
+    token_ids: Option<std::vec::Vec<u32>>,
+    /// A file with a text, instead of token ids
+    #[arg(long, value_name = "FILE", conflicts_with = "token_ids")]
+    prompt_file: Option<PathBuf>,
+    /// Where to write
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Feed so many tokens at a time
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    chunk: Option<u32>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Logits {
+    pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
+        let text = self.prompt_file.as_deref().map(read_text).transpose()?;
+        let model = self.common.load(Some(&self.model), environment, terminal)?;
+        let tokens = match (&self.token_ids, text) {
+            (Some(ids), _) => ids.clone(),
+            (None, Some(text)) => model.tokenizer()?.encode(&text, true)?,
+            (None, None) => bail!("there are no tokens: give --token-ids or --prompt-file"),
+        };
+        let (count, vocab) = (tokens.len(), model.plan.vocab);
+        let context = self.common.context(&model);
+        if count == 0 || count > context {
+            bail!("{count} tokens do not fit a context of {context}; at least one is needed");
+        }
+        let mut config = self.common.engine_config(&model, count, 1);
+        if let Some(chunk) = self.chunk {
+            config = config.with_chunk(chunk as usize);
+        }
+        let mut engine = Engine::new(model.network.clone(), config)?;
+        engine.submit(Request {
+            prompt: tokens,
+            prompt_logits: true,
+            ..Request::default()
+        })?;
+
+        let bar = terminal.token_bar("logits", count);
+        let write = |beside: &Path| -> Result<()> {
+            let mut out = BufWriter::new(File::create(beside)?);
+            out.write_all(&header(count, vocab))?;
+            let mut rows = 0;
+            let mut failed = None;
+            while engine
+                .step(&mut |_, position, logits| {
+                    // Rows come in order, as the sequence is alone.
+                    debug_assert_eq!(position, rows);
+                    rows += 1;
+                    let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();
+                    if let Err(error) = out.write_all(&bytes) {
+                        failed.get_or_insert(error);
+                    }
+                    bar.set_position(rows as u64);
+                })
+                .map_err(|error| model.explain(error.into()))?
+            {
+                if let Some(error) = failed {
+                    return Err(error.into());
+                }
+            }
+            if rows != count {
+                bail!("{rows} rows of logits came for {count} tokens");
+            }
+            out.flush()?;
+            out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+            Ok(())
+        };
+        write_beside(&self.output, write)?;
+        bar.finish_and_clear();
+        if self.common.json {
+            let object =
+                json!({"output": self.output, "tokens": count, "vocab": vocab});
+            writeln!(std::io::stdout(), "{object}").context("standard output")?;
+        }
+        Ok(())
+    }
+}
+
+fn header(tokens: usize, vocab: usize) -> Vec<u8> {
+    let bytes = tokens * vocab * 4;
+    let entry = json!({"dtype": "F32", "shape": [tokens, vocab], "data_offsets": [0, bytes]});
+    let mut text = json!({"logits": entry}).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.extend(text);
+    header
+}
+
+/// Has a file written beside its place, then moves it there: a failure leaves nothing behind.
+fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}.part", std::process::id()));
+    let beside = PathBuf::from(beside);
+    let moved = write(&beside).and_then(|()| Ok(std::fs::rename(&beside, path)?));
+    moved.map_err(|error| {
+        let _ = std::fs::remove_file(&beside);
+        error.context(format!("{}", path.display()))
+    })
+}

@@ -1,0 +1,99 @@
+//! `strata verify`.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::json;
+
+use super::output::Terminal;
+use super::{Common, Environment};
+use crate::load::backend;
+use crate::verify::{Check, VerifyOptions, verify};
+
+/// Check the exactness contract on this model, here and now.
+///
+/// Chunked equals whole, batched equals single, preempted equals undisturbed, forked and restored
+/// equal continuous, sampled sequences repeat by seed, and nothing depends on the number of threads:
+/// bit for bit, on random prompts.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Folder, Hub id (owner/name[@revision]) or bundled name [default: demo]
+    model: Option<String>,
+    /// Tokens of the longest prompt [default: 96, or 32 for models above a gigabyte]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    prompt: Option<u32>,
+    /// Tokens to generate after it
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    generate: u32,
+    /// Seed of the prompts
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Weights above this make each step slow enough that a shorter prompt is the better default.
+const LARGE: u64 = 1 << 30;
+
+impl Verify {
+    pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
+        let model = self.common.load(self.model.as_deref(), environment, terminal)?;
+        let large = model.weights_bytes > LARGE;
+        let prompt = self.prompt.unwrap_or(if large { 32 } else { 96 }) as usize;
+        let mut chunks = if large { vec![1, 7] } else { vec![1, 2, 3, 7, 16, 33] };
+        chunks.retain(|c| *c < prompt);
+        let options = VerifyOptions {
+            prompt,
+            generate: self.generate as usize,
+            chunks,
+            kv_dtype: model.kv_dtype,
+            seed: self.seed,
+        };
+        let mut others = Vec::new();
+        for threads in [1, 2, 3].into_iter().filter(|t| *t != model.threads) {
+            others.push((threads, backend(&self.common.device, Some(threads))?.0));
+        }
+        let json = self.common.json;
+        let mut closed = None;
+        let mut report = |check: &Check| {
+            let mut out = io::stdout().lock();
+            let time = check.time.as_secs_f64();
+            let written = if json {
+                let object = json!({
+                    "check": check.name, "passed": check.fault.is_none(), "fault": check.fault,
+                    "logits_compared": check.compared, "seconds": time,
+                });
+                writeln!(out, "{object}")
+            } else {
+                let verdict = if check.fault.is_some() { terminal.bold("DIFFERS") } else { "ok".into() };
+                let fault = check.fault.as_ref().map_or(String::new(), |f| format!("\n      {f}"));
+                writeln!(
+                    out,
+                    "{verdict:<7} {:<58} {:>10} logits {time:>7.2} s{fault}",
+                    check.name, check.compared
+                )
+            };
+            if let Err(error) = written {
+                closed.get_or_insert(error);
+            }
+        };
+        let folder = std::env::temp_dir();
+        let network = Arc::clone(&model.network);
+        let checks = verify(&network, &options, &others, &folder, &mut report)
+            .map_err(|error| model.explain(error.into()))?;
+        if let Some(error) = closed {
+            return Err(error).context("standard output");
+        }
+        let failed = checks.iter().filter(|c| c.fault.is_some()).count();
+        if failed > 0 {
+            bail!("{failed} of {} checks differ", checks.len());
+        }
+        if !json {
+            writeln!(io::stdout(), "all {} checks hold, bit for bit", checks.len())
+                .context("standard output")?;
+        }
+        Ok(())
+    }
+}
