@@ -1,1 +1,27 @@
-//! See ARCHITECTURE.md.
+//! From files to a plan and a source of weights: model cards, `config.json`, safetensors.
+//!
+//! A [`Card`] turns a family's `config.json` into a plan, and says which of a checkpoint's tensors
+//! each weight of the plan is. Nothing is converted ahead of time: a [`Mapping`] hands out views of
+//! mapped files, and computes only what differs.
+
+#![deny(unsafe_code)]
+
+pub mod card;
+pub mod cards;
+pub mod config;
+mod error;
+mod expression;
+pub mod files;
+pub mod mapping;
+mod report;
+pub mod safetensors;
+mod stack;
+pub mod tensor_map;
+pub mod transforms;
+
+pub use card::Card;
+pub use config::Config;
+pub use error::{Error, Result};
+pub use files::ModelFiles;
+pub use mapping::{Mapping, Origin};
+pub use safetensors::Checkpoint;

@@ -150,7 +150,8 @@ impl<'a> Fields<'a> {
         match self.node(key) {
             Some(node) => T::read(node, faults),
             None => {
-                faults.add(self.at, format!("{} needs `{key}`", self.what));
+                // A key whose value is null is there: the fault stands at it.
+                faults.add(self.at(key), format!("{} needs `{key}`", self.what));
                 None
             }
         }

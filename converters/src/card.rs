@@ -1,0 +1,406 @@
+//! Model cards: how one family's `config.json` becomes a plan, and what its tensors are called.
+//!
+//! A card is a plan whose values may be expressions over the config's keys (`=expand * hidden_size`),
+//! whose stack may be computed, and which goes on with the names of tensors. See
+//! `model-cards/README.md`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use strata_layers::param::{Fields, Param, list_of};
+use strata_layers::yaml::{self, Entry, Value};
+use strata_layers::{Faults, Graph, Mark, Node, Plan};
+
+use crate::config::Config;
+use crate::expression::Scope;
+use crate::stack;
+use crate::tensor_map::TensorMap;
+
+/// The version of the card language.
+const VERSION: usize = 1;
+
+/// The keys of a card that become keys of the plan as they are.
+const PLAN_KEYS: [&str; 6] = ["vocab", "d_model", "context", "init_std", "embed", "head"];
+
+/// What expressions in blocks may name besides the config's keys: the block's number in the stack,
+/// and how many blocks of its name came before.
+const PLACE: [&str; 2] = ["i", "use"];
+
+/// One family of models.
+#[derive(Debug)]
+pub struct Card {
+    file: String,
+    family: String,
+    architectures: Vec<String>,
+    model_types: Vec<String>,
+    defaults: Vec<Entry>,
+    require: Vec<Node>,
+    plan: Vec<Entry>,
+    stack: Node,
+    shared: Option<Node>,
+    blocks: Vec<Entry>,
+    tensors: TensorMap,
+    tiny: Config,
+}
+
+impl Card {
+    /// Reads a card. `file` is its name for messages.
+    pub fn parse(text: &str, file: &str) -> Result<Card, Faults> {
+        let node = yaml::parse(text, file)?;
+        let mut faults = Faults::new(file);
+        let card = read_card(&node, file, &mut faults);
+        faults.or(card)
+    }
+
+    /// Its file, for messages about plans that it made.
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
+    /// What the family is called.
+    pub fn family(&self) -> &str {
+        &self.family
+    }
+
+    /// The classes whose checkpoints it opens.
+    pub fn architectures(&self) -> &[String] {
+        &self.architectures
+    }
+
+    /// The `model_type`s it opens when no card knows the architecture.
+    pub fn model_types(&self) -> &[String] {
+        &self.model_types
+    }
+
+    /// A small config, for tests and demonstrations.
+    pub fn tiny(&self) -> &Config {
+        &self.tiny
+    }
+
+    /// What the family's tensors are called.
+    pub fn tensors(&self) -> &TensorMap {
+        &self.tensors
+    }
+
+    /// The plan of a model with this config. Faults stand at the card's lines, and say which keys of
+    /// config.json they come from. A plan that is returned can be lowered.
+    pub fn plan(&self, config: &Config, name: &str) -> Result<Plan, Faults> {
+        let mut resolver = Resolver {
+            card: self,
+            scope: Scope::new(config),
+            faults: Faults::new(&self.file),
+            told: BTreeMap::new(),
+            failed: BTreeSet::new(),
+        };
+        let node = resolver.plan(name);
+        let plan = Plan::from_node(&node, &self.file)
+            .and_then(|plan| Graph::lower(&plan, &self.file).map(|_| plan));
+        let Resolver {
+            mut faults,
+            told,
+            failed,
+            ..
+        } = resolver;
+        let whole = match plan {
+            Ok(plan) => Some(plan),
+            Err(found) => {
+                // What could not be computed has its fault already.
+                for fault in found.list().iter().filter(|f| !failed.contains(&f.at)) {
+                    match told.get(&fault.at) {
+                        Some(told) => faults.add(fault.at, format!("{}: {told}", fault.message)),
+                        None => faults.add(fault.at, fault.message.clone()),
+                    }
+                }
+                None
+            }
+        };
+        faults.or(whole)
+    }
+}
+
+fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
+    let mut fields = Fields::of(node, "a card", faults)?;
+    let version = fields.required::<usize>("card", faults);
+    if let Some(version) = version.filter(|v| *v != VERSION) {
+        let message = format!("card version {version}; this program reads version {VERSION}");
+        faults.add(fields.at("card"), message);
+    }
+    let family = fields.required("family", faults);
+    let architectures = fields.required("architectures", faults);
+    let model_types = fields.optional("model_types", Vec::new(), faults);
+    let mut mapping = |key: &'static str, faults: &mut Faults| match fields.node(key) {
+        None => Some(Vec::new()),
+        Some(Node {
+            value: Value::Map(entries),
+            ..
+        }) => Some(entries.clone()),
+        Some(other) => {
+            let found = other.value.describe();
+            faults.add(
+                other.at,
+                format!("found {found}, expected a mapping for `{key}`"),
+            );
+            None
+        }
+    };
+    let defaults = mapping("defaults", faults);
+    let blocks = mapping("blocks", faults);
+    let tiny = mapping("tiny", faults);
+    let require = match fields.node("require") {
+        None => Vec::new(),
+        Some(Node {
+            value: Value::List(list),
+            ..
+        }) => list.clone(),
+        Some(one) => vec![one.clone()],
+    };
+    let mut plan = Vec::new();
+    for key in PLAN_KEYS {
+        if let Some(value) = fields.node(key) {
+            let (key, at, value) = (key.to_string(), value.at, value.clone());
+            plan.push(Entry { key, at, value });
+        }
+    }
+    let stack = fields.node("stack").cloned();
+    let shared = fields.node("shared").cloned();
+    let tensors = fields.node("tensors");
+    let ignore = fields.node("ignore");
+    for (key, there) in [("stack", stack.is_some()), ("tensors", tensors.is_some())] {
+        if !there {
+            faults.add(node.at, format!("a card needs `{key}`"));
+        }
+    }
+    fields.finish(faults);
+    let tensors = TensorMap::read(tensors?, ignore, faults);
+    let tiny = Node {
+        value: Value::Map(tiny?),
+        at: fields.at("tiny"),
+    };
+    Some(Card {
+        file: file.into(),
+        family: family?,
+        architectures: architectures?,
+        model_types: model_types?,
+        defaults: defaults?,
+        require,
+        plan,
+        stack: stack?,
+        shared,
+        blocks: blocks?,
+        tensors,
+        tiny: Config::from_node(tiny, file),
+    })
+}
+
+/// A card and a config, on their way to a plan.
+struct Resolver<'a> {
+    card: &'a Card,
+    scope: Scope,
+    faults: Faults,
+    /// How the values of expressions came about, by the expressions' places.
+    told: BTreeMap<Mark, String>,
+    /// The places of expressions that have no value.
+    failed: BTreeSet<Mark>,
+}
+
+impl Resolver<'_> {
+    fn plan(&mut self, name: &str) -> Node {
+        let card = self.card;
+        self.defaults();
+        card.require.iter().for_each(|n| self.require(n));
+        let at = Mark { line: 1, column: 1 };
+        let entry = |key: &str, at: Mark, value: Node| Entry {
+            key: key.into(),
+            at,
+            value,
+        };
+        let mut plan = vec![
+            entry("plan", at, VERSION.write().into()),
+            entry("name", at, Value::Text(name.into()).into()),
+        ];
+        for e in &card.plan {
+            let value = self.node(&e.value);
+            plan.push(entry(&e.key, e.at, value));
+        }
+        if let Some(shared) = &card.shared {
+            let value = self.node(shared);
+            plan.push(entry("shared", shared.at, value));
+        }
+        let (blocks, stack) = self.blocks();
+        plan.push(entry(
+            "blocks",
+            card.stack.at,
+            Node {
+                value: Value::Map(blocks),
+                at: card.stack.at,
+            },
+        ));
+        plan.push(entry(
+            "stack",
+            card.stack.at,
+            Node {
+                value: Value::List(stack),
+                at: card.stack.at,
+            },
+        ));
+        Node {
+            value: Value::Map(plan),
+            at,
+        }
+    }
+
+    /// Gives absent keys the values that the family's reference gives them.
+    fn defaults(&mut self) {
+        for entry in &self.card.defaults {
+            if !self.scope.has(&entry.key) {
+                let value = self.node(&entry.value);
+                if !self.failed.contains(&entry.value.at) {
+                    self.scope.set(&entry.key, &value.value, "by default");
+                }
+            }
+        }
+    }
+
+    fn require(&mut self, node: &Node) {
+        let before = self.faults.list().len();
+        let value = self.node(node).value;
+        if value != Value::Bool(true) && self.faults.list().len() == before {
+            let told = self
+                .told
+                .get(&node.at)
+                .cloned()
+                .unwrap_or_else(|| value.describe());
+            self.faults
+                .add(node.at, format!("this model cannot be run: {told}"));
+        }
+    }
+
+    /// The tree with every expression computed. Those without a value are null, and have failed.
+    fn node(&mut self, node: &Node) -> Node {
+        let value = match &node.value {
+            Value::Text(text) => match text.strip_prefix('=') {
+                Some(expression) => self.compute(expression, node.at),
+                None => node.value.clone(),
+            },
+            Value::List(list) => Value::List(list.iter().map(|n| self.node(n)).collect()),
+            Value::Map(entries) => {
+                let entry = |e: &Entry| Entry {
+                    value: self.node(&e.value),
+                    ..e.clone()
+                };
+                Value::Map(entries.iter().map(entry).collect())
+            }
+            plain => plain.clone(),
+        };
+        Node { value, at: node.at }
+    }
+
+    fn compute(&mut self, expression: &str, at: Mark) -> Value {
+        match self.scope.evaluate(expression) {
+            Ok(computed) => {
+                self.told.insert(at, computed.told);
+                placed(computed.value, at)
+            }
+            Err(why) => {
+                self.failed.insert(at);
+                self.faults.add(at, why);
+                Value::Null
+            }
+        }
+    }
+
+    /// The blocks that the stack uses, and the stack.
+    fn blocks(&mut self) -> (Vec<Entry>, Vec<Node>) {
+        let card = self.card;
+        let node = self.node(&card.stack);
+        let mut found = Faults::new(&card.file);
+        let names = stack::read(&node, &mut found);
+        for fault in found.list().iter().filter(|f| !self.failed.contains(&f.at)) {
+            let told = self
+                .told
+                .get(&fault.at)
+                .map(|t| format!(": {t}"))
+                .unwrap_or_default();
+            self.faults
+                .add(fault.at, format!("{}{told}", fault.message));
+        }
+        // Without a stack every block is checked once.
+        let names =
+            names.unwrap_or_else(|| card.blocks.iter().map(|e| (e.key.clone(), e.at)).collect());
+
+        let mut blocks: Vec<Entry> = Vec::new();
+        let mut stack = Vec::new();
+        let mut uses: BTreeMap<String, usize> = BTreeMap::new();
+        for (i, (name, at)) in names.into_iter().enumerate() {
+            let uses = uses.entry(name.clone()).or_insert(0);
+            let Some(block) = card.blocks.iter().find(|e| e.key == name) else {
+                let known = list_of(card.blocks.iter().map(|e| e.key.as_str()));
+                self.faults
+                    .add(at, format!("there is no block `{name}`; there are {known}"));
+                continue;
+            };
+            let varies = self.varies(&block.value);
+            let key = if *uses == 0 || varies {
+                for (key, value) in PLACE.iter().zip([i, *uses]) {
+                    self.scope
+                        .set(key, &Value::Int(value as i64), "of this block");
+                }
+                let value = self.node(&block.value);
+                self.variant(&mut blocks, block, value)
+            } else {
+                name
+            };
+            *uses += 1;
+            let value = Value::Text(key);
+            stack.push(Node { value, at });
+        }
+        (blocks, stack)
+    }
+
+    /// Whether a block differs from place to place.
+    fn varies(&self, node: &Node) -> bool {
+        match &node.value {
+            Value::Text(text) => text.strip_prefix('=').is_some_and(|expression| {
+                let reads = self.scope.reads(expression);
+                PLACE.iter().any(|p| reads.iter().any(|r| r == p))
+            }),
+            Value::List(list) => list.iter().any(|n| self.varies(n)),
+            Value::Map(entries) => entries.iter().any(|e| self.varies(&e.value)),
+            _ => false,
+        }
+    }
+
+    /// The name under which a computed block is kept: its own, or with a number when one of that name
+    /// is different.
+    fn variant(&self, blocks: &mut Vec<Entry>, block: &Entry, value: Node) -> String {
+        let mut key = block.key.clone();
+        let mut number = 1;
+        while let Some(known) = blocks.iter().find(|e| e.key == key) {
+            if known.value == value {
+                return key;
+            }
+            number += 1;
+            key = format!("{}.{number}", block.key);
+        }
+        let at = block.at;
+        blocks.push(Entry {
+            key: key.clone(),
+            at,
+            value,
+        });
+        key
+    }
+}
+
+/// A computed value stands where its expression does, with all that is in it.
+fn placed(value: Value, at: Mark) -> Value {
+    match value {
+        Value::List(list) => {
+            let item = |n: Node| Node {
+                value: placed(n.value, at),
+                at,
+            };
+            Value::List(list.into_iter().map(item).collect())
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,108 @@
+//! The model cards that the binary holds: all of `model-cards/`.
+
+use std::sync::LazyLock;
+
+use strata_layers::param::list_of;
+
+use crate::card::Card;
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// Names and texts, sorted by name; listed while building.
+const TEXTS: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/cards.rs"));
+
+static CARDS: LazyLock<Vec<Card>> = LazyLock::new(|| {
+    let read = |(name, text): &(&str, &str)| {
+        let card = Card::parse(text, &format!("model-cards/{name}"));
+        card.unwrap_or_else(|faults| panic!("a card of this binary is faulty: {faults}"))
+    };
+    TEXTS.iter().map(read).collect()
+});
+
+/// All cards, sorted by the names of their files.
+pub fn all() -> &'static [Card] {
+    &CARDS
+}
+
+/// The card of a family.
+pub fn named(family: &str) -> Option<&'static Card> {
+    all().iter().find(|c| c.family() == family)
+}
+
+/// The card that a config asks for: by `architectures`, then by `model_type`, which early files of
+/// some families borrowed from another.
+pub fn find(config: &Config) -> Result<&'static Card> {
+    let architectures = config.texts("architectures");
+    let types = config.texts("model_type");
+    let by_architecture = all().iter().find(|c| {
+        c.architectures()
+            .iter()
+            .any(|a| architectures.contains(&a.as_str()))
+    });
+    let by_type = || {
+        all()
+            .iter()
+            .find(|c| c.model_types().iter().any(|t| types.contains(&t.as_str())))
+    };
+    by_architecture.or_else(by_type).ok_or_else(|| {
+        let known = list_of(
+            all()
+                .iter()
+                .flat_map(|c| c.architectures().iter().map(String::as_str)),
+        );
+        let found = match (&architectures[..], &types[..]) {
+            ([], []) => "neither `architectures` nor `model_type` is given".into(),
+            ([], types) => format!(
+                "no model card is for model_type {}",
+                list_of(types.iter().copied())
+            ),
+            (names, _) => format!("no model card is for {}", list_of(names.iter().copied())),
+        };
+        Error::file(
+            config.file(),
+            format!("{found}; there are cards for {known}"),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_cards_claim_one_model() {
+        let mut names: Vec<&String> = all()
+            .iter()
+            .flat_map(|c| c.architectures().iter().chain(c.model_types()))
+            .collect();
+        names.sort();
+        assert!(names.windows(2).all(|w| w[0] != w[1]), "{names:?}");
+        assert!(all().len() >= 3);
+    }
+
+    #[test]
+    fn architectures_count_before_model_types() {
+        let family = |text: &str| {
+            let config = Config::parse(text, "config.json").unwrap();
+            find(&config)
+                .map(|c| c.family().to_string())
+                .map_err(|e| e.to_string())
+        };
+        // As in early repositories.
+        let early = r#"{"model_type": "mamba", "architectures": ["FalconMambaForCausalLM"]}"#;
+        assert_eq!(family(early).unwrap(), "falcon-mamba");
+        assert_eq!(family(r#"{"model_type": "mamba"}"#).unwrap(), "mamba");
+        let unknown = family(r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap_err();
+        assert!(
+            unknown.contains(
+                "no model card is for GPT2LMHeadModel; there are cards for FalconMambaForCausalLM"
+            ),
+            "{unknown}"
+        );
+        assert!(
+            family("{}")
+                .unwrap_err()
+                .contains("neither `architectures`")
+        );
+    }
+}

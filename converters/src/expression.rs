@@ -1,0 +1,209 @@
+//! The values of a card that begin with `=`: Jinja expressions over the keys of `config.json`.
+
+use std::collections::BTreeMap;
+
+use minijinja::value::ValueKind;
+use minijinja::{Environment, UndefinedBehavior, Value as Jinja};
+use strata_layers::param::list_of;
+use strata_layers::yaml::Value;
+
+use crate::config::Config;
+
+/// Instructions that one expression may take.
+const FUEL: u64 = 20_000;
+
+/// What expressions see.
+pub(crate) struct Scope {
+    environment: Environment<'static>,
+    values: BTreeMap<String, Jinja>,
+    /// Each value and where it is from, for messages.
+    told: BTreeMap<String, String>,
+}
+
+/// A value and how it came about.
+pub(crate) struct Computed {
+    pub value: Value,
+    pub told: String,
+}
+
+impl Scope {
+    pub fn new(config: &Config) -> Self {
+        let mut environment = Environment::new();
+        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        environment.set_fuel(Some(FUEL));
+        environment.add_function("ceil_div", ceil_div);
+        let mut scope = Scope {
+            environment,
+            values: BTreeMap::new(),
+            told: BTreeMap::new(),
+        };
+        for entry in config.entries() {
+            let value = &entry.value.value;
+            let line = entry.value.at.line;
+            let told = format!(
+                "{} = {} (line {line} of config.json)",
+                entry.key,
+                value.describe()
+            );
+            scope.values.insert(entry.key.clone(), jinja(value));
+            scope.told.insert(entry.key.clone(), told);
+        }
+        scope
+    }
+
+    pub fn has(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
+    /// Gives a key a value that config.json does not hold.
+    pub fn set(&mut self, key: &str, value: &Value, why: &str) {
+        self.values.insert(key.into(), jinja(value));
+        self.told
+            .insert(key.into(), format!("{key} = {} ({why})", value.describe()));
+    }
+
+    /// The names that an expression reads.
+    pub fn reads(&self, text: &str) -> Vec<String> {
+        let Ok(expression) = self.environment.compile_expression(text) else {
+            return Vec::new();
+        };
+        let mut names: Vec<String> = expression.undeclared_variables(false).into_iter().collect();
+        names.retain(|n| !self.environment.globals().any(|(global, _)| global == n));
+        names.sort();
+        names
+    }
+
+    /// The value of an expression, given without its `=`; else what is wrong with it.
+    pub fn evaluate(&self, text: &str) -> Result<Computed, String> {
+        let expression = self
+            .environment
+            .compile_expression(text)
+            .map_err(|e| format!("`={}`: {}", text.trim(), reason(&e)))?;
+        let names = self.reads(text);
+        let (known, missing): (Vec<_>, Vec<_>) = names.iter().partition(|n| self.has(n));
+        let known = list_of(
+            known
+                .iter()
+                .filter_map(|n| self.told.get(*n))
+                .map(String::as_str),
+        );
+        let told = match known.as_str() {
+            "nothing" => format!("`={}`", text.trim()),
+            known => format!("`={}` with {known}", text.trim()),
+        };
+        let value = expression.eval(&self.values);
+        let lacks = || {
+            let keys = list_of(missing.iter().map(|n| n.as_str()));
+            format!("config.json has no {keys}: {told}")
+        };
+        match value {
+            Ok(value) if value.is_undefined() && !missing.is_empty() => Err(lacks()),
+            Ok(value) => match plain(&value) {
+                Some(value) => Ok(Computed { value, told }),
+                None => Err(format!("{told} is no value that a plan can hold")),
+            },
+            Err(_) if !missing.is_empty() => Err(lacks()),
+            Err(e) => Err(format!("{told}: {}", reason(&e))),
+        }
+    }
+}
+
+fn reason(error: &minijinja::Error) -> String {
+    let kind = error.kind().to_string();
+    error.detail().map_or(kind, str::to_string)
+}
+
+fn ceil_div(a: i64, b: i64) -> Result<i64, minijinja::Error> {
+    let fault = || {
+        let message = format!("ceil_div({a}, {b}) has no result");
+        minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message)
+    };
+    // As in Python, where it is -(-a // b).
+    let floor = a.checked_neg().ok_or_else(fault)?;
+    let quotient = floor
+        .checked_div_euclid(b)
+        .filter(|_| b > 0)
+        .ok_or_else(fault)?;
+    quotient.checked_neg().ok_or_else(fault)
+}
+
+fn jinja(value: &Value) -> Jinja {
+    match value {
+        Value::Null => Jinja::from(()),
+        Value::Bool(b) => Jinja::from(*b),
+        Value::Int(i) => Jinja::from(*i),
+        Value::Float(f) => Jinja::from(*f),
+        Value::Text(t) => Jinja::from(t.as_str()),
+        Value::List(list) => Jinja::from_iter(list.iter().map(|n| jinja(&n.value))),
+        Value::Map(entries) => Jinja::from_iter(
+            entries
+                .iter()
+                .map(|e| (e.key.clone(), jinja(&e.value.value))),
+        ),
+    }
+}
+
+/// The value as YAML has it. Integral results are whole numbers, also when they were divided.
+fn plain(value: &Jinja) -> Option<Value> {
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    Some(match value.kind() {
+        ValueKind::None => Value::Null,
+        ValueKind::Bool => Value::Bool(value.is_true()),
+        ValueKind::Number => match i64::try_from(value.clone()) {
+            Ok(i) => Value::Int(i),
+            Err(_) => match f64::try_from(value.clone()).ok()? {
+                f if f.fract() == 0.0 && f.abs() < EXACT => Value::Int(f as i64),
+                f => Value::Float(f),
+            },
+        },
+        ValueKind::String => Value::Text(value.as_str()?.into()),
+        ValueKind::Seq | ValueKind::Iterable => {
+            let items: Option<Vec<Value>> = value.try_iter().ok()?.map(|v| plain(&v)).collect();
+            Value::List(items?.into_iter().map(Into::into).collect())
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expressions_compute_with_the_keys_of_the_config() {
+        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x"}"#;
+        let scope = Scope::new(&Config::parse(text, "config.json").unwrap());
+        let check = |expression: &str, expected: &str| {
+            let shown = match scope.evaluate(expression) {
+                Ok(computed) => computed.value.describe(),
+                Err(why) => why,
+            };
+            assert!(shown.contains(expected), "{expression}: {shown}");
+        };
+        check("h * 2", "128");
+        check("h / 2", "32");
+        check("h // 3", "21");
+        check("h / 3", "21.33");
+        check("ceil_div(h, 16) if r == 'auto' else r", "4");
+        check("ceil_div(65, 16)", "5");
+        check("n", "nothing");
+        check("3 if n is none else n", "3");
+        check("e", "1.0e-6");
+        check("big * h", "e31");
+        check("'s' ~ (3 % 2)", "\"s1\"");
+        check("l", "a list");
+        check("h if h is defined else q", "64");
+        check("q", "config.json has no q: `=q`");
+        check(
+            "h * q",
+            "config.json has no q: `=h * q` with h = 64 (line 1 of config.json)",
+        );
+        check("q.r.s", "config.json has no q");
+        check("h // z", "with h = 64 (line 1 of config.json) and z = 0");
+        check("ceil_div(h, 0)", "has no result");
+        check("h * n", "n = nothing");
+        check("h +", "`=h +`: ");
+        check("range(1000000)|list|length", "range(1000000)");
+        check("s * 1000000000000", "out of fuel");
+    }
+}

@@ -1,0 +1,228 @@
+//! The files of a model: a folder on disk, or bytes inside the binary.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use strata_kernels::tensor::HostBytes;
+
+use crate::error::{Error, Result};
+
+/// Most bytes of a text file. The largest that models have are tokenizers, of some 30 MB.
+const MAX_TEXT: u64 = 256 << 20;
+
+/// A named set of files.
+#[derive(Debug, Clone)]
+pub struct ModelFiles {
+    label: String,
+    source: Source,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Folder(PathBuf),
+    Bundled(&'static [(&'static str, &'static [u8])]),
+}
+
+impl ModelFiles {
+    /// The files of a folder.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let label = folder.display().to_string();
+        let metadata = fs::metadata(folder).map_err(|source| Error::Read {
+            file: label.clone(),
+            source,
+        })?;
+        if !metadata.is_dir() {
+            let why = "a folder with config.json and *.safetensors is expected, not a file";
+            return Err(Error::file(label, why));
+        }
+        Ok(ModelFiles {
+            label,
+            source: Source::Folder(folder.into()),
+        })
+    }
+
+    /// Files that the binary holds; `label` stands for their folder in messages.
+    pub fn bundled(label: &str, files: &'static [(&'static str, &'static [u8])]) -> Self {
+        ModelFiles {
+            label: label.into(),
+            source: Source::Bundled(files),
+        }
+    }
+
+    /// The folder, if there is one.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.source {
+            Source::Folder(folder) => Some(folder),
+            Source::Bundled(_) => None,
+        }
+    }
+
+    /// The name of the set, for messages.
+    pub fn name(&self) -> &str {
+        &self.label
+    }
+
+    /// A file's name for messages.
+    pub fn label(&self, name: &str) -> String {
+        format!("{}/{name}", self.label.trim_end_matches('/'))
+    }
+
+    /// Whether there is a file of this name.
+    pub fn exists(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Folder(folder) => is_plain(name) && folder.join(name).is_file(),
+            Source::Bundled(files) => files.iter().any(|(n, _)| *n == name),
+        }
+    }
+
+    /// The names of all files, sorted. Names that are not UTF-8 are left out.
+    pub fn list(&self) -> Result<Vec<String>> {
+        let mut names = match &self.source {
+            Source::Folder(folder) => {
+                let read = |source| Error::Read {
+                    file: self.label.clone(),
+                    source,
+                };
+                let mut names = Vec::new();
+                for entry in fs::read_dir(folder).map_err(read)? {
+                    names.extend(entry.map_err(read)?.file_name().into_string().ok());
+                }
+                names.retain(|n| self.exists(n));
+                names
+            }
+            Source::Bundled(files) => files.iter().map(|(n, _)| n.to_string()).collect(),
+        };
+        names.sort();
+        Ok(names)
+    }
+
+    /// A text file, if there is one of this name.
+    pub fn text(&self, name: &str) -> Result<Option<String>> {
+        if !self.exists(name) {
+            return Ok(None);
+        }
+        let bytes = match &self.source {
+            Source::Folder(folder) => self.read(&folder.join(name), name)?,
+            Source::Bundled(_) => self.bundle(name)?.to_vec(),
+        };
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let at = e.utf8_error().valid_up_to();
+            Error::file(self.label(name), format!("byte {at} is not UTF-8"))
+        })?;
+        Ok(Some(text))
+    }
+
+    /// The bytes of a file, read when they are touched.
+    pub fn map(&self, name: &str) -> Result<Arc<dyn HostBytes>> {
+        match &self.source {
+            Source::Folder(folder) => {
+                if !is_plain(name) {
+                    return Err(Error::file(self.label(name), "is no plain file name"));
+                }
+                let map = map_file(&folder.join(name)).map_err(|source| Error::Read {
+                    file: self.label(name),
+                    source,
+                })?;
+                Ok(map)
+            }
+            Source::Bundled(_) => Ok(Arc::new(Bundled(self.bundle(name)?))),
+        }
+    }
+
+    fn read(&self, path: &Path, name: &str) -> Result<Vec<u8>> {
+        let read = |source| Error::Read {
+            file: self.label(name),
+            source,
+        };
+        let mut bytes = Vec::new();
+        let file = File::open(path).map_err(read)?;
+        file.take(MAX_TEXT + 1)
+            .read_to_end(&mut bytes)
+            .map_err(read)?;
+        if bytes.len() as u64 > MAX_TEXT {
+            let why = format!("has more than the {MAX_TEXT} bytes that are read of a text file");
+            return Err(Error::file(self.label(name), why));
+        }
+        Ok(bytes)
+    }
+
+    fn bundle(&self, name: &str) -> Result<&'static [u8]> {
+        let Source::Bundled(files) = &self.source else {
+            return Err(Error::file(self.label(name), "is not bundled"));
+        };
+        let found = files.iter().find(|(n, _)| *n == name);
+        found
+            .map(|(_, bytes)| *bytes)
+            .ok_or_else(|| Error::file(self.label(name), "there is no such file"))
+    }
+}
+
+/// Whether a name stays within its folder.
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+}
+
+struct Bundled(&'static [u8]);
+
+impl HostBytes for Bundled {
+    fn bytes(&self) -> &[u8] {
+        self.0
+    }
+}
+
+struct Mapped(memmap2::Mmap);
+
+impl HostBytes for Mapped {
+    fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Maps a file for reading.
+#[allow(unsafe_code)]
+fn map_file(path: &Path) -> std::io::Result<Arc<dyn HostBytes>> {
+    let file = File::open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(std::io::Error::other("is no regular file"));
+    }
+    if metadata.len() == 0 {
+        return Ok(Arc::new(Vec::new()));
+    }
+    // SAFETY: the map is read only and is only ever seen as plain bytes, so what they are can break
+    // nothing. Whoever runs a model must not shorten its files meanwhile: as everywhere where files
+    // are mapped, that ends the process.
+    let map = unsafe { memmap2::Mmap::map(&file)? };
+    Ok(Arc::new(Mapped(map)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bundled_files_read_as_those_on_disk() {
+        let files = ModelFiles::bundled("demo", &[("a.txt", b"text"), ("b.bin", &[0xff])]);
+        assert_eq!(files.text("a.txt").unwrap().as_deref(), Some("text"));
+        assert_eq!(files.text("c.txt").unwrap(), None);
+        assert_eq!(files.map("b.bin").unwrap().bytes(), [0xff]);
+        assert_eq!(
+            files.text("b.bin").unwrap_err().to_string(),
+            "demo/b.bin: byte 0 is not UTF-8"
+        );
+        assert_eq!(files.list().unwrap(), ["a.txt", "b.bin"]);
+    }
+
+    #[test]
+    fn names_stay_in_their_folder() {
+        let files = ModelFiles::open(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap();
+        assert!(files.exists("Cargo.toml"));
+        for name in ["../Cargo.toml", "src/lib.rs", "", ".", "..", "/etc/passwd"] {
+            assert!(!files.exists(name) && files.map(name).is_err(), "{name:?}");
+            assert_eq!(files.text(name).unwrap(), None, "{name:?}");
+        }
+        assert!(ModelFiles::open(Path::new("no/such/folder")).is_err());
+    }
+}

@@ -1,0 +1,494 @@
+//! Checkpoints: the tensors of one or several safetensors files, mapped and checked.
+//!
+//! A file is the length of its header (u64, little endian), the header (JSON: for each tensor its type,
+//! shape and range of bytes), and the bytes. Opening reads headers only; all that is wrong with them is
+//! reported together.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use strata_kernels::tensor::HostBytes;
+use strata_kernels::{DType, HostTensor};
+use strata_layers::Mark;
+
+use crate::error::{Error, Result};
+use crate::files::{ModelFiles, is_plain};
+use crate::report::Report;
+
+/// Most bytes of a header, as the format says.
+const MAX_HEADER: usize = 100_000_000;
+/// Longest name of a tensor.
+const MAX_NAME: usize = 1024;
+/// Most dimensions of a tensor.
+const MAX_RANK: usize = 16;
+
+const ONE_FILE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Element type, in the format's words: `BF16`, `F8_E4M3`.
+    pub dtype: String,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+    /// The file it is in.
+    pub shard: String,
+    /// Its bytes within the file.
+    pub range: Range<usize>,
+}
+
+/// The tensors of a model's files.
+pub struct Checkpoint {
+    label: String,
+    shards: BTreeMap<String, Arc<dyn HostBytes>>,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (tensors, shards) = (self.tensors.len(), self.shards.len());
+        write!(
+            f,
+            "Checkpoint({}: {tensors} tensors in {shards} files)",
+            self.label
+        )
+    }
+}
+
+impl Checkpoint {
+    /// Reads the headers of `model.safetensors`, of the shards that its index names, or of the only
+    /// `*.safetensors` there is.
+    pub fn open(files: &ModelFiles) -> Result<Self> {
+        let mut report = Report::new(files.name());
+        let mut checkpoint = Checkpoint {
+            label: files.name().into(),
+            shards: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+        };
+        let index = if files.exists(ONE_FILE) {
+            None
+        } else {
+            files.text(INDEX)?
+        };
+        match index {
+            Some(text) => {
+                let index: Index = serde_json::from_str(&text)
+                    .map_err(|e| Error::file(files.label(INDEX), e.to_string()))?;
+                checkpoint.add_shards(files, index.weight_map, &mut report);
+            }
+            None => checkpoint.add(files, &only_file(files)?, &mut report),
+        }
+        report.finish()?;
+        Ok(checkpoint)
+    }
+
+    fn add_shards(
+        &mut self,
+        files: &ModelFiles,
+        index: BTreeMap<String, String>,
+        report: &mut Report,
+    ) {
+        let shards: BTreeSet<&String> = index.values().collect();
+        report.kind("faulty files");
+        let mut readable = BTreeSet::new();
+        for &shard in &shards {
+            if !is_plain(shard) {
+                let message = format!("{INDEX}: {shard:?} is no plain file name");
+                report.add(Mark::default(), message);
+            } else if !files.exists(shard) {
+                let message = format!("{INDEX} names {shard}, which is not there");
+                report.add(Mark::default(), message);
+            } else {
+                readable.insert(shard);
+            }
+        }
+        for &shard in &readable {
+            self.add(files, shard, report);
+        }
+        report.kind("misplaced tensors");
+        for (name, shard) in &index {
+            // A file that could not be read has its fault already.
+            if self.shards.contains_key(shard) {
+                match self.tensors.get(name) {
+                    Some(info) if info.shard == *shard => {}
+                    Some(info) => report.add(
+                        Mark::default(),
+                        format!(
+                            "{INDEX} says that {name:?} is in {shard}, but it is in {}",
+                            info.shard
+                        ),
+                    ),
+                    None => report.add(
+                        Mark::default(),
+                        format!(
+                            "{INDEX} says that {name:?} is in {shard}, which has no such tensor"
+                        ),
+                    ),
+                }
+            }
+        }
+        if index.is_empty() {
+            report.add(Mark::default(), format!("{INDEX} names no tensor"));
+        }
+    }
+
+    /// Takes the tensors of one file, or reports why not.
+    fn add(&mut self, files: &ModelFiles, shard: &str, report: &mut Report) {
+        let bytes = match files.map(shard) {
+            Ok(bytes) => bytes,
+            Err(error) => return report.add(Mark::default(), error.to_string()),
+        };
+        let header = match read_header(bytes.bytes()) {
+            Ok(header) => header,
+            Err(why) => return report.add(Mark::default(), format!("{shard}: {why}")),
+        };
+        report.kind("faulty tensors");
+        let fine = check_ranges(shard, &header, report);
+        for (name, mut info) in header.tensors {
+            if let Some(other) = self.tensors.get(&name) {
+                let message = format!("{name:?} is in {} and in {shard}", other.shard);
+                report.add(Mark::default(), message);
+                continue;
+            }
+            info.shard = shard.into();
+            self.tensors.insert(name, info);
+        }
+        report.kind("faulty files");
+        if fine {
+            self.shards.insert(shard.into(), bytes);
+        }
+    }
+
+    /// Its name for messages.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// All tensors, by name.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        self.tensors
+            .iter()
+            .map(|(name, info)| (name.as_str(), info))
+    }
+
+    /// What is known about a tensor.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Bytes of all tensors together.
+    pub fn bytes(&self) -> usize {
+        self.tensors.values().map(|t| t.range.len()).sum()
+    }
+
+    /// A view of a tensor's elements; nothing is read yet.
+    pub fn tensor(&self, name: &str) -> Result<HostTensor> {
+        let info = self
+            .get(name)
+            .ok_or_else(|| Error::file(&self.label, format!("there is no tensor {name:?}")))?;
+        let dtype = info
+            .runs_as()
+            .map_err(|why| Error::file(&info.shard, format!("tensor {name:?}: {why}")))?;
+        let bytes = self
+            .shards
+            .get(&info.shard)
+            .ok_or_else(|| Error::file(&info.shard, "the file of this tensor is not open"))?;
+        let view = HostTensor::new(dtype, &info.shape, bytes.clone(), info.range.clone())?;
+        Ok(view)
+    }
+}
+
+impl TensorInfo {
+    /// The element type that its bytes run as.
+    pub fn runs_as(&self) -> std::result::Result<DType, String> {
+        match self.dtype.as_str() {
+            "F32" => Ok(DType::F32),
+            "F16" => Ok(DType::F16),
+            "BF16" => Ok(DType::BF16),
+            other => Err(format!(
+                "unsupported element type {other}; F32, F16 and BF16 are read"
+            )),
+        }
+    }
+}
+
+/// The name of the only file with weights.
+fn only_file(files: &ModelFiles) -> Result<String> {
+    if files.exists(ONE_FILE) {
+        return Ok(ONE_FILE.into());
+    }
+    let names = files.list()?;
+    let ending =
+        |end: &str| -> Vec<&String> { names.iter().filter(|n| n.ends_with(end)).collect() };
+    match &ending(".safetensors")[..] {
+        [only] => Ok(only.to_string()),
+        [] => {
+            let other: Vec<_> = [".bin", ".pt", ".pth", ".gguf"]
+                .into_iter()
+                .flat_map(ending)
+                .collect();
+            let hint = match other.first() {
+                Some(name) => {
+                    format!("; {name} is of a kind that is not read: convert it to safetensors")
+                }
+                None => String::new(),
+            };
+            Err(Error::file(
+                files.name(),
+                format!("there is no {ONE_FILE}{hint}"),
+            ))
+        }
+        several => {
+            let list: Vec<&str> = several.iter().take(8).map(|n| n.as_str()).collect();
+            let why = format!(
+                "there is neither {ONE_FILE} nor {INDEX}, and more than one other: {}",
+                list.join(", ")
+            );
+            Err(Error::file(files.name(), why))
+        }
+    }
+}
+
+/// Bits of one element.
+fn bits(dtype: &str) -> Option<usize> {
+    Some(match dtype {
+        "F4" => 4,
+        "F6_E2M3" | "F6_E3M2" => 6,
+        "BOOL" | "I8" | "U8" | "F8_E4M3" | "F8_E5M2" | "F8_E8M0" | "F8_E4M3FNUZ"
+        | "F8_E5M2FNUZ" => 8,
+        "I16" | "U16" | "F16" | "BF16" => 16,
+        "I32" | "U32" | "F32" => 32,
+        "I64" | "U64" | "F64" | "C64" => 64,
+        _ => return None,
+    })
+}
+
+struct Header {
+    /// Where the tensors' bytes begin and end in the file.
+    data: Range<usize>,
+    /// In the order of the header; ranges are within the file.
+    tensors: Vec<(String, TensorInfo)>,
+}
+
+fn read_header(file: &[u8]) -> std::result::Result<Header, String> {
+    let Some((length, rest)) = file.split_first_chunk::<8>() else {
+        return Err(format!(
+            "the file has {} bytes; a safetensors file has at least 8",
+            file.len()
+        ));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > rest.len().min(MAX_HEADER) as u64 {
+        return Err(format!(
+            "the header should have {length} bytes, but {} follow and {MAX_HEADER} are allowed: this is no safetensors file, or only a part of one",
+            rest.len()
+        ));
+    }
+    let (header, _) = rest.split_at(length as usize);
+    let text = std::str::from_utf8(header)
+        .map_err(|e| format!("byte {} of the header is not UTF-8", e.valid_up_to()))?;
+    let RawHeader(entries) = serde_json::from_str(text).map_err(|e| format!("header: {e}"))?;
+    let start = 8 + header.len();
+    let tensors = entries.into_iter().map(|(name, raw)| {
+        // Offsets beyond the address space are beyond the file, too.
+        let place = |offset: u64| {
+            usize::try_from(offset)
+                .unwrap_or(usize::MAX)
+                .saturating_add(start)
+        };
+        let info = TensorInfo {
+            dtype: raw.dtype,
+            shape: raw.shape,
+            shard: String::new(),
+            range: place(raw.offsets.0)..place(raw.offsets.1),
+        };
+        (name, info)
+    });
+    Ok(Header {
+        data: start..file.len(),
+        tensors: tensors.collect(),
+    })
+}
+
+/// Every tensor has the bytes that its shape asks for, and together they fill the file. Whether the
+/// file may be used.
+fn check_ranges(shard: &str, header: &Header, report: &mut Report) -> bool {
+    let mut fine = true;
+    let mut fault = |name: &str, why: String| {
+        report.add(Mark::default(), format!("{shard}: tensor {name:?}: {why}"));
+        fine = false;
+    };
+    let mut names = BTreeSet::new();
+    for (name, info) in &header.tensors {
+        let TensorInfo {
+            dtype,
+            shape,
+            range,
+            ..
+        } = info;
+        if !names.insert(name) {
+            fault(name, "stands in the header twice".into());
+        }
+        let Some(bits) = bits(dtype) else {
+            fault(name, format!("the format has no element type {dtype:?}"));
+            continue;
+        };
+        let total = shape.iter().try_fold(bits, |a, &n| a.checked_mul(n));
+        let from = header.data.start;
+        let shown = |place: usize| place.saturating_sub(from);
+        if range.start > range.end || range.end > header.data.end {
+            let (a, b, all) = (shown(range.start), shown(range.end), header.data.len());
+            fault(
+                name,
+                format!("bytes {a} to {b} lie outside the {all} that follow the header"),
+            );
+        } else if total.is_none() {
+            fault(name, format!("the shape {shape:?} overflows"));
+        } else if total != range.len().checked_mul(8) {
+            let wanted = total.unwrap_or(0).div_ceil(8);
+            fault(
+                name,
+                format!(
+                    "has {} bytes; {shape:?} of {dtype} takes {wanted}",
+                    range.len()
+                ),
+            );
+        }
+    }
+    if !fine {
+        // Gaps and overlaps would only repeat it.
+        return false;
+    }
+    let mut sorted: Vec<_> = header.tensors.iter().collect();
+    sorted.sort_by_key(|(_, info)| (info.range.start, info.range.end));
+    let mut end = header.data.start;
+    for (name, info) in sorted {
+        let range = &info.range;
+        if range.start < end {
+            report.add(
+                Mark::default(),
+                format!("{shard}: tensor {name:?}: its bytes overlap those of another"),
+            );
+            fine = false;
+        } else if range.start > end {
+            let gap = range.start - end;
+            report.add(
+                Mark::default(),
+                format!("{shard}: tensor {name:?}: {gap} bytes before it belong to no tensor"),
+            );
+            fine = false;
+        }
+        end = end.max(range.end);
+    }
+    if end < header.data.end {
+        let rest = header.data.end - end;
+        report.add(
+            Mark::default(),
+            format!("{shard}: the last {rest} bytes belong to no tensor"),
+        );
+        fine = false;
+    }
+    fine
+}
+
+struct RawHeader(Vec<(String, RawTensor)>);
+
+struct RawTensor {
+    dtype: String,
+    shape: Vec<usize>,
+    offsets: (u64, u64),
+}
+
+impl<'de> Deserialize<'de> for RawHeader {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = RawHeader;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a mapping of tensors")
+            }
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<RawHeader, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
+                    if name.len() > MAX_NAME {
+                        let start: String = name.chars().take(40).collect();
+                        return Err(A::Error::custom(format!(
+                            "the name {start:?}… has more than {MAX_NAME} bytes"
+                        )));
+                    }
+                    let tensor = map
+                        .next_value::<RawTensor>()
+                        .map_err(|e| A::Error::custom(format!("tensor {name:?}: {e}")))?;
+                    entries.push((name, tensor));
+                }
+                Ok(RawHeader(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+impl<'de> Deserialize<'de> for RawTensor {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Fields {
+            dtype: String,
+            shape: Shape,
+            data_offsets: (u64, u64),
+        }
+        let fields = Fields::deserialize(deserializer)?;
+        Ok(RawTensor {
+            dtype: fields.dtype,
+            shape: fields.shape.0,
+            offsets: fields.data_offsets,
+        })
+    }
+}
+
+struct Shape(Vec<usize>);
+
+impl<'de> Deserialize<'de> for Shape {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Sizes;
+        impl<'de> Visitor<'de> for Sizes {
+            type Value = Shape;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of sizes")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(
+                self,
+                mut seq: A,
+            ) -> std::result::Result<Shape, A::Error> {
+                let mut sizes = Vec::new();
+                while let Some(size) = seq.next_element()? {
+                    sizes.push(size);
+                    if sizes.len() > MAX_RANK {
+                        return Err(A::Error::custom(format!(
+                            "the shape has more than {MAX_RANK} dimensions"
+                        )));
+                    }
+                }
+                Ok(Shape(sizes))
+            }
+        }
+        deserializer.deserialize_seq(Sizes)
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Index {
+    /// The file of each tensor.
+    weight_map: BTreeMap<String, String>,
+}

@@ -1,0 +1,523 @@
+//! The `tensors` of a card: our names to expressions over theirs.
+//!
+//! A pattern is a name with holes: `{i}` and `{e}` stand for a number (of a block, of an expert), any
+//! other letter for a word without dots. An expression is a pattern, or a transform of one:
+//! `part(index(model.layers.{i}.experts.gate_up_proj, {e}), 0, 2)`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use strata_kernels::HostTensor;
+use strata_layers::param::list_of;
+use strata_layers::yaml::Value;
+use strata_layers::{Faults, Mark, Node};
+
+use crate::error::Result;
+use crate::safetensors::Checkpoint;
+use crate::transforms::{TRANSFORMS, Transform};
+
+/// What the holes of a pattern stand for.
+pub type Captures = BTreeMap<char, String>;
+
+/// A name with holes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pattern(Vec<Piece>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Piece {
+    Text(String),
+    Hole(char),
+}
+
+/// Holes that stand for numbers.
+const NUMBERS: [char; 2] = ['i', 'e'];
+
+impl Pattern {
+    /// Reads `blocks.{i}.norm`.
+    pub fn parse(text: &str) -> std::result::Result<Self, String> {
+        let fault = || format!("{text:?} is no name; holes look like {{i}}, and hold one letter");
+        let mut pieces = Vec::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once('{') {
+            if !before.is_empty() {
+                pieces.push(Piece::Text(before.into()));
+            }
+            let (hole, after) = after.split_once('}').ok_or_else(fault)?;
+            let mut letters = hole.chars();
+            match (letters.next(), letters.next()) {
+                (Some(c), None) if c.is_ascii_lowercase() => pieces.push(Piece::Hole(c)),
+                _ => return Err(fault()),
+            }
+            rest = after;
+        }
+        if !rest.is_empty() {
+            pieces.push(Piece::Text(rest.into()));
+        }
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+        let plain = pieces.iter().all(|p| match p {
+            Piece::Text(text) => text.chars().all(allowed),
+            Piece::Hole(_) => true,
+        });
+        if pieces.is_empty() || !plain {
+            return Err(fault());
+        }
+        Ok(Pattern(pieces))
+    }
+
+    /// What the holes stand for if this is the pattern of `name`.
+    pub fn captures(&self, name: &str) -> Option<Captures> {
+        let mut captures = Captures::new();
+        matches(&self.0, name, &mut captures).then_some(captures)
+    }
+
+    /// The name, if every hole is known.
+    pub fn fill(&self, captures: &Captures) -> Option<String> {
+        let mut name = String::new();
+        for piece in &self.0 {
+            match piece {
+                Piece::Text(text) => name.push_str(text),
+                Piece::Hole(hole) => name.push_str(captures.get(hole)?),
+            }
+        }
+        Some(name)
+    }
+
+    /// The number of the block that `name` belongs to, by what stands before it.
+    fn block(&self, name: &str) -> Option<usize> {
+        let end = self.0.iter().position(|p| *p == Piece::Hole('i'))? + 1;
+        let [before @ .., _] = &self.0[..end] else {
+            return None;
+        };
+        let rest = before.iter().try_fold(name, |rest, piece| match piece {
+            Piece::Text(text) => rest.strip_prefix(text.as_str()),
+            Piece::Hole(_) => None,
+        })?;
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let after = rest[digits..].chars().next();
+        rest[..digits].parse().ok().filter(|_| after == Some('.'))
+    }
+
+    fn holes(&self) -> impl Iterator<Item = char> {
+        self.0.iter().filter_map(|p| match p {
+            Piece::Hole(hole) => Some(*hole),
+            Piece::Text(_) => None,
+        })
+    }
+}
+
+fn matches(pieces: &[Piece], name: &str, captures: &mut Captures) -> bool {
+    let Some((piece, rest)) = pieces.split_first() else {
+        return name.is_empty();
+    };
+    match piece {
+        Piece::Text(text) => name
+            .strip_prefix(text.as_str())
+            .is_some_and(|name| matches(rest, name, captures)),
+        Piece::Hole(hole) if captures.contains_key(hole) => {
+            let known = captures[hole].clone();
+            name.strip_prefix(known.as_str())
+                .is_some_and(|name| matches(rest, name, captures))
+        }
+        Piece::Hole(hole) => {
+            let fits = |c: char| {
+                if NUMBERS.contains(hole) {
+                    c.is_ascii_digit()
+                } else {
+                    c.is_ascii_alphanumeric() || c == '_' || c == '-'
+                }
+            };
+            let longest = name.len() - name.trim_start_matches(fits).len();
+            (1..=longest).rev().any(|end| {
+                captures.insert(*hole, name[..end].into());
+                let found = matches(rest, &name[end..], captures);
+                if !found {
+                    captures.remove(hole);
+                }
+                found
+            })
+        }
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|piece| match piece {
+            Piece::Text(text) => f.write_str(text),
+            Piece::Hole(hole) => write!(f, "{{{hole}}}"),
+        })
+    }
+}
+
+/// An expression with holes.
+#[derive(Debug, Clone)]
+enum Expression {
+    Tensor(Pattern),
+    Call(&'static Transform, Box<Expression>, Vec<Number>),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Number {
+    Literal(usize),
+    Hole(char),
+}
+
+/// Deepest nesting of calls.
+const MAX_CALLS: usize = 8;
+
+impl Expression {
+    fn parse(text: &str, depth: usize) -> std::result::Result<Self, String> {
+        let text = text.trim();
+        let Some((name, rest)) = text.split_once('(') else {
+            return Ok(Expression::Tensor(Pattern::parse(text)?));
+        };
+        if depth > MAX_CALLS {
+            return Err(format!("more than {MAX_CALLS} transforms of one tensor"));
+        }
+        let transform = TRANSFORMS.iter().find(|t| t.name == name).ok_or_else(|| {
+            let known = list_of(TRANSFORMS.iter().map(|t| t.name));
+            format!("there is no transform `{name}`; there are {known}")
+        })?;
+        let inside = rest
+            .strip_suffix(')')
+            .ok_or_else(|| format!("{text:?} does not end with `)`"))?;
+        // All arguments behind the first are numbers, so commas are counted from the end.
+        let mut parts: Vec<&str> = inside.rsplitn(transform.numbers.len() + 1, ',').collect();
+        parts.reverse();
+        let usage = || {
+            let numbers: Vec<_> = transform.numbers.iter().map(|n| format!(", {n}")).collect();
+            format!("{text:?} should read {name}(tensor{})", numbers.concat())
+        };
+        let (of, numbers) = parts.split_first().ok_or_else(usage)?;
+        if numbers.len() != transform.numbers.len() {
+            return Err(usage());
+        }
+        let number = |text: &&str| match text.trim() {
+            "{e}" => Ok(Number::Hole('e')),
+            "{i}" => Ok(Number::Hole('i')),
+            digits => digits.parse().map(Number::Literal).map_err(|_| usage()),
+        };
+        let numbers = numbers
+            .iter()
+            .map(number)
+            .collect::<std::result::Result<_, _>>()?;
+        let of = Box::new(Expression::parse(of, depth + 1)?);
+        Ok(Expression::Call(transform, of, numbers))
+    }
+
+    fn pattern(&self) -> &Pattern {
+        match self {
+            Expression::Tensor(pattern) => pattern,
+            Expression::Call(_, of, _) => of.pattern(),
+        }
+    }
+
+    fn holes(&self) -> Vec<char> {
+        match self {
+            Expression::Tensor(pattern) => pattern.holes().collect(),
+            Expression::Call(_, of, numbers) => {
+                let mut holes = of.holes();
+                holes.extend(numbers.iter().filter_map(|n| match n {
+                    Number::Hole(hole) => Some(*hole),
+                    Number::Literal(_) => None,
+                }));
+                holes
+            }
+        }
+    }
+
+    fn fill(&self, captures: &Captures) -> Option<Source> {
+        Some(match self {
+            Expression::Tensor(pattern) => Source::Tensor(pattern.fill(captures)?),
+            Expression::Call(transform, of, numbers) => {
+                let number = |n: &Number| match n {
+                    Number::Literal(n) => Some(*n),
+                    Number::Hole(hole) => captures.get(hole)?.parse().ok(),
+                };
+                let numbers: Option<Vec<usize>> = numbers.iter().map(number).collect();
+                Source::Call(transform, Box::new(of.fill(captures)?), numbers?)
+            }
+        })
+    }
+}
+
+/// Where a weight comes from: an expression without holes.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A tensor of the checkpoint.
+    Tensor(String),
+    /// A transform of one, with its numbers.
+    Call(&'static Transform, Box<Source>, Vec<usize>),
+}
+
+impl Source {
+    /// The tensor that it is made from.
+    pub fn tensor(&self) -> &str {
+        match self {
+            Source::Tensor(name) => name,
+            Source::Call(_, of, _) => of.tensor(),
+        }
+    }
+
+    /// The shape that it will have, or why there is none.
+    pub fn shape(&self, checkpoint: &Checkpoint) -> std::result::Result<Vec<usize>, String> {
+        match self {
+            Source::Tensor(name) => {
+                let info = checkpoint.get(name).ok_or("the tensor is not there")?;
+                Ok(info.shape.clone())
+            }
+            Source::Call(transform, of, numbers) => {
+                (transform.shape)(&of.shape(checkpoint)?, numbers)
+                    .map_err(|why| format!("{}: {why}", transform.name))
+            }
+        }
+    }
+
+    /// Whether it is computed to f32.
+    pub fn widens(&self) -> bool {
+        match self {
+            Source::Tensor(_) => false,
+            Source::Call(transform, of, _) => transform.widens || of.widens(),
+        }
+    }
+
+    /// The elements.
+    pub fn load(&self, checkpoint: &Checkpoint) -> Result<HostTensor> {
+        match self {
+            Source::Tensor(name) => checkpoint.tensor(name),
+            Source::Call(transform, of, numbers) => {
+                (transform.apply)(&of.load(checkpoint)?, numbers)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Tensor(name) => f.write_str(name),
+            Source::Call(transform, of, numbers) => {
+                write!(f, "{}({of}", transform.name)?;
+                numbers.iter().try_for_each(|n| write!(f, ", {n}"))?;
+                f.write_str(")")
+            }
+        }
+    }
+}
+
+/// A line of the map.
+#[derive(Debug, Clone)]
+struct Rule {
+    ours: Pattern,
+    /// The first whose tensor exists counts.
+    theirs: Vec<Expression>,
+    at: Mark,
+}
+
+/// Our names to expressions over theirs, and what of theirs is knowingly dropped.
+#[derive(Debug, Clone, Default)]
+pub struct TensorMap {
+    rules: Vec<Rule>,
+    ignore: Vec<Pattern>,
+}
+
+/// What a rule says about one weight.
+#[derive(Debug)]
+pub struct Found {
+    /// The sources in order of preference; none when no rule knows the weight.
+    pub sources: Vec<Source>,
+    /// The rule's place in the card.
+    pub at: Mark,
+}
+
+impl TensorMap {
+    /// Reads the map of a card.
+    pub fn read(tensors: &Node, ignore: Option<&Node>, faults: &mut Faults) -> Self {
+        let mut map = TensorMap::default();
+        let Value::Map(entries) = &tensors.value else {
+            let found = tensors.value.describe();
+            faults.add(
+                tensors.at,
+                format!("found {found}, expected a mapping of names"),
+            );
+            return map;
+        };
+        for entry in entries {
+            let ours = match Pattern::parse(&entry.key) {
+                Ok(ours) => ours,
+                Err(why) => {
+                    faults.add(entry.at, why);
+                    continue;
+                }
+            };
+            let known: Vec<char> = ours.holes().collect();
+            let mut theirs = Vec::new();
+            for (text, at) in texts(&entry.value, faults) {
+                match Expression::parse(text, 0) {
+                    Ok(expression) => {
+                        if let Some(hole) = expression.holes().iter().find(|h| !known.contains(h)) {
+                            let message = format!("{{{hole}}} does not occur in `{ours}`");
+                            faults.add(at, message);
+                        }
+                        theirs.push(expression);
+                    }
+                    Err(why) => faults.add(at, why),
+                }
+            }
+            let at = entry.at;
+            map.rules.push(Rule { ours, theirs, at });
+        }
+        for (text, at) in ignore.map(|n| texts(n, faults)).unwrap_or_default() {
+            match Pattern::parse(text) {
+                Ok(pattern) => map.ignore.push(pattern),
+                Err(why) => faults.add(at, why),
+            }
+        }
+        map
+    }
+
+    /// The map of a checkpoint whose tensors have our names.
+    pub fn identity() -> Self {
+        TensorMap::default()
+    }
+
+    /// Where a weight may come from.
+    pub fn find(&self, path: &str) -> Found {
+        if self.rules.is_empty() {
+            return Found {
+                sources: vec![Source::Tensor(path.into())],
+                at: Mark::default(),
+            };
+        }
+        let rule = self
+            .rules
+            .iter()
+            .find_map(|r| Some((r, r.ours.captures(path)?)));
+        match rule {
+            Some((rule, captures)) => Found {
+                sources: rule
+                    .theirs
+                    .iter()
+                    .filter_map(|e| e.fill(&captures))
+                    .collect(),
+                at: rule.at,
+            },
+            None => Found {
+                sources: Vec::new(),
+                at: Mark::default(),
+            },
+        }
+    }
+
+    /// Whether a tensor of theirs is knowingly dropped.
+    pub fn ignores(&self, tensor: &str) -> bool {
+        self.ignore.iter().any(|p| p.captures(tensor).is_some())
+    }
+
+    /// The weight that a tensor of theirs would be, and the rule's place.
+    pub fn weight_of(&self, tensor: &str) -> Option<(String, Mark)> {
+        if self.rules.is_empty() {
+            return Some((tensor.into(), Mark::default()));
+        }
+        self.rules.iter().find_map(|rule| {
+            rule.theirs.iter().find_map(|expression| {
+                let mut captures = expression.pattern().captures(tensor)?;
+                // One tensor of all experts: the first stands for them.
+                captures.entry('e').or_insert_with(|| "0".into());
+                Some((rule.ours.fill(&captures)?, rule.at))
+            })
+        })
+    }
+
+    /// The block that a tensor of theirs belongs to, whether or not a rule knows the tensor.
+    pub fn block_of(&self, tensor: &str) -> Option<usize> {
+        let own = Pattern(vec![Piece::Text("blocks.".into()), Piece::Hole('i')]);
+        if self.rules.is_empty() {
+            return own.block(tensor);
+        }
+        let patterns = self
+            .rules
+            .iter()
+            .flat_map(|r| r.theirs.iter().map(Expression::pattern));
+        patterns.into_iter().find_map(|p| p.block(tensor))
+    }
+}
+
+/// A text, or a list of texts.
+fn texts<'a>(node: &'a Node, faults: &mut Faults) -> Vec<(&'a str, Mark)> {
+    let nodes = match &node.value {
+        Value::List(list) => list.iter().collect(),
+        _ => vec![node],
+    };
+    let mut out = Vec::new();
+    for node in nodes {
+        match &node.value {
+            Value::Text(text) => out.push((text.as_str(), node.at)),
+            other => faults.add(
+                node.at,
+                format!("found {}, expected a name", other.describe()),
+            ),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_find_what_their_holes_stand_for() {
+        let check = |pattern: &str, name: &str, expected: Option<&str>| {
+            let captures = Pattern::parse(pattern).unwrap().captures(name);
+            let text = captures.map(|c| {
+                let parts: Vec<String> = c.iter().map(|(k, v)| format!("{k}={v}")).collect();
+                parts.join(" ")
+            });
+            assert_eq!(text.as_deref(), expected, "{pattern} {name}");
+        };
+        check("blocks.{i}.norm", "blocks.12.norm", Some("i=12"));
+        check("blocks.{i}.norm", "blocks.12.norm2", None);
+        check("blocks.{i}.norm", "blocks.x.norm", None);
+        check("b.{i}.{x}_proj", "b.3.in_proj", Some("i=3 x=in"));
+        check("b.{i}.{x}_proj", "b.3.a_proj_proj", Some("i=3 x=a_proj"));
+        check("b.{x}.{x}", "b.a.a", Some("x=a"));
+        check("b.{x}.{x}", "b.a.b", None);
+        check("{i}{e}", "123", Some("e=3 i=12"));
+        check("moe.{x}.{e}", "moe.gate.5", Some("e=5 x=gate"));
+        for bad in ["", "a.{", "a.{}", "a.{ij}", "a b", "a.{I}", "a}"] {
+            assert!(Pattern::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn expressions_are_read_with_their_faults() {
+        let check = |text: &str, expected: &str| {
+            let captures = Captures::from([('i', "3".into()), ('e', "1".into())]);
+            let shown = match Expression::parse(text, 0) {
+                Ok(e) => e
+                    .fill(&captures)
+                    .map_or("unknown hole".into(), |s| s.to_string()),
+                Err(why) => why,
+            };
+            assert!(shown.contains(expected), "{text}: {shown}");
+        };
+        check(
+            "part(index(l.{i}.x, {e}), 0, 2)",
+            "part(index(l.3.x, 1), 0, 2)",
+        );
+        check("neg_exp( a )", "neg_exp(a)");
+        check("a.{z}", "unknown hole");
+        check(
+            "exp(a)",
+            "there is no transform `exp`; there are neg_exp, squeeze, index and part",
+        );
+        check("index(a)", "should read index(tensor, entry)");
+        check("index(a, b)", "should read index(tensor, entry)");
+        check("neg_exp(a, 1)", "no name");
+        check("neg_exp(a", "does not end with `)`");
+        check(
+            &("neg_exp(".repeat(20) + "a" + &")".repeat(20)),
+            "more than 8",
+        );
+    }
+}

@@ -1,0 +1,182 @@
+//! What a card may do to a tensor on its way into a plan: pure functions, named from cards.
+//!
+//! Most are views. Those that compute make a small tensor of their own in f32, so none is meant for
+//! large matrices.
+
+use strata_kernels::HostTensor;
+
+use crate::error::Result;
+
+/// A function from a tensor, and some numbers, to a tensor.
+#[derive(Debug)]
+pub struct Transform {
+    /// What cards call it.
+    pub name: &'static str,
+    /// What its numbers are; one for each.
+    pub numbers: &'static [&'static str],
+    /// Whether the result is in f32, whatever came in.
+    pub widens: bool,
+    /// The shape of the result, or why there is none. Nothing is read yet.
+    pub shape: fn(&[usize], &[usize]) -> std::result::Result<Vec<usize>, String>,
+    /// The result, after `shape` has agreed.
+    pub apply: fn(&HostTensor, &[usize]) -> Result<HostTensor>,
+}
+
+/// All transforms: a new one adds an entry here.
+pub const TRANSFORMS: &[Transform] = &[
+    // -exp(x): A of the state space models is stored as the logarithm of its negative.
+    Transform {
+        name: "neg_exp",
+        numbers: &[],
+        widens: true,
+        shape: |shape, _| Ok(shape.to_vec()),
+        apply: |x, _| {
+            let values: Vec<f32> = x.to_f32().iter().map(|v| -v.exp()).collect();
+            Ok(HostTensor::from_f32(x.shape(), &values)?)
+        },
+    },
+    // Drops a dimension of size 1: (C, 1, K) of a depthwise convolution is (C, K).
+    Transform {
+        name: "squeeze",
+        numbers: &["dimension"],
+        widens: false,
+        shape: |shape, numbers| squeezed(shape, numbers[0]),
+        apply: |x, numbers| {
+            let shape = squeezed(x.shape(), numbers[0]).unwrap_or_else(|_| x.shape().to_vec());
+            Ok(x.reshape(&shape)?)
+        },
+    },
+    // Entry n of the outermost dimension: one expert of a stack.
+    Transform {
+        name: "index",
+        numbers: &["entry"],
+        widens: false,
+        shape: |shape, numbers| match shape.split_first() {
+            Some((&outer, rest)) if numbers[0] < outer => Ok(rest.to_vec()),
+            _ => Err(format!("there is no entry {} in {shape:?}", numbers[0])),
+        },
+        apply: |x, numbers| {
+            let entry = x.slice(numbers[0]..numbers[0].saturating_add(1))?;
+            Ok(entry.reshape(entry.shape().get(1..).unwrap_or_default())?)
+        },
+    },
+    // The k-th of n equal parts of the rows: gate and up that are stored as one.
+    Transform {
+        name: "part",
+        numbers: &["which", "of how many"],
+        widens: false,
+        shape: |shape, numbers| match (shape.split_first(), numbers) {
+            (Some((&rows, rest)), &[which, parts]) if which < parts && rows % parts == 0 => {
+                Ok([&[rows / parts], rest].concat())
+            }
+            _ => Err(format!(
+                "there is no part {} of {} in {shape:?}",
+                numbers[0], numbers[1]
+            )),
+        },
+        apply: |x, numbers| {
+            let rows = x.shape().first().map_or(0, |r| r / numbers[1].max(1));
+            let start = rows.saturating_mul(numbers[0]);
+            Ok(x.slice(start..start.saturating_add(rows))?)
+        },
+    },
+];
+
+fn squeezed(shape: &[usize], dimension: usize) -> std::result::Result<Vec<usize>, String> {
+    if shape.get(dimension) != Some(&1) {
+        return Err(format!(
+            "dimension {dimension} of {shape:?} does not have size 1"
+        ));
+    }
+    let mut shape = shape.to_vec();
+    shape.remove(dimension);
+    Ok(shape)
+}
+
+/// How many elements are NaN or infinite.
+pub fn non_finite(x: &HostTensor) -> usize {
+    use strata_kernels::DType;
+    // All bits of the exponent are set.
+    let halves = |mask: u16| {
+        let is = |b: &[u8]| usize::from(u16::from_le_bytes([b[0], b[1]]) & mask == mask);
+        x.bytes().chunks_exact(2).map(is).sum()
+    };
+    match x.dtype() {
+        DType::F16 => halves(0x7c00),
+        DType::BF16 => halves(0x7f80),
+        DType::F32 => {
+            let mask = 0x7f80_0000;
+            let is = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & mask == mask;
+            x.bytes().chunks_exact(4).filter(|b| is(b)).count()
+        }
+        DType::I32 => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(
+        name: &str,
+        shape: &[usize],
+        numbers: &[usize],
+    ) -> std::result::Result<HostTensor, String> {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i| i as f32).collect();
+        let x = HostTensor::from_f32(shape, &values).unwrap();
+        let t = TRANSFORMS.iter().find(|t| t.name == name).unwrap();
+        assert_eq!(t.numbers.len(), numbers.len());
+        let wanted = (t.shape)(shape, numbers)?;
+        let y = (t.apply)(&x, numbers).unwrap();
+        assert_eq!(y.shape(), wanted);
+        Ok(y)
+    }
+
+    #[test]
+    fn each_does_what_its_name_says() {
+        assert_eq!(run("squeeze", &[3, 1, 2], &[1]).unwrap().shape(), [3, 2]);
+        assert_eq!(run("squeeze", &[3, 1, 1], &[1]).unwrap().shape(), [3, 1]);
+        assert!(run("squeeze", &[3, 2], &[1]).is_err() && run("squeeze", &[1], &[1]).is_err());
+        assert_eq!(run("index", &[2, 2, 1], &[1]).unwrap().to_f32(), [2.0, 3.0]);
+        assert!(run("index", &[2, 2], &[2]).is_err() && run("index", &[], &[0]).is_err());
+        assert_eq!(run("part", &[4, 1], &[1, 2]).unwrap().to_f32(), [2.0, 3.0]);
+        for bad in [[2, 2], [0, 3], [0, 0]] {
+            assert!(run("part", &[4, 1], &bad).is_err(), "{bad:?}");
+        }
+        assert_eq!(run("neg_exp", &[1], &[]).unwrap().to_f32(), [-1.0]);
+    }
+
+    #[test]
+    fn views_share_memory_with_their_tensor() {
+        let x = HostTensor::from_f32(&[2, 4], &[0.0; 8]).unwrap();
+        let views = TRANSFORMS
+            .iter()
+            .filter(|t| !t.widens && t.name != "squeeze");
+        for t in views {
+            let numbers = [1, 2];
+            let y = (t.apply)(&x, &numbers[..t.numbers.len()]).unwrap();
+            assert!(
+                x.bytes().as_ptr_range().contains(&y.bytes().as_ptr()),
+                "{}",
+                t.name
+            );
+        }
+    }
+
+    #[test]
+    fn non_finite_elements_are_counted() {
+        let x = HostTensor::from_f32(&[4], &[1.0, f32::NAN, f32::NEG_INFINITY, f32::MAX]).unwrap();
+        assert_eq!(non_finite(&x), 2);
+        let bytes: Vec<u8> = [0x7f80u16, 0x7f7f, 0xffc0]
+            .iter()
+            .flat_map(|b| b.to_le_bytes())
+            .collect();
+        let x = HostTensor::new(
+            strata_kernels::DType::BF16,
+            &[3],
+            std::sync::Arc::new(bytes),
+            0..6,
+        );
+        assert_eq!(non_finite(&x.unwrap()), 2);
+    }
+}

@@ -1,0 +1,62 @@
+//! Every golden checkpoint opens through its card, and every tensor has its place.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use strata_converters::transforms::non_finite;
+use strata_converters::{Checkpoint, Config, Mapping, ModelFiles, Origin, cards};
+use strata_layers::{Graph, Plan};
+
+fn goldens() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
+    let folders = |path: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path());
+        entries.filter(|p| p.is_dir()).collect()
+    };
+    folders(&root).iter().flat_map(|f| folders(f)).collect()
+}
+
+fn open(folder: &Path) -> (Plan, Graph, Mapping) {
+    let files = ModelFiles::open(folder).unwrap();
+    let config = Config::open(&files).unwrap();
+    let card = cards::find(&config).unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(&files).unwrap());
+    let plan = card
+        .plan(&config, "golden")
+        .unwrap_or_else(|f| panic!("{f}"));
+    let graph = Graph::lower(&plan, card.file()).unwrap();
+    let mapping = Mapping::resolve(Some(card), &graph.weights(), checkpoint, Origin::Card);
+    (
+        plan,
+        graph,
+        mapping.unwrap_or_else(|f| panic!("{}: {f}", folder.display())),
+    )
+}
+
+#[test]
+fn every_tensor_has_its_place() {
+    let goldens = goldens();
+    assert_eq!(goldens.len(), 9);
+    for folder in goldens {
+        let (_, graph, mapping) = open(&folder);
+        let wanted = graph.weights();
+        assert_eq!(mapping.rows().len(), wanted.len());
+        for want in &wanted {
+            let tensor = mapping.load(&want.path).unwrap();
+            assert_eq!(tensor.shape(), want.spec.shape, "{}", want.path);
+            assert_eq!(non_finite(&tensor), 0, "{}", want.path);
+        }
+        for row in mapping.rows() {
+            let tensor = mapping.load(&row.path).unwrap();
+            assert_eq!(
+                (tensor.dtype(), tensor.bytes().len()),
+                (row.dtype, row.bytes)
+            );
+        }
+        let used: BTreeSet<&str> = mapping.rows().iter().map(|r| r.source.tensor()).collect();
+        let all: BTreeSet<&str> = mapping.checkpoint().tensors().map(|(n, _)| n).collect();
+        assert_eq!(used, all, "{}", folder.display());
+        assert!(mapping.notes().is_empty());
+    }
+}
