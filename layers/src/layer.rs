@@ -32,6 +32,11 @@ pub trait LayerSpec: Debug + Send + Sync {
         StateSpec::default()
     }
 
+    /// How much of a matrix one token is multiplied with: 1, but for experts.
+    fn share_used(&self, _weight: &WeightSpec) -> f64 {
+        1.0
+    }
+
     /// The layer with its weights on a device.
     fn build(&self, d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>>;
 }
