@@ -15,11 +15,19 @@ pub fn normal_row(seed: u64, row: usize, cols: usize, std: f32) -> Vec<f32> {
 
 /// As [`normal_row`], into `out`.
 pub fn fill_normal_row(seed: u64, row: usize, std: f32, out: &mut [f32]) {
+    fill_normal_columns(seed, row, 0, std, out);
+}
+
+/// As [`normal_row`], the columns from `first` on. Inlined, so that the loop takes the width of the
+/// instruction set that it is called from.
+#[inline(always)]
+pub(crate) fn fill_normal_columns(seed: u64, row: usize, first: usize, std: f32, out: &mut [f32]) {
     // Four uniforms on 0..65535 have variance 4 · (2³² - 1) / 12.
     let scale = std / (((4.0f64 * (65536.0 * 65536.0 - 1.0)) / 12.0).sqrt() as f32);
     let start = mix(seed ^ mix(row as u64 ^ 0x9e37_79b9_7f4a_7c15));
     for (c, out) in out.iter_mut().enumerate() {
-        let bits = mix(start.wrapping_add((c as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        let c = (first + c) as u64;
+        let bits = mix(start.wrapping_add(c.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
         let sum =
             (bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48);
         *out = (sum as f32 - 131_070.0) * scale;
@@ -32,6 +40,7 @@ pub fn uniform(seed: u64, index: u64) -> f32 {
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
+#[inline(always)]
 fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -121,12 +121,17 @@ pub(crate) fn write(from: &[f32], to: &mut Tensor) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn copy(from: &Tensor, to: &mut Tensor) -> Result<()> {
+/// Shapes, types and overlaps of a copy.
+pub(crate) fn check_copy(from: &Tensor, to: &Tensor) -> Result<()> {
     let c = crate::ops::Check("copy");
     c.equal("rows", to.rows(), from.rows())?;
     c.equal("columns", to.cols(), from.cols())?;
     c.is("target", to, from.dtype())?;
-    c.apart("target", to, &[from])?;
+    c.apart("target", to, &[from])
+}
+
+pub(crate) fn copy(from: &Tensor, to: &mut Tensor) -> Result<()> {
+    check_copy(from, to)?;
     let mut row = vec![0.0; from.cols()];
     for r in 0..from.rows() {
         // Widening and rounding back is exact, also for I32 up to 2²⁴, which expert numbers are.

@@ -201,7 +201,9 @@ impl fmt::Debug for HostTensor {
 /// are first written, so a large reserve costs nothing until it is used.
 struct HostMemory {
     pointer: *mut u8,
-    bytes: usize,
+    /// What the allocator gave: `pointer` lies in it.
+    start: *mut u8,
+    layout: std::alloc::Layout,
 }
 
 /// Vector registers are at most 64 bytes wide, and so are cache lines.
@@ -209,19 +211,23 @@ const ALIGN: usize = 64;
 
 impl HostMemory {
     fn new(bytes: usize) -> Option<Self> {
-        let layout = std::alloc::Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
+        // Asked for a larger alignment the allocator would write the zeros itself, to every page.
+        let layout = std::alloc::Layout::from_size_align(bytes.checked_add(ALIGN)?, 1).ok()?;
         // SAFETY: the layout has a size of at least one byte.
-        let pointer = unsafe { std::alloc::alloc_zeroed(layout) };
-        (!pointer.is_null()).then_some(HostMemory { pointer, bytes })
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        let pointer = start.wrapping_add(start.align_offset(ALIGN));
+        (!start.is_null()).then_some(HostMemory {
+            pointer,
+            start,
+            layout,
+        })
     }
 }
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        let layout = std::alloc::Layout::from_size_align(self.bytes.max(1), ALIGN)
-            .expect("the layout was accepted when the memory was allocated");
         // SAFETY: allocated in `new` with this layout, and freed once.
-        unsafe { std::alloc::dealloc(self.pointer, layout) }
+        unsafe { std::alloc::dealloc(self.start, self.layout) }
     }
 }
 
@@ -505,6 +511,11 @@ impl<T: Element> View<T> {
         self.stride
     }
 
+    /// The first element.
+    pub(crate) fn pointer(&self) -> *const T {
+        self.pointer
+    }
+
     /// Row `r`.
     pub(crate) fn row(&self, r: usize) -> &[T] {
         assert!(r < self.rows, "row {r} of {}", self.rows);
@@ -527,6 +538,16 @@ impl<T: Element> ViewMut<T> {
         self.0.cols
     }
 
+    /// The rows from `first` on.
+    pub(crate) fn starting_at(&self, first: usize) -> Self {
+        assert!(first <= self.0.rows, "row {first} of {}", self.0.rows);
+        ViewMut(View {
+            pointer: self.0.pointer.wrapping_add(first * self.0.stride),
+            rows: self.0.rows - first,
+            ..self.0
+        })
+    }
+
     /// Row `r`, to be written.
     ///
     /// # Safety
@@ -536,6 +557,12 @@ impl<T: Element> ViewMut<T> {
     pub(crate) unsafe fn row(&self, r: usize) -> &mut [T] {
         // SAFETY: the row exists (`columns` checks), and the caller keeps other references away.
         unsafe { self.columns(r, 0..self.0.cols) }
+    }
+
+    /// The first element of row `r`, for columns that are shared out among threads.
+    pub(crate) fn row_pointer(&self, r: usize) -> *mut T {
+        assert!(r < self.0.rows, "row {r} of {}", self.0.rows);
+        self.0.pointer.wrapping_add(r * self.0.stride).cast_mut()
     }
 
     /// Columns `range` of row `r`, to be written.
@@ -578,7 +605,7 @@ mod tests {
             (&[2usize, 3][..], 0..16),
             (&[2, 2], 4..20),
             (&[usize::MAX, 8], 0..16),
-            (&[4], 12..8),
+            (&[4], Range { start: 12, end: 8 }),
         ] {
             assert!(
                 HostTensor::new(DType::F32, shape, bytes.clone(), range).is_err(),

@@ -28,7 +28,7 @@ impl Activation {
             Activation::Silu => silu(x),
             Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
             Activation::GeluTanh => {
-                let inner = 0.797_884_56 * (x + 0.044_715 * x * x * x);
+                let inner = 0.797_884_6 * (x + 0.044_715 * x * x * x);
                 0.5 * x * (1.0 + inner.tanh())
             }
             Activation::Relu => x.max(0.0),

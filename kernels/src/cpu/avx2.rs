@@ -1,0 +1,206 @@
+//! AVX2 with FMA and F16C: eight lanes.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::portable::{HALF_ROOT, first};
+use super::simd::Simd;
+
+/// A token that AVX2, FMA and F16C are there.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2;
+
+type V = __m256;
+
+/// A method that is one expression of intrinsics.
+macro_rules! op {
+    ($(fn $name:ident($($arg:ident: $t:ty),*) -> $out:ty { $body:expr })*) => {
+        $(#[inline(always)]
+        fn $name(self, $($arg: $t),*) -> $out {
+            // SAFETY: a token exists only where the features were found.
+            unsafe { $body }
+        })*
+    };
+}
+/// The same with a pointer, for which the caller answers.
+macro_rules! memory {
+    ($(fn $name:ident($($arg:ident: $t:ty),*) $(-> $out:ty)? { $body:expr })*) => {
+        $(#[inline(always)]
+        unsafe fn $name(self, $($arg: $t),*) $(-> $out)? {
+            // SAFETY: a token exists only where the features were found, and the caller answers for
+            // the pointer.
+            unsafe { $body }
+        })*
+    };
+}
+
+impl Simd for Avx2 {
+    type V = V;
+    type Pairs = ();
+    const LANES: usize = 8;
+    const ROWS: usize = 2;
+
+    op! {
+        fn splat(x: f32) -> V { _mm256_set1_ps(x) }
+        fn add(a: V, b: V) -> V { _mm256_add_ps(a, b) }
+        fn sub(a: V, b: V) -> V { _mm256_sub_ps(a, b) }
+        fn mul(a: V, b: V) -> V { _mm256_mul_ps(a, b) }
+        fn div(a: V, b: V) -> V { _mm256_div_ps(a, b) }
+        fn fma(a: V, b: V, c: V) -> V { _mm256_fmadd_ps(a, b, c) }
+        fn min(a: V, b: V) -> V { _mm256_min_ps(a, b) }
+        fn max(a: V, b: V) -> V { _mm256_max_ps(a, b) }
+        fn round(x: V) -> V {
+            _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)
+        }
+        fn scale(x: V, n: V) -> V {{
+            // Two factors, so that neither leaves the range of exponents; only the second can round.
+            let n = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(n);
+            let bias = _mm256_set1_epi32(127);
+            let first = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
+            let rest = _mm256_add_epi32(_mm256_sub_epi32(n, half), bias);
+            let second = _mm256_slli_epi32::<23>(rest);
+            let x = _mm256_mul_ps(x, _mm256_castsi256_ps(first));
+            _mm256_mul_ps(x, _mm256_castsi256_ps(second))
+        }}
+        fn split(x: V) -> (V, V) {{
+            let root = _mm256_set1_epi32(HALF_ROOT);
+            let bits = _mm256_sub_epi32(_mm256_castps_si256(x), root);
+            let m = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f_ffff));
+            (
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<23>(bits)),
+                _mm256_castsi256_ps(_mm256_add_epi32(m, root)),
+            )
+        }}
+        fn if_greater(a: V, b: V, yes: V, no: V) -> V {
+            _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_GT_OQ>(a, b))
+        }
+        fn round_bf16(x: V) -> V { _mm256_castsi256_ps(rounded(x)) }
+        fn sum(x: V) -> f32 { sum128(_mm_add_ps(low(x), high(x))) }
+        fn largest(x: V) -> f32 {{
+            let x = _mm_max_ps(low(x), high(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps::<1>(x, x)))
+        }}
+        fn sum4(x: [V; 4]) -> [f32; 4] {{
+            let four = |x: V| _mm_add_ps(low(x), high(x));
+            sums128(four(x[0]), four(x[1]), four(x[2]), four(x[3]))
+        }}
+    }
+    memory! {
+        fn load(p: *const f32) -> V { _mm256_loadu_ps(p) }
+        fn load_n(p: *const f32, n: usize) -> V { _mm256_maskload_ps(p, mask(n)) }
+        fn store(p: *mut f32, x: V) { _mm256_storeu_ps(p, x) }
+        fn store_n(p: *mut f32, n: usize, x: V) { _mm256_maskstore_ps(p, mask(n), x) }
+        fn load_bf16(p: *const bf16) -> V { widen(_mm_loadu_si128(p.cast())) }
+        fn load_bf16_n(p: *const bf16, n: usize) -> V {
+            widen(_mm_loadu_si128(first::<_, 8>(p, n, bf16::ZERO).as_ptr().cast()))
+        }
+        fn load_f16(p: *const f16) -> V { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+        fn load_f16_n(p: *const f16, n: usize) -> V {
+            _mm256_cvtph_ps(_mm_loadu_si128(first::<_, 8>(p, n, f16::ZERO).as_ptr().cast()))
+        }
+        fn store_bf16(p: *mut bf16, x: V) { _mm_storeu_si128(p.cast(), narrow(x)) }
+        fn store_bf16_n(p: *mut bf16, n: usize, x: V) { store_words(p, n, narrow(x)) }
+        fn store_f16(p: *mut f16, x: V) {
+            _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))
+        }
+        fn store_f16_n(p: *mut f16, n: usize, x: V) {
+            store_words(p, n, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn low(x: V) -> __m128 {
+    _mm256_castps256_ps128(x)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn high(x: V) -> __m128 {
+    _mm256_extractf128_ps::<1>(x)
+}
+
+/// (x₀ + x₂) + (x₁ + x₃).
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn sum128(x: __m128) -> f32 {
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
+}
+
+/// `sum128` of four vectors, by the same additions.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn sums128(a: __m128, b: __m128, c: __m128, d: __m128) -> [f32; 4] {
+    // (a₀ + a₂, a₁ + a₃, b₀ + b₂, b₁ + b₃), and c and d likewise.
+    let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+    let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+    let sums = _mm_add_ps(
+        _mm_shuffle_ps::<0b10_00_10_00>(ab, cd),
+        _mm_shuffle_ps::<0b11_01_11_01>(ab, cd),
+    );
+    let mut out = [0.0; 4];
+    // SAFETY: `out` holds four elements.
+    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
+    out
+}
+
+/// Ones in the first `n` lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn mask(n: usize) -> __m256i {
+    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes)
+}
+
+/// The bits of `x` rounded to BF16, lower halves zero; a NaN stays one.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn rounded(x: V) -> __m256i {
+    let bits = _mm256_castps_si256(x);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    let nearest = _mm256_castsi256_ps(_mm256_add_epi32(bits, up));
+    let quiet = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000)));
+    let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
+    let out = _mm256_castps_si256(_mm256_blendv_ps(nearest, quiet, nan));
+    _mm256_and_si256(out, _mm256_set1_epi32(0xffff_0000_u32 as i32))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn narrow(x: V) -> __m128i {
+    let words = _mm256_srli_epi32::<16>(rounded(x));
+    _mm_packus_epi32(
+        _mm256_castsi256_si128(words),
+        _mm256_extracti128_si256::<1>(words),
+    )
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(x: __m128i) -> V {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
+}
+
+/// # Safety
+/// `p` points to `n` ≤ 8 elements of two bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn store_words<T>(p: *mut T, n: usize, x: __m128i) {
+    let mut words = [0u16; 8];
+    // SAFETY: `words` has room for the register, and the caller for `n` of them.
+    unsafe {
+        _mm_storeu_si128(words.as_mut_ptr().cast(), x);
+        std::ptr::copy_nonoverlapping(words.as_ptr(), p.cast(), n);
+    }
+}

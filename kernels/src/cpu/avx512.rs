@@ -1,0 +1,165 @@
+//! AVX-512: sixteen lanes, and with `BF16` the dot product of 32 pairs.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::avx2::{sum128, sums128};
+use super::portable::HALF_ROOT;
+use super::simd::Simd;
+
+/// A token that AVX-512 F, BW, DQ and VL are there, and BF16 if it says so.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512<const BF16: bool>;
+
+type V = __m512;
+
+/// A method that is one expression of intrinsics.
+macro_rules! op {
+    ($(fn $name:ident($($arg:ident: $t:ty),*) -> $out:ty { $body:expr })*) => {
+        $(#[inline(always)]
+        fn $name(self, $($arg: $t),*) -> $out {
+            // SAFETY: a token exists only where the features were found.
+            unsafe { $body }
+        })*
+    };
+}
+/// The same with a pointer, for which the caller answers.
+macro_rules! memory {
+    ($(fn $name:ident($($arg:ident: $t:ty),*) $(-> $out:ty)? { $body:expr })*) => {
+        $(#[inline(always)]
+        unsafe fn $name(self, $($arg: $t),*) $(-> $out)? {
+            // SAFETY: a token exists only where the features were found, and the caller answers for
+            // the pointer; masked lanes are not touched.
+            unsafe { $body }
+        })*
+    };
+}
+
+impl<const BF16: bool> Simd for Avx512<BF16> {
+    type V = V;
+    type Pairs = __m512i;
+    const LANES: usize = 16;
+    const ROWS: usize = 4;
+    const BF16_DOT: bool = BF16;
+
+    op! {
+        fn splat(x: f32) -> V { _mm512_set1_ps(x) }
+        fn add(a: V, b: V) -> V { _mm512_add_ps(a, b) }
+        fn sub(a: V, b: V) -> V { _mm512_sub_ps(a, b) }
+        fn mul(a: V, b: V) -> V { _mm512_mul_ps(a, b) }
+        fn div(a: V, b: V) -> V { _mm512_div_ps(a, b) }
+        fn fma(a: V, b: V, c: V) -> V { _mm512_fmadd_ps(a, b, c) }
+        fn min(a: V, b: V) -> V { _mm512_min_ps(a, b) }
+        fn max(a: V, b: V) -> V { _mm512_max_ps(a, b) }
+        fn round(x: V) -> V {
+            _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)
+        }
+        fn scale(x: V, n: V) -> V { _mm512_scalef_ps(x, n) }
+        fn split(x: V) -> (V, V) {{
+            let root = _mm512_set1_epi32(HALF_ROOT);
+            let bits = _mm512_sub_epi32(_mm512_castps_si512(x), root);
+            let m = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f_ffff));
+            (
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<23>(bits)),
+                _mm512_castsi512_ps(_mm512_add_epi32(m, root)),
+            )
+        }}
+        fn if_greater(a: V, b: V, yes: V, no: V) -> V {
+            _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), no, yes)
+        }
+        fn round_bf16(x: V) -> V { _mm512_castsi512_ps(rounded(x)) }
+        fn sum(x: V) -> f32 { sum128(quarter(x)) }
+        fn largest(x: V) -> f32 {{
+            let x = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps::<1>(x, x)))
+        }}
+        fn sum4(x: [V; 4]) -> [f32; 4] {
+            sums128(quarter(x[0]), quarter(x[1]), quarter(x[2]), quarter(x[3]))
+        }
+        fn dot_pairs(acc: V, x: __m512i, w: __m512i) -> V {{
+            // Both types are the same 512 bits.
+            let pairs = |x: __m512i| std::mem::transmute::<__m512i, __m512bh>(x);
+            _mm512_dpbf16_ps(acc, pairs(x), pairs(w))
+        }}
+    }
+    memory! {
+        fn load(p: *const f32) -> V { _mm512_loadu_ps(p) }
+        fn load_n(p: *const f32, n: usize) -> V { _mm512_maskz_loadu_ps(mask(n), p) }
+        fn store(p: *mut f32, x: V) { _mm512_storeu_ps(p, x) }
+        fn store_n(p: *mut f32, n: usize, x: V) { _mm512_mask_storeu_ps(p, mask(n), x) }
+        fn load_bf16(p: *const bf16) -> V { widen(_mm256_loadu_si256(p.cast())) }
+        fn load_bf16_n(p: *const bf16, n: usize) -> V {
+            widen(_mm256_maskz_loadu_epi16(mask(n), p.cast()))
+        }
+        fn load_f16(p: *const f16) -> V { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        fn load_f16_n(p: *const f16, n: usize) -> V {
+            _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p.cast()))
+        }
+        fn store_bf16(p: *mut bf16, x: V) { _mm256_storeu_si256(p.cast(), narrow(x)) }
+        fn store_bf16_n(p: *mut bf16, n: usize, x: V) {
+            _mm256_mask_storeu_epi16(p.cast(), mask(n), narrow(x))
+        }
+        fn store_f16(p: *mut f16, x: V) {
+            _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))
+        }
+        fn store_f16_n(p: *mut f16, n: usize, x: V) {
+            _mm256_mask_storeu_epi16(
+                p.cast(),
+                mask(n),
+                _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x),
+            )
+        }
+        fn load_pairs(p: *const bf16) -> __m512i { _mm512_loadu_si512(p.cast()) }
+        fn load_pairs_n(p: *const bf16, n: usize) -> __m512i {
+            _mm512_maskz_loadu_epi16(((1u64 << n) - 1) as __mmask32, p.cast())
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
+
+/// The first `n` lanes.
+#[inline(always)]
+fn mask(n: usize) -> __mmask16 {
+    ((1u32 << n) - 1) as __mmask16
+}
+
+/// Halves added to each other, twice.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn quarter(x: V) -> __m128 {
+    let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+    _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))
+}
+
+/// The bits of `x` rounded to BF16, lower halves zero; a NaN stays one. Unlike the conversion
+/// instruction this keeps denormal numbers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn rounded(x: V) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+    let nearest = _mm512_add_epi32(bits, up);
+    let out = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x40_0000));
+    _mm512_and_si512(out, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn narrow(x: V) -> __m256i {
+    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widen(x: __m256i) -> V {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x)))
+}

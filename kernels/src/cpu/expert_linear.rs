@@ -1,0 +1,228 @@
+//! Products with the chosen experts: the choices of a batch are sorted by expert, and each expert's
+//! weight is read once for all of its rows.
+
+use std::marker::PhantomData;
+
+use half::bf16;
+
+use super::Cpu;
+use super::dot::panel_len;
+use super::dot::{By, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
+use super::scratch::Plain;
+use super::simd::{Kernel, Simd, dots_bf16, with_float};
+use crate::matrix::Matrix;
+use crate::ops::{Combine, ExpertLinear};
+use crate::tensor::{DType, Element, View, ViewMut};
+
+impl Cpu {
+    pub(super) fn do_expert_linear(&self, op: ExpertLinear<'_>) {
+        let (x, y) = (op.x.view::<f32>(), op.y.view_mut::<f32>());
+        let experts = op.experts.view::<i32>();
+        let mut lists = self.lists();
+        let mut room = lists.split(&[4 * (op.w.len() + 1), 4 * op.w.len(), 4 * y.rows()]);
+        let (ends, busy) = (room.next(op.w.len() + 1), room.next(op.w.len()));
+        let sorted = Sorted::new(experts, ends, busy, room.next(y.rows()));
+        // Two rows of x for different choices of one token, or one for all.
+        let x_div = if x.rows() == experts.rows() {
+            experts.cols().max(1)
+        } else {
+            1
+        };
+        let mut shared = self.shared();
+        // Experts may be of several types; each goes its own way.
+        for (dtype, dot) in [
+            (DType::BF16, true),
+            (DType::F32, false),
+            (DType::F16, false),
+            (DType::BF16, false),
+        ] {
+            let is_ours = |w: &Matrix| {
+                let w = w.data().dtype();
+                w == dtype && dots_bf16(self.isa(), w, op.activations) == dot
+            };
+            if !sorted.busy.iter().any(|e| is_ours(&op.w[*e as usize])) {
+                continue;
+            }
+            if dot {
+                let x = self.copy_x::<bf16>(x, true, &mut shared);
+                self.by_experts::<Pairs, _, bf16>(x, op.w, is_ours, &sorted, x_div, y);
+            } else {
+                let x = self.copy_x::<f32>(x, op.activations == DType::BF16, &mut shared);
+                with_float!(dtype, T => {
+                    self.by_experts::<Widened<T>, _, T>(x, op.w, is_ours, &sorted, x_div, y);
+                });
+            }
+        }
+    }
+
+    fn by_experts<P, X: Plain, W: Element>(
+        &self,
+        x: Rows<X>,
+        w: &[Matrix],
+        is_ours: impl Fn(&Matrix) -> bool + Sync,
+        sorted: &Sorted<'_>,
+        x_div: usize,
+        y: ViewMut<f32>,
+    ) where
+        for<'a> By<P, Dot<'a, X, W>>: Kernel<Out = ()>,
+    {
+        let most = sorted
+            .busy
+            .iter()
+            .map(|e| sorted.of(*e as usize).len())
+            .max()
+            .unwrap_or(0);
+        let columns = self.columns_a_part(y.cols(), most);
+        let parts = y.cols().div_ceil(columns);
+        self.pool().run(sorted.busy.len() * parts, |part, scratch| {
+            let expert = sorted.busy[part / parts] as usize;
+            if !is_ours(&w[expert]) {
+                return;
+            }
+            let n = part % parts * columns;
+            let choices = sorted.of(expert);
+            let panel = if choices.len() > STREAMED_ROWS {
+                panel_len(columns.min(PANEL_ROWS))
+            } else {
+                0
+            };
+            let dot = Dot {
+                x,
+                rows: choices.len(),
+                place: Place::Listed { choices, x_div },
+                w: w[expert].data().view::<W>(),
+                columns: n..(n + columns).min(y.cols()),
+                bias: None,
+                y,
+                panel: scratch.take(panel),
+            };
+            self.isa().launch(By::<P, _>(dot, PhantomData));
+        });
+    }
+
+    pub(super) fn do_combine(&self, op: Combine<'_>) {
+        let (x, weights) = (op.x.view::<f32>(), op.weights.view::<f32>());
+        let y = op.y.view_mut::<f32>();
+        self.for_rows(y.rows(), y.cols() * weights.cols(), |rows, _| {
+            for t in rows {
+                // SAFETY: rows are shared out, and each is written by one part.
+                let y = unsafe { y.row(t) };
+                self.isa().launch(Token {
+                    x,
+                    weights: weights.row(t),
+                    t,
+                    y,
+                });
+            }
+        });
+    }
+}
+
+/// The choices of a batch, expert by expert, in the order of the batch.
+struct Sorted<'a> {
+    /// Where each expert's choices end, after a zero.
+    ends: &'a [u32],
+    /// Experts with choices.
+    busy: &'a [u32],
+    choices: &'a [u32],
+}
+
+impl<'a> Sorted<'a> {
+    fn new(
+        experts: View<i32>,
+        ends: &'a mut [u32],
+        busy: &'a mut [u32],
+        choices: &'a mut [u32],
+    ) -> Sorted<'a> {
+        let all = || {
+            (0..experts.rows())
+                .flat_map(|t| experts.row(t))
+                .map(|e| *e as usize)
+        };
+        ends.fill(0);
+        all().for_each(|e| ends[e + 1] += 1);
+        let mut count = 0;
+        for e in 0..busy.len() {
+            if ends[e + 1] > 0 {
+                busy[count] = e as u32;
+                count += 1;
+            }
+            ends[e + 1] += ends[e];
+        }
+        // Each start moves on to its end, which is the next expert's start.
+        for (choice, e) in all().enumerate() {
+            choices[ends[e] as usize] = choice as u32;
+            ends[e] += 1;
+        }
+        ends.copy_within(0..busy.len(), 1);
+        ends[0] = 0;
+        Sorted {
+            ends,
+            busy: &busy[..count],
+            choices,
+        }
+    }
+
+    fn of(&self, expert: usize) -> &'a [u32] {
+        &self.choices[self.ends[expert] as usize..self.ends[expert + 1] as usize]
+    }
+}
+
+/// The weighted sum of one token's rows.
+struct Token<'a> {
+    x: View<f32>,
+    weights: &'a [f32],
+    t: usize,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Token<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let first = self.t * self.weights.len();
+        let n = self.y.len();
+        for i in (0..n).step_by(S::LANES) {
+            let rest = (n - i).min(S::LANES);
+            let mut sum = s.splat(0.0);
+            for (j, w) in self.weights.iter().enumerate() {
+                let x = self.x.row(first + j).as_ptr().wrapping_add(i);
+                // SAFETY: the row has `rest` elements from `i`.
+                let x = unsafe {
+                    if rest == S::LANES {
+                        s.load(x)
+                    } else {
+                        s.load_n(x, rest)
+                    }
+                };
+                sum = s.fma(s.splat(*w), x, sum);
+            }
+            // SAFETY: as above.
+            unsafe {
+                let y = self.y.as_mut_ptr().add(i);
+                if rest == S::LANES {
+                    s.store(y, sum)
+                } else {
+                    s.store_n(y, rest, sum)
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tensor;
+
+    #[test]
+    fn choices_are_sorted_by_expert() {
+        let mut experts = Tensor::host(DType::I32, 3, 2).unwrap();
+        crate::reference::write(&[4.0, 1.0, 1.0, 0.0, 4.0, 1.0], &mut experts).unwrap();
+        let (mut ends, mut busy, mut choices) = ([9; 6], [9; 5], [9; 6]);
+        let sorted = Sorted::new(experts.view(), &mut ends, &mut busy, &mut choices);
+        assert_eq!(sorted.busy, [0, 1, 4]);
+        let of: Vec<&[u32]> = (0..5).map(|e| sorted.of(e)).collect();
+        assert_eq!(of, [&[3][..], &[1, 2, 5], &[], &[], &[0, 4]]);
+    }
+}

@@ -1,0 +1,177 @@
+//! What the machine can do at most, measured: the yardstick for every kernel.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use super::Cpu;
+use super::simd::{Kernel, Simd};
+
+/// Sustained rates of all threads together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limits {
+    /// Bytes read from a buffer far larger than the caches.
+    pub read_bytes_per_second: f64,
+    /// Multiplications and additions of BF16 inputs summed in f32, from registers. On paths
+    /// without BF16 dot products these are the f32 ones.
+    pub bf16_flops_per_second: f64,
+    /// Multiplications and additions of f32, from registers.
+    pub f32_flops_per_second: f64,
+}
+
+/// Bytes that are read once for a measurement.
+const BUFFER: usize = 640 << 20;
+/// Measurements of each kind; their median counts.
+const RUNS: usize = 5;
+
+/// Measures with the threads and the instruction set of `cpu`, in about a second. Other work on the
+/// machine lowers the results.
+pub fn measure(cpu: &Cpu) -> Limits {
+    let threads = cpu.threads();
+    // Ones, so that every page is really there.
+    let buffer = vec![1.0f32; BUFFER / 4];
+    // Several pieces a thread, as products have them.
+    let piece = (buffer.len() / (8 * threads)).next_multiple_of(CHAINS * 64);
+    let seconds = median(|| {
+        cpu.pool().run(buffer.len().div_ceil(piece), |part, _| {
+            let end = ((part + 1) * piece).min(buffer.len());
+            black_box(cpu.isa().launch(Read(&buffer[part * piece..end])));
+        });
+    });
+    let read_bytes_per_second = BUFFER as f64 / seconds;
+    let flops = |bf16: bool| {
+        // Operations of one call, and how many calls fill some ten milliseconds.
+        let run = |rounds: usize| {
+            cpu.pool().run(threads, |_, _| {
+                if bf16 {
+                    black_box(cpu.isa().launch(Bf16Products(rounds)));
+                } else {
+                    black_box(cpu.isa().launch(F32Products(rounds)));
+                }
+            });
+        };
+        let mut rounds = 1 << 12;
+        loop {
+            let start = Instant::now();
+            run(rounds);
+            if start.elapsed() > Duration::from_millis(10) {
+                break;
+            }
+            rounds *= 2;
+        }
+        let lanes = cpu.isa().launch(Lanes);
+        let pairs = if bf16 && cpu.isa() == super::Isa::Avx512Bf16 {
+            2
+        } else {
+            1
+        };
+        let operations = 2 * pairs * lanes * CHAINS * rounds * threads;
+        operations as f64 / median(|| run(rounds))
+    };
+    Limits {
+        read_bytes_per_second,
+        bf16_flops_per_second: flops(true),
+        f32_flops_per_second: flops(false),
+    }
+}
+
+/// Seconds that `f` takes, in the median.
+fn median(f: impl Fn()) -> f64 {
+    let mut times: Vec<f64> = (0..RUNS)
+        .map(|_| {
+            let start = Instant::now();
+            f();
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[RUNS / 2]
+}
+
+/// Sums that do not wait for each other.
+const CHAINS: usize = 12;
+
+struct Read<'a>(&'a [f32]);
+
+impl Kernel for Read<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sums = [s.splat(0.0); CHAINS];
+        for chunk in self.0.chunks_exact(CHAINS * S::LANES) {
+            s.prefetch(chunk.as_ptr().wrapping_add(2048));
+            for (c, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the chunk has a vector for every sum.
+                *sum = s.add(*sum, unsafe { s.load(chunk.as_ptr().add(c * S::LANES)) });
+            }
+        }
+        sums.into_iter().map(|sum| s.sum(sum)).sum()
+    }
+}
+
+struct F32Products(usize);
+
+impl Kernel for F32Products {
+    type Out = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let (a, b) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
+        let mut sums = [a; CHAINS];
+        for _ in 0..self.0 {
+            for sum in &mut sums {
+                *sum = s.fma(*sum, a, b);
+            }
+        }
+        sums.into_iter().map(|sum| s.sum(sum)).sum()
+    }
+}
+
+struct Bf16Products(usize);
+
+impl Kernel for Bf16Products {
+    type Out = f32;
+    const BF16_DOT: bool = true;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        if !S::BF16_DOT {
+            return F32Products(self.0).run(s);
+        }
+        let ones = black_box([half::bf16::ONE; 64]);
+        // SAFETY: the array holds the pairs of the widest vector.
+        let pairs = unsafe { s.load_pairs(ones.as_ptr()) };
+        let mut sums = [s.splat(0.0); CHAINS];
+        for _ in 0..self.0 {
+            for sum in &mut sums {
+                *sum = s.dot_pairs(*sum, pairs, pairs);
+            }
+        }
+        sums.into_iter().map(|sum| s.sum(sum)).sum()
+    }
+}
+
+struct Lanes;
+
+impl Kernel for Lanes {
+    type Out = usize;
+    #[inline(always)]
+    fn run<S: Simd>(self, _s: S) -> usize {
+        S::LANES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::CpuOptions;
+
+    #[test]
+    fn limits_are_finite_and_positive() {
+        let limits = measure(&Cpu::new(CpuOptions::default()));
+        for rate in [
+            limits.read_bytes_per_second,
+            limits.bf16_flops_per_second,
+            limits.f32_flops_per_second,
+        ] {
+            assert!(rate.is_finite() && rate > 1e6, "{limits:?}");
+        }
+    }
+}

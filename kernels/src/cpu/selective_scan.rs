@@ -1,0 +1,250 @@
+//! The selective scan: channels in lanes, their states in registers for a whole chunk.
+
+use std::ops::Range;
+
+use super::Cpu;
+use super::math::{exp2, silu, softplus};
+use super::simd::{Kernel, Simd};
+use crate::ops::SelectiveScan;
+use crate::span::Ragged;
+use crate::tensor::{View, ViewMut};
+
+impl Cpu {
+    pub(super) fn do_selective_scan(&self, op: SelectiveScan<'_>) {
+        let scan = Scan {
+            x: op.x.view(),
+            dt: op.dt.view(),
+            dt_bias: op.dt_bias.map(|t| t.view()),
+            a: op.a.view(),
+            b: op.b.view(),
+            c: op.c.view(),
+            d: op.d.view(),
+            z: op.z.map(|t| t.view()),
+            state: op.ssm_state.view_mut(),
+            ragged: op.ragged,
+            y: op.y.view_mut(),
+        };
+        let states = scan.a.rows();
+        self.for_columns(
+            scan.x.cols(),
+            scan.x.rows() * (16 + 4 * states),
+            |columns, scratch| {
+                let rates = scratch.take(states * MOST_LANES);
+                self.isa().launch(Block {
+                    scan,
+                    columns,
+                    rates,
+                });
+            },
+        );
+    }
+}
+
+/// Lanes of the widest instruction set.
+const MOST_LANES: usize = 16;
+
+#[derive(Clone, Copy)]
+struct Scan<'a> {
+    x: View<f32>,
+    dt: View<f32>,
+    dt_bias: Option<View<f32>>,
+    a: View<f32>,
+    b: View<f32>,
+    c: View<f32>,
+    d: View<f32>,
+    z: Option<View<f32>>,
+    state: ViewMut<f32>,
+    ragged: Ragged<'a>,
+    y: ViewMut<f32>,
+}
+
+struct Block<'a> {
+    scan: Scan<'a>,
+    columns: Range<usize>,
+    /// Room for a · log₂ e of one vector of channels, state after state.
+    rates: &'a mut [f32],
+}
+
+impl Kernel for Block<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Block {
+            scan,
+            columns,
+            rates,
+        } = self;
+        for i in columns.clone().step_by(S::LANES) {
+            let n = (columns.end - i).min(S::LANES);
+            for (state, rate) in rates
+                .chunks_exact_mut(S::LANES)
+                .take(scan.a.rows())
+                .enumerate()
+            {
+                // SAFETY: rows of a have `n` elements from `i`, and the chunk has a vector's.
+                unsafe {
+                    let a = load(s, scan.a.row(state).as_ptr().add(i), n);
+                    s.store(
+                        rate.as_mut_ptr(),
+                        s.mul(a, s.splat(std::f32::consts::LOG2_E)),
+                    );
+                }
+            }
+            for span in scan.ragged.spans {
+                let (rows, slot) = (span.rows(), span.slot);
+                // SAFETY: a slot belongs to one span, and these channels to this kernel; vectors
+                // are masked to the `n` channels that are there.
+                unsafe {
+                    match scan.a.rows() {
+                        8 => in_registers::<S, 8>(s, &scan, rates, rows, slot, i, n),
+                        16 => in_registers::<S, 16>(s, &scan, rates, rows, slot, i, n),
+                        _ => in_memory(s, &scan, rates, rows, slot, i, n),
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load<S: Simd>(s: S, p: *const f32, n: usize) -> S::V {
+    // SAFETY: the caller has `n` elements there.
+    unsafe {
+        if n == S::LANES {
+            s.load(p)
+        } else {
+            s.load_n(p, n)
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn store<S: Simd>(s: S, p: *mut f32, n: usize, x: S::V) {
+    // SAFETY: the caller has `n` elements there.
+    unsafe {
+        if n == S::LANES {
+            s.store(p, x)
+        } else {
+            s.store_n(p, n, x)
+        }
+    }
+}
+
+/// What all states of a channel share at one token: δ, δ · x and x.
+#[inline(always)]
+unsafe fn inputs<S: Simd>(s: S, scan: &Scan<'_>, t: usize, i: usize, n: usize) -> [S::V; 3] {
+    // SAFETY: rows have `n` elements from `i`.
+    unsafe {
+        let mut dt = load(s, scan.dt.row(t).as_ptr().add(i), n);
+        if let Some(bias) = scan.dt_bias {
+            dt = s.add(dt, load(s, bias.row(0).as_ptr().add(i), n));
+        }
+        let delta = softplus(s, dt);
+        let x = load(s, scan.x.row(t).as_ptr().add(i), n);
+        [delta, s.mul(delta, x), x]
+    }
+}
+
+/// Adds d · x, applies the gate and writes y.
+#[inline(always)]
+unsafe fn output<S: Simd>(
+    s: S,
+    scan: &Scan<'_>,
+    (t, i, n): (usize, usize, usize),
+    sum: S::V,
+    x: S::V,
+) {
+    // SAFETY: rows have `n` elements from `i`, and these of y are ours.
+    unsafe {
+        let mut y = s.fma(load(s, scan.d.row(0).as_ptr().add(i), n), x, sum);
+        if let Some(z) = scan.z {
+            y = s.mul(y, silu(s, load(s, z.row(t).as_ptr().add(i), n)));
+        }
+        store(s, scan.y.columns(t, i..i + n).as_mut_ptr(), n, y);
+    }
+}
+
+/// Asks for the inputs of a later token: rows are too far apart for the machine to guess.
+#[inline(always)]
+fn prefetch<S: Simd>(s: S, scan: &Scan<'_>, t: usize, i: usize) {
+    for view in [Some(scan.x), Some(scan.dt), scan.z].into_iter().flatten() {
+        s.prefetch(view.pointer().wrapping_add(t * view.stride() + i));
+    }
+}
+
+/// All `N` states of a vector of channels stay in registers.
+///
+/// # Safety
+/// Channels `i..i + n` of the rows and of the slot belong to the caller.
+#[inline(always)]
+unsafe fn in_registers<S: Simd, const N: usize>(
+    s: S,
+    scan: &Scan<'_>,
+    rates: &[f32],
+    rows: Range<usize>,
+    slot: usize,
+    i: usize,
+    n: usize,
+) {
+    let inner = scan.a.cols();
+    assert!(rates.len() >= N * S::LANES);
+    // SAFETY: the caller's promise; `rates` holds N vectors, rows of b and c N elements.
+    unsafe {
+        let state = scan.state.row_pointer(slot).add(i);
+        let mut h: [S::V; N] = std::array::from_fn(|k| load(s, state.add(k * inner), n));
+        for t in rows {
+            prefetch(s, scan, t + 4, i);
+            let [delta, delta_x, x] = inputs(s, scan, t, i, n);
+            let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
+            let mut sums = [s.splat(0.0); 2];
+            for k in 0..N {
+                let rate = s.load(rates.as_ptr().add(k * S::LANES));
+                let decay = exp2(s, s.mul(delta, rate));
+                h[k] = s.fma(decay, h[k], s.mul(delta_x, s.splat(*b.add(k))));
+                sums[k % 2] = s.fma(s.splat(*c.add(k)), h[k], sums[k % 2]);
+            }
+            output(s, scan, (t, i, n), s.add(sums[0], sums[1]), x);
+        }
+        for (k, h) in h.into_iter().enumerate() {
+            store(s, state.add(k * inner), n, h);
+        }
+    }
+}
+
+/// Any number of states, in the slot itself.
+///
+/// # Safety
+/// As for `in_registers`.
+#[inline(always)]
+unsafe fn in_memory<S: Simd>(
+    s: S,
+    scan: &Scan<'_>,
+    rates: &[f32],
+    rows: Range<usize>,
+    slot: usize,
+    i: usize,
+    n: usize,
+) {
+    let (states, inner) = (scan.a.rows(), scan.a.cols());
+    assert!(rates.len() >= states * S::LANES);
+    // SAFETY: the caller's promise; `rates` holds a vector for each state, rows of b and c as many
+    // elements.
+    unsafe {
+        let state = scan.state.row_pointer(slot).add(i);
+        for t in rows {
+            prefetch(s, scan, t + 4, i);
+            let [delta, delta_x, x] = inputs(s, scan, t, i, n);
+            let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
+            let mut sum = s.splat(0.0);
+            for k in 0..states {
+                let at = state.add(k * inner);
+                let rate = s.load(rates.as_ptr().add(k * S::LANES));
+                let decay = exp2(s, s.mul(delta, rate));
+                let h = s.fma(decay, load(s, at, n), s.mul(delta_x, s.splat(*b.add(k))));
+                store(s, at, n, h);
+                sum = s.fma(s.splat(*c.add(k)), h, sum);
+            }
+            output(s, scan, (t, i, n), sum, x);
+        }
+    }
+}

@@ -1,0 +1,1302 @@
+//! The fast CPU backend against the reference backend, and against itself.
+//!
+//! Parity: every operation, on every instruction set of the machine and several thread counts, stays
+//! within a stated distance of the plain loops. Exactness: what a row comes out as is the same bits
+//! whatever is in the batch beside it, however its sequence is cut, wherever its pages lie and
+//! however many threads there are.
+
+use strata_kernels::cpu::{Cpu, CpuOptions, Isa};
+use strata_kernels::ops::{
+    Activate, Activation, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite,
+    Linear, RmsNorm, Rope, Route, Scale, Score, SelectiveScan,
+};
+use strata_kernels::reference::Reference;
+use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor, random};
+
+const F32: DType = DType::F32;
+const BF16: DType = DType::BF16;
+const F16: DType = DType::F16;
+
+// ---------------------------------------------------------------- inputs
+
+/// Numbers for one test.
+struct Rng(u64);
+
+impl Rng {
+    fn uniform(&mut self) -> f32 {
+        self.0 += 1;
+        random::uniform(0x5eed, self.0)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        ((self.uniform() * n as f32) as usize).min(n - 1)
+    }
+
+    /// `n` numbers from `-size` to `size`.
+    fn numbers(&mut self, n: usize, size: f32) -> Vec<f32> {
+        (0..n)
+            .map(|_| (2.0 * self.uniform() - 1.0) * size)
+            .collect()
+    }
+}
+
+/// A tensor, alone or as columns of a wider one whose other columns hold NaN.
+struct Put {
+    whole: Tensor,
+    view: Tensor,
+    margin: usize,
+}
+
+fn put(b: &dyn Backend, dtype: DType, cols: usize, values: &[f32], wide: bool) -> Put {
+    let rows = values.len().checked_div(cols).unwrap_or(0);
+    let margin = if wide { 3 } else { 0 };
+    let mut whole = b.alloc(dtype, rows, cols + 2 * margin).unwrap();
+    b.write(&vec![f32::NAN; rows * (cols + 2 * margin)], &mut whole)
+        .unwrap();
+    let mut view = whole.columns(margin..margin + cols);
+    b.write(values, &mut view).unwrap();
+    Put {
+        whole,
+        view,
+        margin,
+    }
+}
+
+/// An output, filled with NaN.
+fn blank(b: &dyn Backend, rows: usize, cols: usize, wide: bool) -> Put {
+    let mut put = put(
+        b,
+        F32,
+        cols.max(1),
+        &vec![f32::NAN; rows * cols.max(1)],
+        wide,
+    );
+    put.view = put.view.columns(0..cols);
+    put
+}
+
+/// The elements of an output. Panics when its margins were written.
+fn take(b: &dyn Backend, put: &Put) -> Vec<f32> {
+    let cols = put.whole.cols();
+    let mut all = vec![0.0; put.whole.rows() * cols];
+    b.read(&put.whole, &mut all).unwrap();
+    let (first, last) = (put.margin, put.margin + put.view.cols());
+    let mut out = Vec::new();
+    for row in all.chunks(cols) {
+        assert!(
+            row[..first]
+                .iter()
+                .chain(&row[cols - put.margin..])
+                .all(|x| x.is_nan())
+        );
+        out.extend_from_slice(&row[first..last]);
+    }
+    out
+}
+
+fn read(b: &dyn Backend, tensor: &Tensor) -> Vec<f32> {
+    let mut out = vec![0.0; tensor.rows() * tensor.cols()];
+    b.read(tensor, &mut out).unwrap();
+    out
+}
+
+fn vector(b: &dyn Backend, values: &[f32]) -> Tensor {
+    put(b, F32, values.len().max(1), values, false).view
+}
+
+// ---------------------------------------------------------------- backends and comparisons
+
+fn cpu(isa: Isa, threads: usize) -> Cpu {
+    let cpu = Cpu::new(CpuOptions {
+        threads,
+        isa: Some(isa),
+    });
+    assert_eq!(
+        (cpu.isa(), cpu.threads(), cpu.features()),
+        (isa, threads, isa.name())
+    );
+    cpu
+}
+
+fn backends(threads: &[usize]) -> Vec<Cpu> {
+    let isas = Isa::available();
+    isas.iter()
+        .flat_map(|isa| threads.iter().map(|t| cpu(*isa, *t)))
+        .collect()
+}
+
+/// Each number within `allowed` times its magnitude of what is expected.
+fn near(what: &str, found: &[f32], expected: &[f32], magnitude: &[f32], allowed: f32) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        let limit = allowed * magnitude[i] + 1e-30;
+        assert!(
+            (f - e).abs() <= limit,
+            "{what}: element {i} is {f}, not {e}, within {limit}"
+        );
+    }
+}
+
+fn same(what: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        assert!(
+            f.to_bits() == e.to_bits(),
+            "{what}: element {i} is {f:e}, not {e:e}, to the bit"
+        );
+    }
+}
+
+fn abs(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|x| x.abs()).collect()
+}
+
+// ---------------------------------------------------------------- linear
+
+#[derive(Clone)]
+struct LinearCase {
+    k: usize,
+    n: usize,
+    weight: DType,
+    activations: DType,
+    x: Vec<f32>,
+    w: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    wide: bool,
+}
+
+impl LinearCase {
+    fn new(rng: &mut Rng, (t, k, n): (usize, usize, usize), weight: DType, act: DType) -> Self {
+        let bias = rng.below(2) == 0;
+        LinearCase {
+            k,
+            n,
+            weight,
+            activations: act,
+            x: rng.numbers(t * k, 2.0),
+            w: rng.numbers(n * k, 0.1),
+            bias: bias.then(|| rng.numbers(n, 1.0)),
+            wide: rng.below(2) == 0,
+        }
+    }
+
+    fn run(&self, b: &dyn Backend) -> Vec<f32> {
+        let x = put(b, F32, self.k, &self.x, self.wide);
+        let w = Matrix::dense(put(b, self.weight, self.k, &self.w, false).view);
+        let bias = self.bias.as_ref().map(|v| vector(b, v));
+        let mut y = blank(b, self.x.len() / self.k, self.n, self.wide);
+        let op = Linear {
+            x: &x.view,
+            w: &w,
+            bias: bias.as_ref(),
+            activations: self.activations,
+            y: &mut y.view,
+        };
+        b.linear(op).unwrap();
+        take(b, &y)
+    }
+
+    /// Sums of |x · w|, to which rounding is relative.
+    fn magnitude(&self) -> Vec<f32> {
+        let bias = self.bias.as_ref().map(|b| abs(b));
+        LinearCase {
+            x: abs(&self.x),
+            w: abs(&self.w),
+            bias,
+            ..self.clone()
+        }
+        .run(&Reference)
+    }
+
+    fn only_row(&self, t: usize) -> Self {
+        LinearCase {
+            x: self.x[t * self.k..][..self.k].to_vec(),
+            ..self.clone()
+        }
+    }
+}
+
+/// Weight types with the activations that they are used with.
+const PRODUCTS: [(DType, DType); 6] = [
+    (BF16, BF16),
+    (BF16, F32),
+    (F16, F32),
+    (F32, F32),
+    (F32, BF16),
+    (F16, BF16),
+];
+
+#[test]
+fn linear_follows_the_reference() {
+    let mut rng = Rng(1 << 20);
+    let mut shapes = vec![(1, 2560, 70), (3, 5120, 12), (33, 2560, 70), (12, 4097, 9)];
+    for k in [1, 5, 16, 31, 64, 100] {
+        for (t, n) in [
+            (1, 1),
+            (2, 33),
+            (3, 7),
+            (7, 130),
+            (8, 4),
+            (9, 5),
+            (33, 66),
+            (130, 3),
+        ] {
+            shapes.push((t, k, n));
+        }
+    }
+    let backends = backends(&[1, 2, 3]);
+    for shape in shapes {
+        for (weight, activations) in PRODUCTS {
+            let case = LinearCase::new(&mut rng, shape, weight, activations);
+            let (expected, magnitude) = (case.run(&Reference), case.magnitude());
+            for b in &backends {
+                let what = format!("{weight} × {activations} {shape:?} on {b:?}");
+                // Up to 5,120 roundings of 6e-8 that mostly cancel, in another order.
+                near(&what, &case.run(b), &expected, &magnitude, 2e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_of_a_product_is_the_same_bits_alone_and_in_any_batch() {
+    let mut rng = Rng(2 << 20);
+    for (k, n) in [(1, 3), (31, 5), (100, 67), (2500, 70), (4200, 6)] {
+        for (weight, activations) in PRODUCTS {
+            let case = LinearCase::new(&mut rng, (37, k, n), weight, activations);
+            for isa in Isa::available() {
+                let all = case.run(&cpu(isa, 1));
+                for threads in 2..5 {
+                    same("threads", &case.run(&cpu(isa, threads)), &all);
+                }
+                let b = cpu(isa, 2);
+                for t in [0, 1, 17, 36] {
+                    let what = format!("row {t}, {weight} × {activations}, K {k}, {b:?}");
+                    same(&what, &case.only_row(t).run(&b), &all[t * n..][..n]);
+                }
+                // Batches of all sizes that begin elsewhere, so that rows move through the tiles.
+                for (first, rows) in [(1, 2), (2, 3), (3, 4), (5, 7), (6, 8), (4, 9), (7, 29)] {
+                    let x = case.x[first * k..][..rows * k].to_vec();
+                    let part = LinearCase { x, ..case.clone() }.run(&b);
+                    same("part of a batch", &part, &all[first * n..][..rows * n]);
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- experts
+
+#[derive(Clone)]
+struct ExpertCase {
+    k: usize,
+    n: usize,
+    experts: usize,
+    top_k: usize,
+    weight: DType,
+    activations: DType,
+    /// A row of x for each choice, not each token.
+    each: bool,
+    x: Vec<f32>,
+    w: Vec<Vec<f32>>,
+    chosen: Vec<f32>,
+}
+
+impl ExpertCase {
+    fn new(rng: &mut Rng, tokens: usize, each: bool, weight: DType, activations: DType) -> Self {
+        let (k, n, experts, top_k) = (96 + rng.below(9), 1 + rng.below(80), 5, 2);
+        let mut chosen = Vec::new();
+        for _ in 0..tokens {
+            // The first expert is busy, the last never.
+            let first = if rng.below(3) > 0 {
+                0
+            } else {
+                1 + rng.below(2)
+            };
+            chosen.extend([first as f32, 3.0]);
+        }
+        ExpertCase {
+            k,
+            n,
+            experts,
+            top_k,
+            weight,
+            activations,
+            each,
+            x: rng.numbers(tokens * k * if each { top_k } else { 1 }, 1.0),
+            w: (0..experts).map(|_| rng.numbers(n * k, 0.2)).collect(),
+            chosen,
+        }
+    }
+
+    fn run(&self, b: &dyn Backend) -> Vec<f32> {
+        let x = put(b, F32, self.k, &self.x, false);
+        let matrix = |w: &Vec<f32>| Matrix::dense(put(b, self.weight, self.k, w, false).view);
+        let w: Vec<Matrix> = self.w.iter().map(matrix).collect();
+        assert_eq!(w.len(), self.experts);
+        let experts = put(b, DType::I32, self.top_k, &self.chosen, false);
+        let mut y = blank(b, self.chosen.len(), self.n, false);
+        let op = ExpertLinear {
+            x: &x.view,
+            w: &w,
+            experts: &experts.view,
+            activations: self.activations,
+            y: &mut y.view,
+        };
+        b.expert_linear(op).unwrap();
+        take(b, &y)
+    }
+
+    fn only_token(&self, t: usize) -> Self {
+        let width = self.k * if self.each { self.top_k } else { 1 };
+        ExpertCase {
+            x: self.x[t * width..][..width].to_vec(),
+            chosen: self.chosen[t * self.top_k..][..self.top_k].to_vec(),
+            ..self.clone()
+        }
+    }
+}
+
+#[test]
+fn experts_follow_the_reference_and_tokens_their_own_choices() {
+    let mut rng = Rng(3 << 20);
+    for (weight, activations) in PRODUCTS {
+        for (tokens, each) in [
+            (1, false),
+            (1, true),
+            (3, true),
+            (11, false),
+            (40, false),
+            (40, true),
+        ] {
+            let case = ExpertCase::new(&mut rng, tokens, each, weight, activations);
+            let magnitude = {
+                let w = case.w.iter().map(|w| abs(w)).collect();
+                ExpertCase {
+                    x: abs(&case.x),
+                    w,
+                    ..case.clone()
+                }
+                .run(&Reference)
+            };
+            let expected = case.run(&Reference);
+            for isa in Isa::available() {
+                let all = case.run(&cpu(isa, 1));
+                let what = format!("{weight} × {activations}, {tokens} tokens, {isa:?}");
+                // As for linear.
+                near(&what, &all, &expected, &magnitude, 2e-6);
+                for threads in 2..5 {
+                    same("threads", &case.run(&cpu(isa, threads)), &all);
+                }
+                let (b, width) = (cpu(isa, 2), case.top_k * case.n);
+                for t in [0, tokens / 2, tokens - 1] {
+                    same(
+                        &what,
+                        &case.only_token(t).run(&b),
+                        &all[t * width..][..width],
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_expert_product_is_the_same_bits_as_the_dense_product() {
+    let mut rng = Rng(4 << 20);
+    for (weight, activations) in PRODUCTS {
+        let case = ExpertCase::new(&mut rng, 13, false, weight, activations);
+        for b in backends(&[2]) {
+            let y = case.run(&b);
+            for t in [0, 7] {
+                let dense = LinearCase {
+                    k: case.k,
+                    n: case.n,
+                    weight,
+                    activations,
+                    x: case.x[t * case.k..][..case.k].to_vec(),
+                    w: case.w[3].clone(),
+                    bias: None,
+                    wide: true,
+                };
+                same(
+                    "dense",
+                    &y[(2 * t + 1) * case.n..][..case.n],
+                    &dense.run(&b),
+                );
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- rows and elements
+
+const WIDTHS: [usize; 8] = [1, 5, 16, 31, 64, 100, 1000, 2560];
+const HEIGHTS: [usize; 6] = [1, 2, 3, 7, 33, 130];
+const ACTIVATIONS: [Activation; 6] = [
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+    Activation::Relu2,
+    Activation::Identity,
+];
+
+/// Runs `op` over heights and widths on every backend: near the reference, the same bits whatever
+/// the threads, and each row the same bits alone. `op` gets rows by `cols` inputs a and b and a row w.
+fn check_rows(
+    what: &str,
+    allowed: f32,
+    magnitude: impl Fn(f32, f32) -> f32,
+    op: impl Fn(&dyn Backend, [&Tensor; 3], &mut Tensor),
+) {
+    let mut rng = Rng(5 << 20);
+    let run = |b: &dyn Backend, cols: usize, x: [&[f32]; 3], wide: bool| {
+        let [p, q, w] = x.map(|x| put(b, F32, cols, x, wide));
+        let w = w.whole.columns(w.margin..w.margin + cols);
+        let mut y = blank(b, x[0].len() / cols, cols, wide);
+        op(b, [&p.view, &q.view, &w], &mut y.view);
+        take(b, &y)
+    };
+    let backends = backends(&[1, 3]);
+    for rows in HEIGHTS {
+        for cols in WIDTHS {
+            let (p, q) = (rng.numbers(rows * cols, 9.0), rng.numbers(rows * cols, 3.0));
+            let w = rng.numbers(cols, 2.0);
+            let wide = rng.below(2) == 0;
+            let expected = run(&Reference, cols, [&p, &q, &w], wide);
+            let size: Vec<f32> = p.iter().zip(&q).map(|(p, q)| magnitude(*p, *q)).collect();
+            let mut on_one = Vec::new();
+            for b in &backends {
+                let found = run(b, cols, [&p, &q, &w], wide);
+                near(
+                    &format!("{what} {rows} × {cols} on {b:?}"),
+                    &found,
+                    &expected,
+                    &size,
+                    allowed,
+                );
+                if b.threads() == 1 {
+                    on_one = found;
+                    continue;
+                }
+                same(what, &found, &on_one);
+                for r in [0, rows / 2, rows - 1] {
+                    let at = r * cols..(r + 1) * cols;
+                    let alone = run(b, cols, [&p[at.clone()], &q[at.clone()], &w], !wide);
+                    same(what, &alone, &found[at]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rms_norm_follows_the_reference() {
+    // The mean of up to 2,560 squares in another order, a root and two products.
+    check_rows(
+        "rms_norm",
+        2e-6,
+        |p, _| 8.0 * p.abs() + 1.0,
+        |b, [x, _, w], y| {
+            b.rms_norm(RmsNorm {
+                x,
+                weight: Some(w),
+                eps: 1e-6,
+                y,
+            })
+            .unwrap();
+        },
+    );
+    check_rows(
+        "rms_norm without weight",
+        2e-6,
+        |p, _| 4.0 * p.abs() + 1.0,
+        |b, [x, _, _], y| {
+            b.rms_norm(RmsNorm {
+                x,
+                weight: None,
+                eps: 1e-5,
+                y,
+            })
+            .unwrap();
+        },
+    );
+}
+
+#[test]
+fn sums_and_multiples_are_those_of_the_reference() {
+    // One rounding each, the same one.
+    check_rows(
+        "add",
+        0.0,
+        |_, _| 0.0,
+        |b, [p, q, _], y| b.add(Add { a: p, b: q, y }).unwrap(),
+    );
+    check_rows(
+        "scale",
+        0.0,
+        |_, _| 0.0,
+        |b, [x, _, _], y| {
+            b.scale(Scale { x, by: 0.37, y }).unwrap();
+        },
+    );
+    check_rows(
+        "gather",
+        0.0,
+        |_, _| 0.0,
+        |b, [x, _, _], y| {
+            let rows: Vec<usize> = (0..x.rows()).collect();
+            b.gather(Gather { x, rows: &rows, y }).unwrap();
+        },
+    );
+}
+
+#[test]
+fn activations_follow_the_reference() {
+    for act in ACTIVATIONS {
+        // The error function is within 1.5e-7 on both sides; the others are within 4 units.
+        check_rows(
+            &format!("{act:?}"),
+            5e-7,
+            |p, _| p.abs() * p.abs().max(1.0),
+            |b, [x, ..], y| {
+                b.activate(Activate {
+                    x,
+                    gate: None,
+                    act,
+                    y,
+                })
+                .unwrap();
+            },
+        );
+        let size = |p: f32, q: f32| (p * q).abs() * p.abs().max(1.0);
+        check_rows(
+            &format!("gated {act:?}"),
+            6e-7,
+            size,
+            |b, [gate, x, _], y| {
+                b.activate(Activate {
+                    x,
+                    gate: Some(gate),
+                    act,
+                    y,
+                })
+                .unwrap();
+            },
+        );
+    }
+}
+
+#[test]
+fn lookups_copies_and_zeros_are_exact() {
+    let mut rng = Rng(6 << 20);
+    for dtype in [F32, BF16, F16] {
+        for (vocabulary, cols, tokens) in [(1, 1, 1), (7, 31, 33), (50, 100, 3), (9, 2560, 130)] {
+            let table = rng.numbers(vocabulary * cols, 3.0);
+            let ids: Vec<u32> = (0..tokens).map(|_| rng.below(vocabulary) as u32).collect();
+            let run = |b: &dyn Backend| {
+                let table = Matrix::dense(put(b, dtype, cols, &table, false).view);
+                let mut y = blank(b, tokens, cols, true);
+                b.embed(Embed {
+                    ids: &ids,
+                    table: &table,
+                    y: &mut y.view,
+                })
+                .unwrap();
+                let order: Vec<usize> = (0..tokens).rev().collect();
+                let mut z = blank(b, tokens, cols, false);
+                b.gather(Gather {
+                    x: &y.view,
+                    rows: &order,
+                    y: &mut z.view,
+                })
+                .unwrap();
+                [take(b, &y), take(b, &z)].concat()
+            };
+            let expected = run(&Reference);
+            for b in backends(&[1, 3]) {
+                same("embed", &run(&b), &expected);
+            }
+        }
+    }
+    for dtype in [F32, BF16, F16, DType::I32] {
+        for (rows, cols) in [(1, 1), (3, 7), (200, 1000), (1, 200_000), (40, 20_000)] {
+            let values: Vec<f32> = (0..rows * cols).map(|_| rng.below(200) as f32).collect();
+            for b in backends(&[1, 3]) {
+                let from = put(&b, dtype, cols, &values, true);
+                let to = put(&b, dtype, cols, &vec![0.0; rows * cols], true);
+                b.copy(&from.view, &mut to.view.clone()).unwrap();
+                same("copy", &read(&b, &to.view), &values);
+                b.clear(&mut to.view.clone()).unwrap();
+                assert!(read(&b, &to.view).iter().all(|x| x.to_bits() == 0));
+                if dtype != DType::I32 {
+                    take(&b, &to);
+                }
+                assert!(
+                    b.copy(&from.view, &mut b.alloc(dtype, rows, cols + 1).unwrap())
+                        .is_err()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn random_weights_are_those_of_the_reference() {
+    for dtype in [F32, BF16, F16, DType::I32] {
+        for (rows, cols) in [(1, 1), (5, 33), (3, 5000), (300, 700), (1, 150_000)] {
+            let draw = |b: &dyn Backend| {
+                let mut tensor = b.alloc(dtype, rows, cols).unwrap();
+                b.fill_normal(&mut tensor, 77, 3.0).unwrap();
+                read(b, &tensor)
+            };
+            let expected = draw(&Reference);
+            for b in backends(&[1, 2, 3]) {
+                same("fill_normal", &draw(&b), &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn routes_and_combinations_follow_the_reference() {
+    let mut rng = Rng(7 << 20);
+    for (tokens, experts, top_k, cols) in [
+        (1, 1, 1, 1),
+        (3, 8, 2, 33),
+        (33, 16, 4, 100),
+        (130, 5, 5, 16),
+    ] {
+        let logits = rng.numbers(tokens * experts, 3.0);
+        let x = rng.numbers(tokens * top_k * cols, 2.0);
+        for score in [Score::Softmax, Score::SoftmaxTopK, Score::Sigmoid] {
+            for normalize in [false, true] {
+                let run = |b: &dyn Backend, x: &[f32]| {
+                    let logits = put(b, F32, experts, &logits, true);
+                    let mut chosen = b.alloc(DType::I32, tokens, top_k).unwrap();
+                    let mut weights = blank(b, tokens, top_k, true);
+                    let op = Route {
+                        logits: &logits.view,
+                        score,
+                        normalize,
+                        experts: &mut chosen,
+                        weights: &mut weights.view,
+                    };
+                    b.route(op).unwrap();
+                    let x = put(b, F32, cols, x, true);
+                    let mut y = blank(b, tokens, cols, true);
+                    let op = Combine {
+                        x: &x.view,
+                        weights: &weights.view,
+                        y: &mut y.view,
+                    };
+                    b.combine(op).unwrap();
+                    (read(b, &chosen), take(b, &weights), take(b, &y))
+                };
+                let expected = run(&Reference, &x);
+                let magnitude = run(&Reference, &abs(&x)).2;
+                for b in backends(&[1, 3]) {
+                    let found = run(&b, &x);
+                    same("chosen experts", &found.0, &expected.0);
+                    near("their weights", &found.1, &expected.1, &expected.1, 1e-6);
+                    // A few products, fused or not.
+                    near("combine", &found.2, &expected.2, &magnitude, 1e-6);
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- sequences
+
+/// How sequences share batches: each step gives (sequence, rows) in order; places of their states
+/// and pages are shuffled by `seed`.
+struct Schedule {
+    steps: Vec<Vec<(usize, usize)>>,
+    page_size: usize,
+    seed: u64,
+}
+
+impl Schedule {
+    fn lengths(&self) -> Vec<usize> {
+        let sequences = self
+            .steps
+            .iter()
+            .flatten()
+            .map(|s| s.0 + 1)
+            .max()
+            .unwrap_or(0);
+        let rows = |s| {
+            self.steps
+                .iter()
+                .flatten()
+                .filter(|(i, _)| *i == s)
+                .map(|(_, n)| n)
+                .sum()
+        };
+        (0..sequences).map(rows).collect()
+    }
+
+    fn slots(&self) -> usize {
+        self.lengths().len() + 2
+    }
+
+    fn pages(&self) -> usize {
+        self.lengths()
+            .iter()
+            .map(|n| n.div_ceil(self.page_size))
+            .sum::<usize>()
+            + 3
+    }
+
+    /// Calls `f` for every step with its batch and, of each row, sequence and position.
+    fn run(&self, mut f: impl FnMut(Ragged<'_>, &[(usize, usize)])) {
+        let mut rng = Rng(self.seed << 32);
+        let mut shuffled = |n: usize| {
+            let mut order: Vec<usize> = (0..n).collect();
+            (1..n).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
+            order
+        };
+        let slots = shuffled(self.slots());
+        let page_table: Vec<u32> = shuffled(self.pages())
+            .into_iter()
+            .map(|p| p as u32)
+            .collect();
+        let mut first_page = Vec::new();
+        let mut next = 0;
+        for length in self.lengths() {
+            first_page.push(next);
+            next += length.div_ceil(self.page_size);
+        }
+        let mut positions = vec![0; first_page.len()];
+        for step in &self.steps {
+            let (mut spans, mut rows) = (Vec::new(), Vec::new());
+            for &(sequence, len) in step {
+                let position = positions[sequence];
+                let pages = (position + len).div_ceil(self.page_size);
+                spans.push(Span {
+                    start: rows.len(),
+                    len,
+                    position,
+                    slot: slots[sequence],
+                    pages: first_page[sequence]..first_page[sequence] + pages,
+                });
+                rows.extend((position..position + len).map(|p| (sequence, p)));
+                positions[sequence] += len;
+            }
+            let page_size = self.page_size;
+            f(
+                Ragged {
+                    spans: &spans,
+                    page_table: &page_table,
+                    page_size,
+                },
+                &rows,
+            );
+        }
+    }
+}
+
+/// Rows of a batch from those of the sequences.
+fn gathered(of: &[Vec<f32>], width: usize, rows: &[(usize, usize)]) -> Vec<f32> {
+    rows.iter()
+        .flat_map(|&(s, p)| of[s][p * width..][..width].iter().copied())
+        .collect()
+}
+
+/// Puts rows of a batch back to their sequences.
+fn scatter(from: &[f32], width: usize, rows: &[(usize, usize)], to: &mut Vec<Vec<f32>>) {
+    for (row, &(s, _)) in from.chunks(width.max(1)).zip(rows) {
+        if to.len() <= s {
+            to.resize(s + 1, Vec::new());
+        }
+        to[s].extend_from_slice(row);
+    }
+}
+
+/// Ways to run sequences of these lengths: whole one after the other, token by token, and in ragged
+/// batches of random pieces.
+fn schedules(rng: &mut Rng, lengths: &[usize], page_sizes: [usize; 3]) -> Vec<Schedule> {
+    let whole = lengths
+        .iter()
+        .enumerate()
+        .map(|(s, n)| vec![(s, *n)])
+        .collect();
+    let mut tokens = Vec::new();
+    for position in 0..lengths.iter().copied().max().unwrap_or(0) {
+        tokens.push(
+            (0..lengths.len())
+                .filter(|s| position < lengths[*s])
+                .map(|s| (s, 1))
+                .collect(),
+        );
+    }
+    let mut ragged: Vec<Vec<(usize, usize)>> = Vec::new();
+    let mut left = lengths.to_vec();
+    while left.iter().any(|n| *n > 0) {
+        let mut step = Vec::new();
+        for s in (0..lengths.len()).rev() {
+            let n = left[s]
+                .min(1 + rng.below(40))
+                .min(if rng.below(3) == 0 { 1 } else { 40 });
+            if n > 0 && (step.is_empty() || rng.below(4) > 0) {
+                step.push((s, n));
+                left[s] -= n;
+            }
+        }
+        ragged.push(step);
+    }
+    [whole, tokens, ragged]
+        .into_iter()
+        .zip(page_sizes)
+        .enumerate()
+        .map(|(i, (steps, page_size))| Schedule {
+            steps,
+            page_size,
+            seed: i as u64 + 1,
+        })
+        .collect()
+}
+
+// ---------------------------------------------------------------- convolution and scan
+
+#[derive(Clone)]
+struct MambaCase {
+    inner: usize,
+    states: usize,
+    taps: usize,
+    act: Activation,
+    bias: bool,
+    gate: bool,
+    /// Of each sequence: x, dt, b, c, z.
+    inputs: [Vec<Vec<f32>>; 5],
+    w: Vec<f32>,
+    a: Vec<f32>,
+    /// Convolution bias, dt bias, d.
+    rows: [Vec<f32>; 3],
+}
+
+impl MambaCase {
+    fn new(rng: &mut Rng, lengths: &[usize], (inner, states, taps): (usize, usize, usize)) -> Self {
+        let mut each = |width: usize, size: f32| -> Vec<Vec<f32>> {
+            lengths
+                .iter()
+                .map(|n| rng.numbers(n * width, size))
+                .collect()
+        };
+        let inputs = [
+            each(inner, 2.0),
+            each(inner, 3.0),
+            each(states, 1.0),
+            each(states, 1.0),
+            each(inner, 3.0),
+        ];
+        MambaCase {
+            inner,
+            states,
+            taps,
+            act: ACTIVATIONS[rng.below(ACTIVATIONS.len())],
+            bias: rng.below(2) == 0,
+            gate: rng.below(2) == 0,
+            inputs,
+            w: rng.numbers(taps * inner, 1.0),
+            a: rng
+                .numbers(states * inner, 8.0)
+                .iter()
+                .map(|a| -a.abs())
+                .collect(),
+            rows: std::array::from_fn(|_| rng.numbers(inner, 1.0)),
+        }
+    }
+
+    /// Outputs of the convolution and of the scan for each sequence, and the states left behind.
+    fn run(&self, b: &dyn Backend, schedule: &Schedule) -> [Vec<Vec<f32>>; 2] {
+        let (inner, states, taps) = (self.inner, self.states, self.taps);
+        let [x, dt, bs, cs, z] = &self.inputs;
+        let w = put(b, F32, inner, &self.w, true);
+        let a = put(b, F32, inner, &self.a, true);
+        let [conv_bias, dt_bias, d] = self.rows.each_ref().map(|r| vector(b, r));
+        let slots = schedule.slots();
+        let mut conv_state = b.alloc(F32, slots, (taps - 1) * inner).unwrap();
+        let mut ssm_state = b.alloc(F32, slots, states * inner).unwrap();
+        let mut out = [Vec::new(), Vec::new()];
+        schedule.run(|ragged, rows| {
+            let take_rows =
+                |of: &[Vec<f32>], width| put(b, F32, width, &gathered(of, width, rows), true);
+            let x = take_rows(x, inner);
+            let mut y = blank(b, rows.len(), inner, true);
+            let op = Conv1d {
+                x: &x.view,
+                w: &w.view,
+                bias: self.bias.then_some(&conv_bias),
+                act: self.act,
+                conv_state: &mut conv_state,
+                ragged,
+                y: &mut y.view,
+            };
+            b.conv1d(op).unwrap();
+            scatter(&take(b, &y), inner, rows, &mut out[0]);
+            let (dt, z) = (take_rows(dt, inner), take_rows(z, inner));
+            let (bs, cs) = (take_rows(bs, states), take_rows(cs, states));
+            let mut y = blank(b, rows.len(), inner, true);
+            let op = SelectiveScan {
+                x: &x.view,
+                dt: &dt.view,
+                dt_bias: self.bias.then_some(&dt_bias),
+                a: &a.view,
+                b: &bs.view,
+                c: &cs.view,
+                d: &d,
+                z: self.gate.then_some(&z.view),
+                ssm_state: &mut ssm_state,
+                ragged,
+                y: &mut y.view,
+            };
+            b.selective_scan(op).unwrap();
+            scatter(&take(b, &y), inner, rows, &mut out[1]);
+        });
+        out
+    }
+
+    /// What roundings are relative to: sums of absolute values.
+    fn magnitude(&self, schedule: &Schedule) -> [Vec<Vec<f32>>; 2] {
+        let [x, dt, b, c, z] = self.inputs.clone();
+        let positive = |of: Vec<Vec<f32>>| of.iter().map(|v| abs(v)).collect::<Vec<_>>();
+        let [conv_bias, dt_bias, d] = self.rows.clone();
+        let case = MambaCase {
+            inputs: [positive(x), dt, positive(b), positive(c), z],
+            w: abs(&self.w),
+            act: Activation::Identity,
+            rows: [abs(&conv_bias), dt_bias, abs(&d)],
+            gate: false,
+            ..self.clone()
+        };
+        let mut sums = case.run(&Reference, schedule);
+        for (s, z) in sums[1].iter_mut().zip(&self.inputs[4]) {
+            if self.gate {
+                s.iter_mut().zip(z).for_each(|(s, z)| *s *= z.abs());
+            }
+        }
+        // Squares and GELU's rounding grow with the argument.
+        sums[0].iter_mut().flatten().for_each(|s| *s *= s.max(1.0));
+        sums
+    }
+}
+
+#[test]
+fn convolution_and_scan_follow_the_reference_and_no_cut_changes_a_bit() {
+    let mut rng = Rng(8 << 20);
+    let shapes = [
+        (1, 1, 1),
+        (5, 3, 2),
+        (16, 16, 4),
+        (31, 8, 4),
+        (100, 16, 3),
+        (130, 5, 4),
+        (520, 16, 4),
+    ];
+    for (inner, states, taps) in shapes {
+        let lengths = [50, 1, 2, 81];
+        let case = MambaCase::new(&mut rng, &lengths, (inner, states, taps));
+        let schedules = schedules(&mut rng, &lengths, [1, 1, 1]);
+        let expected = case.run(&Reference, &schedules[0]);
+        let magnitude = case.magnitude(&schedules[0]);
+        for isa in Isa::available() {
+            let all = case.run(&cpu(isa, 1), &schedules[0]);
+            for (i, allowed) in [(0, 2e-6), (1, 4e-6)] {
+                for (s, found) in all[i].iter().enumerate() {
+                    let what = format!("part {i} of {inner} × {states}, sequence {s}, {isa:?}");
+                    // Convolution: a few roundings and the activation. Scan: exponentials within
+                    // two units of an exponent up to 40, whose rounding counts as often.
+                    near(&what, found, &expected[i][s], &magnitude[i][s], allowed);
+                }
+            }
+            for (i, schedule) in schedules.iter().enumerate() {
+                for threads in 1..5 {
+                    if i == 1 && threads > 2 {
+                        continue;
+                    }
+                    let again = case.run(&cpu(isa, threads), schedule);
+                    for (again, all) in again.iter().flatten().zip(all.iter().flatten()) {
+                        same(
+                            &format!("schedule {i}, {threads} threads, {isa:?}"),
+                            again,
+                            all,
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequence_does_not_notice_its_neighbours() {
+    let mut rng = Rng(9 << 20);
+    let lengths = [40, 25, 60];
+    let case = MambaCase::new(&mut rng, &lengths, (70, 16, 4));
+    let mut changed = case.clone();
+    for input in &mut changed.inputs {
+        input[0].iter_mut().for_each(|x| *x = *x * 1.5 + 0.1);
+        input[2].iter_mut().for_each(|x| *x *= 1e6);
+    }
+    let schedule = &schedules(&mut rng, &lengths, [1, 1, 1])[2];
+    for b in backends(&[1, 2]) {
+        let (before, after) = (case.run(&b, schedule), changed.run(&b, schedule));
+        for part in 0..2 {
+            same("the middle sequence", &after[part][1], &before[part][1]);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- attention
+
+#[derive(Clone)]
+struct AttentionCase {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    pages: [DType; 2],
+    window: Option<usize>,
+    /// Rotated pairs, and whether pairs are neighbours.
+    rope: Option<(usize, bool)>,
+    /// Of each sequence: q, k, v.
+    inputs: [Vec<Vec<f32>>; 3],
+}
+
+impl AttentionCase {
+    fn new(rng: &mut Rng, lengths: &[usize], heads: (usize, usize), dim: usize) -> Self {
+        let mut each = |width: usize, size| -> Vec<Vec<f32>> {
+            lengths
+                .iter()
+                .map(|n| rng.numbers(n * width, size))
+                .collect()
+        };
+        let inputs = [
+            each(heads.0 * dim, 2.0),
+            each(heads.1 * dim, 2.0),
+            each(heads.1 * dim, 1.0),
+        ];
+        AttentionCase {
+            heads: heads.0,
+            kv_heads: heads.1,
+            dim,
+            pages: [F32, F32],
+            window: None,
+            rope: None,
+            inputs,
+        }
+    }
+
+    /// y of each sequence; page memory begins as NaN, which no row may see.
+    fn run(&self, b: &dyn Backend, schedule: &Schedule) -> Vec<Vec<f32>> {
+        let (q_width, kv_width) = (self.heads * self.dim, self.kv_heads * self.dim);
+        let page_rows = schedule.pages() * schedule.page_size;
+        let mut pages = self.pages.map(|dtype| {
+            put(
+                b,
+                dtype,
+                kv_width,
+                &vec![f32::NAN; page_rows * kv_width],
+                true,
+            )
+            .view
+        });
+        let mut out = Vec::new();
+        schedule.run(|ragged, rows| {
+            let widths = [q_width, kv_width, kv_width];
+            let mut i = 0;
+            let [mut q, mut k, v] = widths.map(|width| {
+                i += 1;
+                put(
+                    b,
+                    F32,
+                    width,
+                    &gathered(&self.inputs[i - 1], width, rows),
+                    true,
+                )
+            });
+            if let Some((pairs, interleaved)) = self.rope {
+                let rates: Vec<f32> = (0..pairs).map(|f| 0.7f32.powi(f as i32)).collect();
+                let frequencies = vector(b, &rates);
+                for x in [&mut q.view, &mut k.view] {
+                    let head_dim = self.dim;
+                    let op = Rope {
+                        x,
+                        head_dim,
+                        frequencies: &frequencies,
+                        interleaved,
+                        ragged,
+                    };
+                    b.rope(op).unwrap();
+                }
+            }
+            let [k_pages, v_pages] = &mut pages;
+            b.kv_write(KvWrite {
+                k: &k.view,
+                v: &v.view,
+                k_pages,
+                v_pages,
+                ragged,
+            })
+            .unwrap();
+            let mut y = blank(b, rows.len(), q_width, true);
+            let op = Attention {
+                q: &q.view,
+                k_pages,
+                v_pages,
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                head_dim: self.dim,
+                scale: 1.0 / (self.dim as f32).sqrt(),
+                window: self.window,
+                ragged,
+                y: &mut y.view,
+            };
+            b.attention(op).unwrap();
+            scatter(&take(b, &y), q_width, rows, &mut out);
+        });
+        out
+    }
+}
+
+#[test]
+fn attention_follows_the_reference_and_no_cut_changes_a_bit() {
+    let mut rng = Rng(10 << 20);
+    let cases = [
+        // lengths, (heads, kv_heads), dim, window, pages, rope
+        (vec![3, 1, 20], (1, 1), 1, None, [F32, F32], None),
+        (
+            vec![70, 5],
+            (2, 2),
+            7,
+            Some(1),
+            [F32, F32],
+            Some((3, false)),
+        ),
+        (
+            vec![130, 64, 65],
+            (4, 2),
+            16,
+            None,
+            [BF16, BF16],
+            Some((8, true)),
+        ),
+        (
+            vec![200, 33],
+            (6, 1),
+            64,
+            Some(100),
+            [F16, F16],
+            Some((32, false)),
+        ),
+        (
+            vec![90, 128],
+            (5, 5),
+            80,
+            Some(64),
+            [F32, BF16],
+            Some((20, true)),
+        ),
+        (vec![1100, 40], (8, 1), 16, None, [F32, F32], None),
+        (vec![620, 7], (3, 3), 17, Some(530), [BF16, F16], None),
+    ];
+    for (lengths, heads, dim, window, pages, rope) in cases {
+        let case = AttentionCase {
+            window,
+            pages,
+            rope,
+            ..AttentionCase::new(&mut rng, &lengths, heads, dim)
+        };
+        let schedules = schedules(&mut rng, &lengths, [16, 5, 1]);
+        let expected = case.run(&Reference, &schedules[0]);
+        for isa in Isa::available() {
+            let all = case.run(&cpu(isa, 1), &schedules[0]);
+            for (s, found) in all.iter().enumerate() {
+                let what = format!("{heads:?} heads of {dim}, sequence {s}, {isa:?}");
+                // Values lie within one, weights sum to one; scores of up to 30 round by 2e-6.
+                let magnitude = vec![1.0; found.len()];
+                near(&what, found, &expected[s], &magnitude, 4e-6);
+            }
+            for (i, schedule) in schedules.iter().enumerate() {
+                for threads in 1..5 {
+                    // Token by token takes the longest and has the fewest ways to share.
+                    if i == 1 && threads != 2 {
+                        continue;
+                    }
+                    let again = case.run(&cpu(isa, threads), schedule);
+                    for (again, all) in again.iter().zip(&all) {
+                        same(
+                            &format!("schedule {i}, {threads} threads, {isa:?}"),
+                            again,
+                            all,
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rope_is_that_of_the_reference() {
+    let mut rng = Rng(11 << 20);
+    for (dim, heads, pairs) in [(2, 1, 1), (7, 3, 2), (16, 4, 8), (80, 2, 20), (64, 8, 32)] {
+        let x = rng.numbers(33 * heads * dim, 3.0);
+        let rates = rng.numbers(pairs, 1.0);
+        let spans = [(0, 30, 0), (30, 1, 1000), (31, 2, 77)].map(|(start, len, position)| Span {
+            start,
+            len,
+            position,
+            slot: 0,
+            pages: 0..0,
+        });
+        for interleaved in [false, true] {
+            let run = |b: &dyn Backend| {
+                let mut x = put(b, F32, heads * dim, &x, true);
+                let frequencies = vector(b, &rates);
+                let ragged = Ragged {
+                    spans: &spans,
+                    page_table: &[],
+                    page_size: 1,
+                };
+                let (x_view, head_dim) = (&mut x.view, dim);
+                let op = Rope {
+                    x: x_view,
+                    head_dim,
+                    frequencies: &frequencies,
+                    interleaved,
+                    ragged,
+                };
+                b.rope(op).unwrap();
+                take(b, &x)
+            };
+            let expected = run(&Reference);
+            for b in backends(&[1, 2, 3]) {
+                // The same sines, products and sums.
+                same("rope", &run(&b), &expected);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- faults
+
+#[test]
+fn a_fault_is_refused_before_anything_is_written() {
+    for b in backends(&[1, 2]) {
+        let x = put(&b, F32, 8, &[1.0; 16], false).view;
+        let w = Matrix::dense(put(&b, BF16, 9, &[1.0; 27], false).view);
+        let mut y = blank(&b, 2, 3, false);
+        let op = Linear {
+            x: &x,
+            w: &w,
+            bias: None,
+            activations: BF16,
+            y: &mut y.view,
+        };
+        assert!(b.linear(op).is_err());
+        assert!(take(&b, &y).iter().all(|y| y.is_nan()));
+    }
+}
