@@ -782,3 +782,368 @@ fn byte_level(piece: &str) -> Vec<u8> {
         .collect::<Option<_>>()
         .unwrap_or_else(|| piece.as_bytes().to_vec())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use crate::testing::directory;
+    use crate::text::Detokenizer;
+
+    const NAMES: [&str; 6] = [
+        "byte_level",
+        "byte_level_bos",
+        "sentencepiece",
+        "metaspace",
+        "unigram",
+        "word_piece",
+    ];
+
+    fn golden(name: &str) -> (Arc<Tokenizer>, Value) {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/golden/text")
+            .join(name);
+        let cases = std::fs::read_to_string(directory.join("cases.json")).expect("golden cases");
+        let tokenizer = Tokenizer::open(&directory, None).expect("a golden tokenizer");
+        (
+            Arc::new(tokenizer),
+            serde_json::from_str(&cases).expect("JSON"),
+        )
+    }
+
+    fn ids(value: &Value) -> Vec<u32> {
+        serde_json::from_value(value.clone()).expect("ids")
+    }
+
+    fn streamed(tokenizer: &Arc<Tokenizer>, ids: &[u32], skip_special: bool) -> String {
+        let mut stream = Detokenizer::new(tokenizer.clone(), skip_special);
+        let mut pieces: Vec<String> = ids
+            .iter()
+            .map(|id| stream.push(*id).expect("decodes"))
+            .collect();
+        pieces.push(stream.finish().expect("decodes"));
+        pieces.concat()
+    }
+
+    #[test]
+    fn texts_encode_as_in_transformers() {
+        for name in NAMES {
+            let (tokenizer, cases) = golden(name);
+            for case in cases["encoded"].as_array().expect("cases") {
+                let text = case["text"].as_str().expect("a text");
+                let encode = |add_special, parse_special| {
+                    tokenizer
+                        .encode_with(
+                            text,
+                            EncodeOptions {
+                                add_special,
+                                parse_special,
+                            },
+                        )
+                        .expect("encodes")
+                };
+                assert_eq!(encode(false, true), ids(&case["plain"]), "{name}: {text:?}");
+                assert_eq!(
+                    encode(true, true),
+                    ids(&case["framed"]),
+                    "{name}: {text:?} framed"
+                );
+                assert_eq!(
+                    encode(false, false),
+                    ids(&case["unparsed"]),
+                    "{name}: {text:?} unparsed"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn ids_decode_as_in_transformers_at_once_and_streamed() {
+        for name in NAMES {
+            let (tokenizer, cases) = golden(name);
+            for case in cases["decoded"].as_array().expect("cases") {
+                let ids = ids(&case["ids"]);
+                for (skip, key) in [(false, "text"), (true, "bare")] {
+                    let expected = case[key].as_str().expect("a text");
+                    assert_eq!(
+                        tokenizer.decode(&ids, skip).expect("decodes"),
+                        expected,
+                        "{name}: {ids:?}"
+                    );
+                    assert_eq!(
+                        streamed(&tokenizer, &ids, skip),
+                        expected,
+                        "{name} streamed: {ids:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    const DEMO: Bytes = Bytes {
+        offset: 3,
+        bos: None,
+        eos: Some(2),
+        pad: Some(0),
+    };
+
+    #[test]
+    fn bytes_are_tokens() {
+        let tokenizer = Arc::new(Tokenizer::from_bytes(DEMO));
+        let ids = tokenizer.encode("é\n", true).expect("encodes");
+        assert_eq!(ids, [0xc3 + 3, 0xa9 + 3, 13]);
+        assert_eq!(tokenizer.decode(&ids, true).expect("decodes"), "é\n");
+        assert_eq!(
+            (
+                tokenizer.vocab_size(),
+                tokenizer.eos_id(),
+                tokenizer.bos_id()
+            ),
+            (259, Some(2), None)
+        );
+        assert_eq!(
+            (
+                tokenizer.token_bytes(2),
+                tokenizer.token_bytes(258),
+                tokenizer.token_bytes(999)
+            ),
+            (vec![], vec![255], vec![])
+        );
+        assert!(tokenizer.is_special(2) && !tokenizer.is_special(3));
+        let with_bos = Tokenizer::from_bytes(Bytes {
+            offset: 0,
+            bos: Some(256),
+            eos: None,
+            pad: None,
+        });
+        assert_eq!(with_bos.encode("a", true).expect("encodes"), [256, 97]);
+        assert_eq!(with_bos.encode("a", false).expect("encodes"), [97]);
+    }
+
+    #[test]
+    fn a_character_comes_when_its_last_byte_does() {
+        let tokenizer = Arc::new(Tokenizer::from_bytes(DEMO));
+        let check = |bytes: &[u8], expected: &[&str]| {
+            let mut stream = Detokenizer::new(tokenizer.clone(), true);
+            let mut found: Vec<String> = bytes
+                .iter()
+                .map(|byte| stream.push(u32::from(*byte) + 3).expect("decodes"))
+                .collect();
+            found.push(stream.finish().expect("decodes"));
+            assert_eq!(found, expected, "{bytes:x?}");
+        };
+        check("aé".as_bytes(), &["a", "", "é", ""]);
+        check("👋".as_bytes(), &["", "", "", "👋", ""]);
+        check(&[0xf0, 0x9f, 0x91], &["", "", "", "\u{fffd}"]);
+        check(
+            &[0xff, b'a', 0xc3, b'b'],
+            &["\u{fffd}", "a", "", "\u{fffd}b", ""],
+        );
+        check(
+            &[0xe5, 0xe5, 0xe5],
+            &["", "\u{fffd}", "\u{fffd}", "\u{fffd}"],
+        );
+    }
+
+    #[test]
+    fn a_byte_run_waits_for_its_end() {
+        let (tokenizer, _) = golden("sentencepiece");
+        let id = |text: &str| tokenizer.token_id(text).expect(text);
+        let mut stream = Detokenizer::new(tokenizer.clone(), true);
+        let mut push = |text: &str| stream.push(id(text)).expect("decodes");
+        assert_eq!(push("▁the"), "the");
+        assert_eq!(push("<0xC3>"), "");
+        assert_eq!(push("<0xA9>"), "");
+        assert_eq!(push("▁the"), "é the");
+        assert_eq!(push("<0xC3>"), "");
+        assert_eq!(stream.finish().expect("decodes"), "\u{fffd}");
+        assert_eq!(tokenizer.token_bytes(id("<0xC3>")), [0xc3]);
+        assert_eq!(tokenizer.token_bytes(id("▁the")), b" the");
+    }
+
+    #[test]
+    fn tokens_have_bytes() {
+        for name in ["byte_level", "sentencepiece", "metaspace"] {
+            let (tokenizer, _) = golden(name);
+            let text = "hello žluť 👋 <|turn|>";
+            let ids = tokenizer.encode(text, false).expect("encodes");
+            let bytes: Vec<u8> = ids
+                .iter()
+                .flat_map(|id| tokenizer.token_bytes(*id))
+                .collect();
+            assert_eq!(String::from_utf8_lossy(&bytes).trim_start(), text, "{name}");
+        }
+    }
+
+    /// A small tokenizer.json of words with the given post-processor.
+    fn words(post_processor: &str) -> String {
+        format!(
+            r#"{{"version":"1.0","truncation":{{"direction":"Right","max_length":1,"strategy":"LongestFirst","stride":0}},
+            "padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":{{"type":"WhitespaceSplit"}},
+            "post_processor":{post_processor},"decoder":null,
+            "model":{{"type":"WordLevel","vocab":{{"<s>":0,"</s>":1,"a":2,"b":3,"<unk>":4}},"unk_token":"<unk>"}}}}"#
+        )
+    }
+
+    #[test]
+    fn a_text_gets_one_bos_from_whoever_asks_for_it() {
+        let template = r#"{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],"pair":[],"special_tokens":{"<s>":{"id":"<s>","ids":[0],"tokens":["<s>"]}}}"#;
+        let check = |post_processor: &str, config: &str, expected: &[u32]| {
+            let files = directory(&[
+                ("tokenizer.json", &words(post_processor)),
+                ("tokenizer_config.json", config),
+            ]);
+            let tokenizer = Tokenizer::open(files.path(), None).expect("a tokenizer");
+            assert_eq!(
+                tokenizer.encode("a b", true).expect("encodes"),
+                expected,
+                "{post_processor} {config}"
+            );
+            assert_eq!(
+                tokenizer.encode("<s> a b", false).expect("encodes"),
+                [0, 2, 3]
+            );
+        };
+        check("null", r#"{"bos_token": "<s>"}"#, &[2, 3]);
+        check(
+            "null",
+            r#"{"bos_token": "<s>", "add_bos_token": true}"#,
+            &[0, 2, 3],
+        );
+        check(
+            "null",
+            r#"{"eos_token": {"content": "</s>"}, "bos_token": "<s>", "add_eos_token": true}"#,
+            &[2, 3, 1],
+        );
+        check(
+            template,
+            r#"{"bos_token": "<s>", "add_bos_token": true}"#,
+            &[0, 2, 3],
+        );
+        check(
+            template,
+            r#"{"bos_token": "<s>", "add_bos_token": false}"#,
+            &[0, 2, 3],
+        );
+        check(
+            "null",
+            r#"{"add_bos_token": true, "bos_token": null}"#,
+            &[2, 3],
+        );
+    }
+
+    #[test]
+    fn templates_are_found_wherever_they_are() {
+        let check = |files: &[(&str, &str)], expected: (Option<&str>, Option<&str>)| {
+            let files = directory(files);
+            let tokenizer = Tokenizer::open(files.path(), Some(DEMO)).expect("a tokenizer");
+            assert_eq!(
+                (
+                    tokenizer.chat_template(None, false),
+                    tokenizer.chat_template(None, true)
+                ),
+                expected
+            );
+        };
+        check(&[], (None, None));
+        check(
+            &[("tokenizer_config.json", r#"{"chat_template": "x"}"#)],
+            (Some("x"), Some("x")),
+        );
+        let list = r#"{"chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]}"#;
+        check(&[("tokenizer_config.json", list)], (Some("d"), Some("t")));
+        check(
+            &[
+                ("tokenizer_config.json", list),
+                ("chat_template.jinja", "file"),
+            ],
+            (Some("file"), Some("file")),
+        );
+    }
+
+    #[test]
+    fn damaged_files_are_named_and_never_panic() {
+        let check = |name: &str, text: &str, expected: &str| {
+            let mut files = vec![("tokenizer_config.json", "{}"), ("tokenizer.json", text)];
+            if name != "tokenizer.json" {
+                files = vec![("tokenizer.json", r#"{"version": "1.0"}"#), (name, text)];
+            }
+            let files = directory(&files);
+            let error = Tokenizer::open(files.path(), None)
+                .expect_err(text)
+                .to_string();
+            assert!(error.contains(name) && error.contains(expected), "{error}");
+        };
+        check("tokenizer.json", "", "EOF");
+        check("tokenizer.json", "[]", "expected a tokenizer");
+        check(
+            "tokenizer.json",
+            &words("null")[..200],
+            "expected a tokenizer",
+        );
+        check(
+            "tokenizer.json",
+            &words(r#"{"type":"Magic"}"#),
+            "expected a tokenizer",
+        );
+        check(
+            "tokenizer_config.json",
+            "[1, 2]",
+            "holds a list of 2; expected a JSON object",
+        );
+        check(
+            "tokenizer_config.json",
+            r#"{"bos_token": 5}"#,
+            "bos_token is 5",
+        );
+        check(
+            "tokenizer_config.json",
+            r#"{"eos_token": {"text": "x"}}"#,
+            "eos_token is an object",
+        );
+        check(
+            "tokenizer_config.json",
+            r#"{"chat_template": 5}"#,
+            "chat_template is 5",
+        );
+        check(
+            "tokenizer_config.json",
+            r#"{"chat_template": [{"name": "x"}]}"#,
+            "an entry of chat_template",
+        );
+        check("special_tokens_map.json", "{", "expected a JSON object");
+        let nothing = directory(&[]);
+        let error = Tokenizer::open(nothing.path(), None)
+            .expect_err("no tokenizer")
+            .to_string();
+        assert!(
+            error.contains("no tokenizer.json; expected one beside config.json"),
+            "{error}"
+        );
+        // Decoders that make the library panic.
+        let strip = words("null").replace(
+            r#""decoder":null"#,
+            r#""decoder":{"type":"Strip","content":"a","start":0,"stop":9}"#,
+        );
+        let files = directory(&[("tokenizer.json", &strip)]);
+        let tokenizer = Tokenizer::open(files.path(), None).expect("it parses");
+        assert!(tokenizer.decode(&[2, 3], false).is_err());
+    }
+
+    #[test]
+    fn any_cut_of_a_tokenizer_file_is_an_error_and_no_panic() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/golden/text/sentencepiece/tokenizer.json");
+        let text = std::fs::read_to_string(path).expect("a golden tokenizer");
+        for cut in (0..text.len())
+            .step_by(997)
+            .filter(|cut| text.is_char_boundary(*cut))
+        {
+            assert!(
+                load(Path::new("tokenizer.json"), &text[..cut]).is_err(),
+                "cut at {cut}"
+            );
+        }
+    }
+}
