@@ -1,6 +1,14 @@
 //! Text in and text out: tokens, chat templates, streamed text and stop strings.
 
+pub mod chat_template;
+pub mod detokenize;
 pub mod stop;
+pub mod tokenizer;
+
+pub use chat_template::{Chat, ChatTemplate};
+pub use detokenize::Detokenizer;
+pub use stop::{Passed, StopStrings};
+pub use tokenizer::{Bytes, EncodeOptions, SpecialTokens, Tokenizer};
 
 use std::path::{Path, PathBuf};
 
