@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod bundled;
 pub mod card;
 pub mod cards;
 pub mod config;

@@ -136,6 +136,11 @@ impl Mapping {
         &self.notes
     }
 
+    /// Adds to what is worth telling.
+    pub fn add_notes(&mut self, notes: impl IntoIterator<Item = String>) {
+        self.notes.extend(notes);
+    }
+
     /// The tensors behind it.
     pub fn checkpoint(&self) -> &Arc<Checkpoint> {
         &self.checkpoint

@@ -45,7 +45,11 @@ impl Figure {
         let (Some(min), Some(max)) = (values.first(), values.last()) else {
             return Figure::default();
         };
-        Figure { median: values[values.len() / 2], min: *min, max: *max }
+        Figure {
+            median: values[values.len() / 2],
+            min: *min,
+            max: *max,
+        }
     }
 }
 
@@ -77,11 +81,18 @@ pub fn bench(
         }
         report(run, options.repeat);
     }
-    Ok(Benched { prefill: Figure::of(prefill), decode: Figure::of(decode) })
+    Ok(Benched {
+        prefill: Figure::of(prefill),
+        decode: Figure::of(decode),
+    })
 }
 
 fn rate(count: usize, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
+    if time.is_zero() {
+        0.0
+    } else {
+        count as f64 / time.as_secs_f64()
+    }
 }
 
 /// One run: the times for the prompts and for what is generated after them.
@@ -89,7 +100,9 @@ fn once(engine: &mut Engine, options: &BenchOptions) -> Result<(Duration, Durati
     let vocab = engine.network().graph.vocab;
     let tokens = |sequence: usize, count: usize| -> Vec<TokenId> {
         let draw = |i| random::uniform(sequence as u64, i as u64) * vocab as f32;
-        (0..count).map(|i| (draw(i) as usize).min(vocab - 1) as TokenId).collect()
+        (0..count)
+            .map(|i| (draw(i) as usize).min(vocab - 1) as TokenId)
+            .collect()
     };
     // Depth first, untimed: the timed prompt goes on from its snapshot.
     let mut starts = Vec::new();
@@ -98,7 +111,10 @@ fn once(engine: &mut Engine, options: &BenchOptions) -> Result<(Duration, Durati
             break;
         }
         let prompt = tokens(sequence, options.depth);
-        let id = engine.submit(Request { prompt, ..Request::default() })?;
+        let id = engine.submit(Request {
+            prompt,
+            ..Request::default()
+        })?;
         while engine.step(&mut |_, _, _| {})? {}
         starts.push(engine.snapshot(id)?);
         engine.remove(id);

@@ -126,7 +126,10 @@ pub fn generate(
                     tokens.push(sampled.clone());
                     stopped = passed.stop.is_some();
                 }
-                Output::Finished { id: of, reason: why } if *of == id => {
+                Output::Finished {
+                    id: of,
+                    reason: why,
+                } if *of == id => {
                     reason = Some(match why {
                         Reason::Stop => StopReason::Eos,
                         Reason::Cancelled | Reason::Failed => StopReason::Interrupted,
@@ -154,5 +157,11 @@ pub fn generate(
     }
     let first = first.unwrap_or_else(Instant::now);
     let decode = last.saturating_duration_since(first);
-    Ok(Generated { text, tokens, reason, prefill: first - start, decode })
+    Ok(Generated {
+        text,
+        tokens,
+        reason,
+        prefill: first - start,
+        decode,
+    })
 }

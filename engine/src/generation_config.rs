@@ -1,11 +1,11 @@
 //! How a model asks to be sampled: `generation_config.json`, and the token ids in `config.json`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
 use crate::sampler::SamplingParams;
-use crate::text::{self, describe, read_object};
+use crate::text::{self, TextFiles, describe, read_object};
 
 /// A model's defaults. `None` is what the files leave open.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -49,13 +49,12 @@ impl GenerationConfig {
     /// Reads `generation_config.json` and `config.json` of a model directory.
     ///
     /// Either may be missing. What the first says of a token comes before the second.
-    pub fn open(directory: &Path) -> Result<Self, Error> {
+    pub fn open(files: &(impl TextFiles + ?Sized)) -> Result<Self, Error> {
         let mut faults = Vec::new();
         let mut read = |name: &str| -> Result<Self, Error> {
-            let path = directory.join(name);
-            let object = read_object(&path)?.unwrap_or_default();
+            let object = read_object(files, name)?.unwrap_or_default();
             Ok(Fields {
-                path,
+                path: files.path(name),
                 object: &object,
                 faults: &mut faults,
             }

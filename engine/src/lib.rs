@@ -3,8 +3,13 @@
 #![deny(unsafe_code)]
 
 pub mod batch;
+pub mod bench;
+pub mod cli;
+pub mod generation;
 pub mod generation_config;
+pub mod hub;
 pub mod ids;
+pub mod load;
 pub mod pages;
 mod pools;
 pub mod random_weights;

@@ -20,7 +20,7 @@ use crate::random_weights::RandomWeights;
 use crate::runner::Network;
 use crate::sampler::SampleError;
 use crate::state_file::Fingerprint;
-use crate::text::{self, Chat, ChatTemplate, Tokenizer};
+use crate::text::{self, Bytes, Chat, ChatTemplate, TextFiles, Tokenizer};
 
 /// The bundled model that is used when nobody names one.
 const DEFAULT_MODEL: &str = "demo";
@@ -63,7 +63,10 @@ pub enum Error {
     #[error(transparent)]
     Generation(#[from] generation_config::Error),
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{0}")]
     Input(String),
 }
@@ -158,7 +161,10 @@ fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Loca
         return Ok(Located::Files(ModelFiles::open(path)?));
     }
     if path.is_file() {
-        let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        let ending = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .unwrap_or_default();
         return match ending {
             "json" => Ok(Located::Config(path.into())),
             "yaml" | "yml" => Ok(Located::Plan(path.into())),
@@ -199,7 +205,10 @@ impl hub::DownloadProgress for HubProgress<'_> {
 }
 
 fn read(path: &Path) -> Result<String> {
-    let io = |source| Error::Io { path: path.into(), source };
+    let io = |source| Error::Io {
+        path: path.into(),
+        source,
+    };
     let bytes = std::fs::read(path).map_err(io)?;
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
@@ -257,12 +266,22 @@ fn planned(options: &LoadOptions, located: &Located) -> Result<Planned> {
         }
     };
     let graph = Graph::lower(&plan, &label)?;
-    Ok(Planned { plan, graph, label, origin, card, config })
+    Ok(Planned {
+        plan,
+        graph,
+        label,
+        origin,
+        card,
+        config,
+    })
 }
 
 /// `models--owner--name/snapshots/<commit>` of a cache is `owner/name`; a folder is its last part.
 fn short_name(folder: &str) -> String {
-    let parts: Vec<&str> = folder.split(['/', '\\']).filter(|p| !p.is_empty() && *p != ".").collect();
+    let parts: Vec<&str> = folder
+        .split(['/', '\\'])
+        .filter(|p| !p.is_empty() && *p != ".")
+        .collect();
     if let Some(repo) = parts.iter().rev().find_map(|p| p.strip_prefix("models--")) {
         return repo.replacen("--", "/", 1);
     }
@@ -334,7 +353,9 @@ pub struct Inspected {
 /// Lists a checkpoint's tensors and the weights they feed, without loading any.
 pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Inspected> {
     let Located::Files(files) = locate(options, progress)? else {
-        return Err(Error::Input("inspect needs a checkpoint, not a config or a plan alone".into()));
+        return Err(Error::Input(
+            "inspect needs a checkpoint, not a config or a plan alone".into(),
+        ));
     };
     let checkpoint = Checkpoint::open(&files)?;
     let mut rows = Vec::new();
@@ -363,7 +384,10 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
             });
         }
     }
-    for (name, info) in checkpoint.tensors().filter(|(name, _)| !used.contains(*name)) {
+    for (name, info) in checkpoint
+        .tensors()
+        .filter(|(name, _)| !used.contains(*name))
+    {
         rows.push(Row {
             weight: None,
             tensor: name.to_string(),
@@ -390,14 +414,19 @@ pub fn backend(
     match device {
         "cpu" => {
             let threads = threads.unwrap_or_else(available);
-            let cpu = Arc::new(Cpu::new(CpuOptions { threads, ..CpuOptions::default() }));
+            let cpu = Arc::new(Cpu::new(CpuOptions {
+                threads,
+                ..CpuOptions::default()
+            }));
             Ok((cpu.clone(), Some(cpu)))
         }
         "reference" => Ok((Arc::new(Reference), None)),
         other if other.starts_with("cuda") => Err(Error::Input(format!(
             "--device {other}: this build has no CUDA backend; use --device cpu"
         ))),
-        other => Err(Error::Input(format!("--device {other}: devices are cpu and reference"))),
+        other => Err(Error::Input(format!(
+            "--device {other}: devices are cpu and reference"
+        ))),
     }
 }
 
@@ -427,13 +456,16 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         }
     };
     let dtype = options.dtype.unwrap_or(stored);
-    let activations = if dtype == DType::BF16 { DType::BF16 } else { DType::F32 };
+    let activations = if dtype == DType::BF16 {
+        DType::BF16
+    } else {
+        DType::F32
+    };
 
     let weights = planned.graph.weights();
     let network = match &source {
         Weights::Random(seed) => {
-            let drawn =
-                RandomWeights::new(*seed, planned.plan.init_std, dtype, backend.clone());
+            let drawn = RandomWeights::new(*seed, planned.plan.init_std, dtype, backend.clone());
             Network::build(planned.graph, &drawn, backend, activations)?
         }
         Weights::Checkpoint(mapping) => {
@@ -459,7 +491,10 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
                 Role::Vector => 4,
                 Role::Matrix | Role::Table => dtype.size(),
             };
-            weights.iter().map(|w| (w.spec.elements() * size(w)) as u64).sum()
+            weights
+                .iter()
+                .map(|w| (w.spec.elements() * size(w)) as u64)
+                .sum()
         }
         Weights::Checkpoint(mapping) => {
             // One pass: the rows stand in the order of the weights.
@@ -501,17 +536,74 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     })
 }
 
+/// The files of a model, as those who read text see them.
+struct Files<'a>(&'a ModelFiles);
+
+impl TextFiles for Files<'_> {
+    fn read(&self, name: &str) -> std::result::Result<Option<String>, text::Error> {
+        self.0.text(name).map_err(|error| text::Error::File {
+            path: self.path(name),
+            found: error.to_string(),
+            expected: "UTF-8 text".into(),
+            help: "Fetch the file again.".into(),
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.label(name).into()
+    }
+
+    fn list(&self, folder: &str) -> Vec<String> {
+        self.0
+            .folder()
+            .map(|f| TextFiles::list(f, folder))
+            .unwrap_or_default()
+    }
+}
+
 /// The tokenizer, if the files have one, and how the model asks to be sampled.
 fn text_of(files: &ModelFiles) -> Result<(Option<Arc<Tokenizer>>, GenerationConfig)> {
-    let read = |name: &str| files.text(name).map_err(|e| e.to_string());
-    let source = text::Files { label: files.name(), read: &read };
-    let tokenizer = Tokenizer::open(&source)?.map(Arc::new);
-    Ok((tokenizer, GenerationConfig::open(&source)?))
+    let files = Files(files);
+    let generation = GenerationConfig::open(&files)?;
+    let bytes = byte_offset(&files)?.map(|offset| Bytes {
+        offset,
+        bos: None,
+        eos: generation.eos_token_ids.first().copied(),
+        pad: generation.pad_token_id,
+    });
+    let tokenizer = match bytes {
+        None if !files.0.exists("tokenizer.json") => None,
+        bytes => Some(Arc::new(Tokenizer::open(&files, bytes)?)),
+    };
+    Ok((tokenizer, generation))
+}
+
+/// The `byte_offset` of tokenizer_config.json: the id of byte 0 in a model that reads bytes.
+fn byte_offset(files: &Files<'_>) -> Result<Option<u32>> {
+    let name = "tokenizer_config.json";
+    let config = text::read_object(files, name)?.unwrap_or_default();
+    let Some(offset) = config.get("byte_offset") else {
+        return Ok(None);
+    };
+    let narrow = offset
+        .as_u64()
+        .and_then(|o| u32::try_from(o).ok())
+        .filter(|o| *o < 1 << 16);
+    narrow.map(Some).ok_or_else(|| {
+        let path = files.path(name);
+        Error::Input(format!(
+            "{}: byte_offset is {offset}, expected 0 to 65535",
+            path.display()
+        ))
+    })
 }
 
 /// The element type that a config.json names.
 fn declared_dtype(config: &Config) -> Option<DType> {
-    let word = ["dtype", "torch_dtype"].iter().flat_map(|key| config.texts(key)).next()?;
+    let word = ["dtype", "torch_dtype"]
+        .iter()
+        .flat_map(|key| config.texts(key))
+        .next()?;
     match word {
         "bfloat16" => Some(DType::BF16),
         "float16" => Some(DType::F16),
@@ -525,7 +617,9 @@ fn main_dtype(mapping: &Mapping) -> DType {
     for row in mapping.rows().iter().filter(|r| r.shape.len() == 2) {
         *bytes.entry(row.dtype).or_default() += row.bytes;
     }
-    let most = bytes.into_iter().max_by_key(|(dtype, bytes)| (*bytes, *dtype));
+    let most = bytes
+        .into_iter()
+        .max_by_key(|(dtype, bytes)| (*bytes, *dtype));
     most.map_or(DType::F32, |(dtype, _)| dtype)
 }
 
@@ -536,7 +630,10 @@ const SCANNED_BYTES: usize = 256 << 20;
 /// A warning for each weight with numbers that are none.
 fn non_finite(mapping: &Mapping, up_to: usize) -> Vec<String> {
     let total: usize = mapping.rows().iter().map(|r| r.bytes).sum();
-    let rows = mapping.rows().iter().filter(|r| total <= up_to || r.shape.len() < 2);
+    let rows = mapping
+        .rows()
+        .iter()
+        .filter(|r| total <= up_to || r.shape.len() < 2);
     let warning = |row: &mapping::Row| {
         let count = transforms::non_finite(&mapping.load(&row.path).ok()?);
         let elements: usize = row.shape.iter().product();
@@ -561,11 +658,16 @@ struct Stored<'a> {
 
 impl Stored<'_> {
     fn host(&self, path: &str) -> strata_kernels::Result<HostTensor> {
-        let host = self.mapping.load(path).map_err(|error| strata_kernels::Error::Value {
-            op: "load",
-            why: error.to_string(),
-        })?;
-        self.progress.borrow_mut().advance(host.bytes().len() as u64);
+        let host = self
+            .mapping
+            .load(path)
+            .map_err(|error| strata_kernels::Error::Value {
+                op: "load",
+                why: error.to_string(),
+            })?;
+        self.progress
+            .borrow_mut()
+            .advance(host.bytes().len() as u64);
         Ok(host)
     }
 }
@@ -587,7 +689,8 @@ impl WeightSource for Stored<'_> {
                 for first in (0..rows).step_by(ROWS) {
                     let range = first..(first + ROWS).min(rows);
                     let part = host.reshape(&[rows, cols])?.slice(range.clone())?;
-                    self.backend.write(&part.to_f32(), &mut data.row_range(range))?;
+                    self.backend
+                        .write(&part.to_f32(), &mut data.row_range(range))?;
                 }
                 data
             }
@@ -628,7 +731,11 @@ impl Model {
         if !self.generation.eos_token_ids.is_empty() {
             return self.generation.eos_token_ids.clone();
         }
-        self.tokenizer.as_ref().and_then(|t| t.eos_id()).into_iter().collect()
+        self.tokenizer
+            .as_ref()
+            .and_then(|t| t.eos_id())
+            .into_iter()
+            .collect()
     }
 
     /// Messages under the model's chat template.
@@ -644,14 +751,24 @@ impl Model {
             ))
         })?;
         let special_tokens = self.tokenizer.as_ref().map(|t| t.special_tokens());
-        let chat = Chat { messages, add_generation_prompt, special_tokens, ..Chat::default() };
+        let chat = Chat {
+            messages,
+            add_generation_prompt,
+            special_tokens,
+            ..Chat::default()
+        };
         Ok(ChatTemplate::new(source)?.render(&chat)?)
     }
 
     /// One line about the model.
     pub fn summary(&self) -> String {
-        let parameters: u64 =
-            self.network.graph.weights().iter().map(|w| w.spec.elements() as u64).sum();
+        let parameters: u64 = self
+            .network
+            .graph
+            .weights()
+            .iter()
+            .map(|w| w.spec.elements() as u64)
+            .sum();
         format!(
             "{}: {:.2} million parameters, {:.1} MB of weights, {}, {} thread{} ({})",
             self.name,
@@ -676,7 +793,10 @@ impl Model {
 
     /// Hashes of the plan, less its name, and of all weights. Reads every weight.
     pub fn fingerprint(&self) -> Result<Fingerprint> {
-        let plan = Plan { name: String::new(), ..self.plan.clone() };
+        let plan = Plan {
+            name: String::new(),
+            ..self.plan.clone()
+        };
         let mut hash = Xxh3::new();
         match &self.weights {
             Weights::Random(seed) => {
@@ -699,16 +819,31 @@ impl Model {
     /// Adds to an error what can be found out about its cause.
     pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         let nan = error.chain().any(|e| {
-            matches!(e.downcast_ref::<SampleError>(), Some(SampleError::Nan { .. }))
+            matches!(
+                e.downcast_ref::<SampleError>(),
+                Some(SampleError::Nan { .. })
+            )
         });
-        let Weights::Checkpoint(mapping) = &self.weights else { return error };
-        let found = if nan { non_finite(mapping, usize::MAX) } else { Vec::new() };
-        if found.is_empty() { error } else { error.context(found.join("\n")) }
+        let Weights::Checkpoint(mapping) = &self.weights else {
+            return error;
+        };
+        let found = if nan {
+            non_finite(mapping, usize::MAX)
+        } else {
+            Vec::new()
+        };
+        if found.is_empty() {
+            error
+        } else {
+            error.context(found.join("\n"))
+        }
     }
 
     /// What the machine can do at most, measured now.
     pub fn limits(&self) -> Limits {
-        let Some(cpu) = &self.cpu else { return Limits::default() };
+        let Some(cpu) = &self.cpu else {
+            return Limits::default();
+        };
         let measured = cpu::measure(cpu);
         Limits {
             bytes_per_second: measured.read_bytes_per_second,

@@ -102,7 +102,11 @@ impl LayerSpec for Moe {
     }
 
     fn share_used(&self, weight: &WeightSpec) -> f64 {
-        if weight.name == "router" { 1.0 } else { self.top_k as f64 / self.experts as f64 }
+        if weight.name == "router" {
+            1.0
+        } else {
+            self.top_k as f64 / self.experts as f64
+        }
     }
 
     fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {

@@ -39,7 +39,9 @@ pub struct Bench {
 
 impl Bench {
     pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
-        let model = self.common.load(self.model.as_deref(), environment, terminal)?;
+        let model = self
+            .common
+            .load(self.model.as_deref(), environment, terminal)?;
         let limits = model.limits();
         let options = BenchOptions {
             prompt: self.prompt as usize,
@@ -50,8 +52,10 @@ impl Bench {
             kv_dtype: model.kv_dtype,
         };
         let bar = terminal.token_bar("runs", options.repeat);
-        let benched = bench(&model.network, &options, &mut |done, _| bar.set_position(done as u64))
-            .map_err(|error| model.explain(error.into()))?;
+        let benched = bench(&model.network, &options, &mut |done, _| {
+            bar.set_position(done as u64)
+        })
+        .map_err(|error| model.explain(error.into()))?;
         bar.finish_and_clear();
 
         // One step of decoding reads every weight it multiplies once, however many rows it has.

@@ -59,7 +59,9 @@ impl Chat {
             Some(path) => Some(read_text(path)?),
             None => self.system.clone(),
         };
-        let model = self.common.load(self.model.as_deref(), environment, terminal)?;
+        let model = self
+            .common
+            .load(self.model.as_deref(), environment, terminal)?;
         model.tokenizer()?;
         let context = self.common.context(&model);
         let config = self.common.engine_config(&model, context, 1);
@@ -82,7 +84,10 @@ impl Chat {
 
         let interactive = io::stdin().is_terminal();
         if interactive {
-            terminal.note(&format!("{} is listening. /help lists commands.", conversation.model.name));
+            terminal.note(&format!(
+                "{} is listening. /help lists commands.",
+                conversation.model.name
+            ));
         }
         let mut lines = io::stdin().lock().lines();
         loop {
@@ -148,9 +153,14 @@ struct Conversation<'a> {
 impl Conversation<'_> {
     /// The conversation with further messages, as the model reads it.
     fn render(&self, further: &[Value]) -> Result<Vec<TokenId>> {
-        let system = self.system.iter().map(|s| json!({"role": "system", "content": s}));
-        let messages: Vec<Value> =
-            system.chain(self.messages.iter().cloned()).chain(further.iter().cloned()).collect();
+        let system = self
+            .system
+            .iter()
+            .map(|s| json!({"role": "system", "content": s}));
+        let messages: Vec<Value> = system
+            .chain(self.messages.iter().cloned())
+            .chain(further.iter().cloned())
+            .collect();
         let text = self.model.render_chat(&messages, true)?;
         Ok(self.model.tokenizer()?.encode(&text, false)?)
     }
@@ -179,20 +189,34 @@ impl Conversation<'_> {
         let max_tokens = self.max_tokens.min(self.context - prompt.len());
 
         // The prompt first, so that its state can be kept whatever the answer is.
-        let read = Request { prompt: prompt.clone(), ..Request::default() };
+        let read = Request {
+            prompt: prompt.clone(),
+            ..Request::default()
+        };
         let from = self.kept.last().map(|k| k.snapshot);
         let eos = self.model.eos();
         let bar = self.terminal.token_bar("reading", prompt.len() - reused);
-        let mut watch = Printer { bar, json: self.json, computed: reused };
+        let mut watch = Printer {
+            bar,
+            json: self.json,
+            computed: reused,
+        };
         let start = std::time::Instant::now();
         // All but the last token, which then gives the first of the answer.
-        let head = Request { prompt: prompt[..prompt.len() - 1].to_vec(), ..read };
+        let head = Request {
+            prompt: prompt[..prompt.len() - 1].to_vec(),
+            ..read
+        };
         if head.prompt.len() > reused {
             let id = match from {
                 Some(snapshot) => self.engine.restore(snapshot, head)?,
                 None => self.engine.submit(head)?,
             };
-            while self.engine.step(&mut |_, _, _| {}).map_err(|e| self.model.explain(e.into()))? {
+            while self
+                .engine
+                .step(&mut |_, _, _| {})
+                .map_err(|e| self.model.explain(e.into()))?
+            {
                 watch.prompt(self.engine.sequence(id).map_or(0, |s| s.computed));
                 if interrupted() {
                     self.engine.remove(id);
@@ -204,7 +228,11 @@ impl Conversation<'_> {
             let snapshot = self.engine.snapshot(id)?;
             self.engine.remove(id);
             let tokens = prompt[..prompt.len() - 1].to_vec();
-            self.kept.push(Kept { tokens, snapshot, messages: self.messages.len() });
+            self.kept.push(Kept {
+                tokens,
+                snapshot,
+                messages: self.messages.len(),
+            });
         }
         let reading = start.elapsed();
         let request = Request {
@@ -219,13 +247,23 @@ impl Conversation<'_> {
             None => self.engine.submit(request)?,
         };
         let tokenizer = self.model.tokenizer.clone();
-        let done =
-            generation::generate(&mut self.engine, id, tokenizer.as_ref(), &[], &eos, &mut watch)
-                .map_err(|error| self.model.explain(error.into()))?;
+        let done = generation::generate(
+            &mut self.engine,
+            id,
+            tokenizer.as_ref(),
+            &[],
+            &eos,
+            &mut watch,
+        )
+        .map_err(|error| self.model.explain(error.into()))?;
         watch.bar.finish_and_clear();
         if let Ok(snapshot) = self.engine.snapshot(id) {
             let tokens = self.engine.snapshot_tokens(snapshot)?.to_vec();
-            self.kept.push(Kept { tokens, snapshot, messages: self.messages.len() + 2 });
+            self.kept.push(Kept {
+                tokens,
+                snapshot,
+                messages: self.messages.len() + 2,
+            });
         }
         self.engine.remove(id);
 
@@ -245,7 +283,8 @@ impl Conversation<'_> {
             writeln!(io::stdout())?;
         }
         self.messages.push(message);
-        self.messages.push(json!({"role": "assistant", "content": answer}));
+        self.messages
+            .push(json!({"role": "assistant", "content": answer}));
         Ok(())
     }
 
@@ -289,15 +328,26 @@ impl Conversation<'_> {
             "history" => {
                 for message in &self.messages {
                     let text = |key| message[key].as_str().unwrap_or_default();
-                    self.terminal.note(&format!("{}: {}", text("role"), text("content")));
+                    self.terminal
+                        .note(&format!("{}: {}", text("role"), text("content")));
                 }
             }
             "save" => {
                 needs("a file")?;
-                let Some(kept) = self.kept.last() else { bail!("nothing was read yet") };
+                let Some(kept) = self.kept.last() else {
+                    bail!("nothing was read yet")
+                };
                 let fingerprint = self.model.fingerprint()?;
-                state_file::save(&self.engine, kept.snapshot, &fingerprint, Path::new(argument))?;
-                self.terminal.note(&format!("{} tokens are kept in {argument}", kept.tokens.len()));
+                state_file::save(
+                    &self.engine,
+                    kept.snapshot,
+                    &fingerprint,
+                    Path::new(argument),
+                )?;
+                self.terminal.note(&format!(
+                    "{} tokens are kept in {argument}",
+                    kept.tokens.len()
+                ));
             }
             "load" => {
                 needs("a file")?;
@@ -308,11 +358,23 @@ impl Conversation<'_> {
                 let count = tokens.len();
                 self.reset(self.system.clone())?;
                 // It serves as soon as the conversation begins with its tokens.
-                self.kept.push(Kept { tokens, snapshot, messages: 0 });
-                self.terminal.note(&format!("{count} tokens are known: what begins with them is not read again"));
+                self.kept.push(Kept {
+                    tokens,
+                    snapshot,
+                    messages: 0,
+                });
+                self.terminal.note(&format!(
+                    "{count} tokens are known: what begins with them is not read again"
+                ));
             }
             "stats" => {
-                let Spent { read, reused, generated, reading, generating } = &self.spent;
+                let Spent {
+                    read,
+                    reused,
+                    generated,
+                    reading,
+                    generating,
+                } = &self.spent;
                 self.terminal.note(&format!(
                     "{read} tokens read at {:.1} tok/s, {reused} not read again, {generated} generated at {:.1} tok/s; {}",
                     rate(*read, *reading),
@@ -344,7 +406,8 @@ struct Printer {
 
 impl Watch for Printer {
     fn prompt(&mut self, computed: usize) {
-        self.bar.set_position(computed.saturating_sub(self.computed) as u64);
+        self.bar
+            .set_position(computed.saturating_sub(self.computed) as u64);
     }
 
     fn token(&mut self, _sampled: &Sampled, text: &str) -> io::Result<()> {

@@ -117,7 +117,9 @@ impl Sampling {
             top_k: self.top_k.unwrap_or(defaults.top_k),
             top_p: self.top_p.unwrap_or(defaults.top_p),
             min_p: self.min_p.unwrap_or(defaults.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(defaults.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
             logit_bias: self.logit_bias.clone(),
@@ -140,7 +142,9 @@ impl Generate {
         }
 
         let start = Instant::now();
-        let model = self.common.load(self.model.as_deref(), environment, terminal)?;
+        let model = self
+            .common
+            .load(self.model.as_deref(), environment, terminal)?;
         let load_seconds = start.elapsed().as_secs_f64();
 
         let tokens = match &self.token_ids {
@@ -168,7 +172,11 @@ impl Generate {
         if self.sampling.seed.is_some() && sampling.temperature == 0.0 {
             terminal.note("greedy decoding: --seed has no effect without --temperature");
         }
-        let eos = if self.ignore_eos { Vec::new() } else { model.eos() };
+        let eos = if self.ignore_eos {
+            Vec::new()
+        } else {
+            model.eos()
+        };
         let mut engine = Engine::new(model.network.clone(), config)?;
         let prompt_tokens = tokens.len();
         let id = engine.submit(Request {

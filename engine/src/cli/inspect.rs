@@ -26,7 +26,8 @@ impl Inspect {
         let options = self.common.load_options(self.model.as_deref(), environment);
         let inspected = load::inspect(&options, &mut terminal.load_progress())?;
         let mut out = io::stdout().lock();
-        self.print(&inspected, &mut out).context("standard output")?;
+        self.print(&inspected, &mut out)
+            .context("standard output")?;
         // What does not fit is a fault, as it would be when loading; the list above helps to see why.
         inspected.fault.map_or(Ok(()), |fault| Err(fault.into()))
     }
@@ -49,7 +50,10 @@ impl Inspect {
         );
         for row in &inspected.rows {
             let weight = row.weight.as_deref().unwrap_or("-");
-            let how = row.how.as_ref().map_or(String::new(), |how| format!("  {how}"));
+            let how = row
+                .how
+                .as_ref()
+                .map_or(String::new(), |how| format!("  {how}"));
             writeln!(
                 out,
                 "{weight:<names$}  {:<tensors$}  {:<5} {:<16} {:>10}  {}{how}",

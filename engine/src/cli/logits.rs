@@ -85,14 +85,15 @@ impl Logits {
                 bail!("{rows} rows of logits came for {count} tokens");
             }
             out.flush()?;
-            out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+            out.into_inner()
+                .map_err(std::io::IntoInnerError::into_error)?
+                .sync_all()?;
             Ok(())
         };
         write_beside(&self.output, write)?;
         bar.finish_and_clear();
         if self.common.json {
-            let object =
-                json!({"output": self.output, "tokens": count, "vocab": vocab});
+            let object = json!({"output": self.output, "tokens": count, "vocab": vocab});
             writeln!(std::io::stdout(), "{object}").context("standard output")?;
         }
         Ok(())

@@ -207,7 +207,13 @@ fn parse_token_ids(text: &str) -> Result<Vec<u32>, String> {
         .filter(|part| !part.is_empty())
         .map(|part| part.parse().map_err(|_| format!("{part:?} is no token id")))
         .collect();
-    ids.and_then(|ids| if ids.is_empty() { Err("there is no token id".into()) } else { Ok(ids) })
+    ids.and_then(|ids| {
+        if ids.is_empty() {
+            Err("there is no token id".into())
+        } else {
+            Ok(ids)
+        }
+    })
 }
 
 /// The text of a file that a user named; `-` is standard input.

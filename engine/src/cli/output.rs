@@ -17,7 +17,10 @@ impl Terminal {
     /// Progress only on a terminal, colour only there and where it is wanted.
     pub fn new(no_color: bool) -> Self {
         let terminal = io::stderr().is_terminal();
-        Terminal { progress: terminal, color: terminal && !no_color }
+        Terminal {
+            progress: terminal,
+            color: terminal && !no_color,
+        }
     }
 
     /// Whether standard error is a terminal.
@@ -36,12 +39,20 @@ impl Terminal {
 
     /// Less important text.
     pub fn dim(&self, text: &str) -> String {
-        if self.color { format!("\x1b[2m{text}\x1b[0m") } else { text.into() }
+        if self.color {
+            format!("\x1b[2m{text}\x1b[0m")
+        } else {
+            text.into()
+        }
     }
 
     /// More important text.
     pub fn bold(&self, text: &str) -> String {
-        if self.color { format!("\x1b[1m{text}\x1b[0m") } else { text.into() }
+        if self.color {
+            format!("\x1b[1m{text}\x1b[0m")
+        } else {
+            text.into()
+        }
     }
 
     /// A bar over tokens; hidden away from a terminal.
@@ -60,7 +71,10 @@ impl Terminal {
 
     /// Progress of loading.
     pub fn load_progress(&self) -> LoadBar {
-        LoadBar { shown: self.progress, bar: ProgressBar::hidden() }
+        LoadBar {
+            shown: self.progress,
+            bar: ProgressBar::hidden(),
+        }
     }
 }
 
@@ -98,10 +112,16 @@ impl LoadProgress for LoadBar {
 pub fn bytes(bytes: u64) -> String {
     let units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
     let found = units.into_iter().find(|(size, _)| bytes as f64 >= *size);
-    found.map_or(format!("{bytes} B"), |(size, unit)| format!("{:.2} {unit}", bytes as f64 / size))
+    found.map_or(format!("{bytes} B"), |(size, unit)| {
+        format!("{:.2} {unit}", bytes as f64 / size)
+    })
 }
 
 /// A rate that is zero when nothing was measured.
 pub fn rate(count: usize, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
+    if time.is_zero() {
+        0.0
+    } else {
+        count as f64 / time.as_secs_f64()
+    }
 }

@@ -39,10 +39,16 @@ const LARGE: u64 = 1 << 30;
 
 impl Verify {
     pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
-        let model = self.common.load(self.model.as_deref(), environment, terminal)?;
+        let model = self
+            .common
+            .load(self.model.as_deref(), environment, terminal)?;
         let large = model.weights_bytes > LARGE;
         let prompt = self.prompt.unwrap_or(if large { 32 } else { 96 }) as usize;
-        let mut chunks = if large { vec![1, 7] } else { vec![1, 2, 3, 7, 16, 33] };
+        let mut chunks = if large {
+            vec![1, 7]
+        } else {
+            vec![1, 2, 3, 7, 16, 33]
+        };
         chunks.retain(|c| *c < prompt);
         let options = VerifyOptions {
             prompt,
@@ -67,8 +73,15 @@ impl Verify {
                 });
                 writeln!(out, "{object}")
             } else {
-                let verdict = if check.fault.is_some() { terminal.bold("DIFFERS") } else { "ok".into() };
-                let fault = check.fault.as_ref().map_or(String::new(), |f| format!("\n      {f}"));
+                let verdict = if check.fault.is_some() {
+                    terminal.bold("DIFFERS")
+                } else {
+                    "ok".into()
+                };
+                let fault = check
+                    .fault
+                    .as_ref()
+                    .map_or(String::new(), |f| format!("\n      {f}"));
                 writeln!(
                     out,
                     "{verdict:<7} {:<58} {:>10} logits {time:>7.2} s{fault}",
@@ -91,8 +104,12 @@ impl Verify {
             bail!("{failed} of {} checks differ", checks.len());
         }
         if !json {
-            writeln!(io::stdout(), "all {} checks hold, bit for bit", checks.len())
-                .context("standard output")?;
+            writeln!(
+                io::stdout(),
+                "all {} checks hold, bit for bit",
+                checks.len()
+            )
+            .context("standard output")?;
         }
         Ok(())
     }

@@ -67,35 +67,59 @@ pub enum Error {
     },
 }
 
-/// Reads a text file; `None` if there is none.
-fn read_if_there(path: &Path) -> Result<Option<String>, Error> {
-    match std::fs::read(path) {
-        Ok(bytes) => match String::from_utf8(bytes) {
-            Ok(text) => Ok(Some(text)),
-            Err(error) => Err(Error::File {
-                path: path.into(),
-                found: format!("byte {} is no UTF-8", error.utf8_error().valid_up_to()),
-                expected: "UTF-8 text".into(),
-                help: "The file is damaged: fetch it again.".into(),
-            }),
-        },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Read {
-            path: path.into(),
-            source,
-        }),
+/// The text files of a model: a directory on disk, or files that the binary holds.
+pub trait TextFiles {
+    /// The text of a file; `None` if there is none.
+    fn read(&self, name: &str) -> Result<Option<String>, Error>;
+
+    /// What to call a file in messages.
+    fn path(&self, name: &str) -> PathBuf;
+
+    /// The names of all files in a folder below.
+    fn list(&self, folder: &str) -> Vec<String>;
+}
+
+impl TextFiles for Path {
+    fn read(&self, name: &str) -> Result<Option<String>, Error> {
+        let path = self.join(name);
+        match std::fs::read(&path) {
+            Ok(bytes) => match String::from_utf8(bytes) {
+                Ok(text) => Ok(Some(text)),
+                Err(error) => Err(Error::File {
+                    path,
+                    found: format!("byte {} is no UTF-8", error.utf8_error().valid_up_to()),
+                    expected: "UTF-8 text".into(),
+                    help: "The file is damaged: fetch it again.".into(),
+                }),
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::Read { path, source }),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.join(name)
+    }
+
+    fn list(&self, folder: &str) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(self.join(folder)) else {
+            return Vec::new();
+        };
+        let names = entries.flatten().map(|e| e.file_name().into_string());
+        names.filter_map(Result::ok).collect()
     }
 }
 
 /// Reads a JSON object; `None` if there is no such file.
 pub(crate) fn read_object(
-    path: &Path,
+    files: &(impl TextFiles + ?Sized),
+    name: &str,
 ) -> Result<Option<serde_json::Map<String, serde_json::Value>>, Error> {
-    let Some(text) = read_if_there(path)? else {
+    let Some(text) = files.read(name)? else {
         return Ok(None);
     };
     let wrong = |found: String| Error::File {
-        path: path.into(),
+        path: files.path(name),
         found,
         expected: "a JSON object".into(),
         help: "The file is damaged: fetch it again.".into(),

@@ -5,13 +5,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{OnceLock, RwLock};
 
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Decoder, PostProcessor};
 
-use super::{Error, describe, read_if_there, read_object};
+use super::{Error, TextFiles, describe, read_object};
 
 /// A vocabulary of bytes: token = byte + offset, the ids below `offset` being special.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,17 +109,17 @@ impl Tokenizer {
     ///
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and
     /// `chat_template.jinja`. Without the first, the model reads `bytes`, if it is known to.
-    pub fn open(directory: &Path, bytes: Option<Bytes>) -> Result<Self, Error> {
-        let config_path = directory.join("tokenizer_config.json");
-        let config = read_object(&config_path)?.unwrap_or_default();
-        let map_path = directory.join("special_tokens_map.json");
+    pub fn open(files: &(impl TextFiles + ?Sized), bytes: Option<Bytes>) -> Result<Self, Error> {
+        let config_path = files.path("tokenizer_config.json");
+        let config = read_object(files, "tokenizer_config.json")?.unwrap_or_default();
         let mut special = SpecialTokens::default();
         // transformers lets the configuration override the older map.
-        special.read(&map_path, &read_object(&map_path)?.unwrap_or_default())?;
+        let map = read_object(files, "special_tokens_map.json")?.unwrap_or_default();
+        special.read(&files.path("special_tokens_map.json"), &map)?;
         special.read(&config_path, &config)?;
-        let templates = templates(directory, &config_path, &config)?;
-        let path = directory.join("tokenizer.json");
-        let (kind, prefix, suffix) = match (read_if_there(&path)?, bytes) {
+        let templates = templates(files, &config_path, &config)?;
+        let path = files.path("tokenizer.json");
+        let (kind, prefix, suffix) = match (files.read("tokenizer.json")?, bytes) {
             (Some(text), _) => {
                 let mut inner = load(&path, &text)?;
                 add_tokens(&mut inner, &special, &added_tokens(&config_path, &config)?);
@@ -129,7 +129,7 @@ impl Tokenizer {
             (None, Some(bytes)) => (Kind::Bytes(bytes), bytes.bos, None),
             (None, None) => {
                 return Err(Error::NoTokenizer {
-                    directory: directory.into(),
+                    directory: files.path(""),
                 });
             }
         };
@@ -645,22 +645,27 @@ fn added_tokens(path: &Path, config: &Map<String, Value>) -> Result<Vec<(u32, Ad
     tokens.iter().map(read).collect()
 }
 
+/// The folder of named templates.
+const MORE_TEMPLATES: &str = "additional_chat_templates";
+
 /// Chat templates by name; files come before the configuration's, as in transformers.
 fn templates(
-    directory: &Path,
+    files: &(impl TextFiles + ?Sized),
     path: &Path,
     config: &Map<String, Value>,
 ) -> Result<BTreeMap<String, String>, Error> {
-    let file = directory.join("chat_template.jinja");
-    let mut files = BTreeMap::new();
-    if let Some(text) = read_if_there(&file)? {
-        files.insert("default".to_owned(), text);
+    let mut templates = BTreeMap::new();
+    if let Some(text) = files.read("chat_template.jinja")? {
+        templates.insert("default".to_owned(), text);
     }
-    for (name, path) in more_templates(&directory.join("additional_chat_templates")) {
-        files.extend(read_if_there(&path)?.map(|text| (name, text)));
+    for file in files.list(MORE_TEMPLATES) {
+        if let Some(name) = file.strip_suffix(".jinja") {
+            let text = files.read(&format!("{MORE_TEMPLATES}/{file}"))?;
+            templates.extend(text.map(|text| (name.to_owned(), text)));
+        }
     }
-    if !files.is_empty() {
-        return Ok(files);
+    if !templates.is_empty() {
+        return Ok(templates);
     }
     let expected = "a template, or a list of objects with \"name\" and \"template\"";
     match config.get("chat_template") {
@@ -691,19 +696,6 @@ fn templates(
             .collect(),
         Some(other) => Err(wrong_type(path, "chat_template", other, expected)),
     }
-}
-
-fn more_templates(directory: &Path) -> Vec<(String, PathBuf)> {
-    let Ok(entries) = std::fs::read_dir(directory) else {
-        return Vec::new();
-    };
-    let paths = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|e| e == "jinja"));
-    paths
-        .filter_map(|path| Some((path.file_stem()?.to_str()?.to_owned(), path)))
-        .collect()
 }
 
 /// Where the text of a token is settled, from what the decoder is made of.
@@ -805,7 +797,7 @@ mod tests {
             .join("../tests/golden/text")
             .join(name);
         let cases = std::fs::read_to_string(directory.join("cases.json")).expect("golden cases");
-        let tokenizer = Tokenizer::open(&directory, None).expect("a golden tokenizer");
+        let tokenizer = Tokenizer::open(directory.as_path(), None).expect("a golden tokenizer");
         (
             Arc::new(tokenizer),
             serde_json::from_str(&cases).expect("JSON"),
