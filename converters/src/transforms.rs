@@ -7,6 +7,9 @@ use strata_kernels::HostTensor;
 
 use crate::error::Result;
 
+/// A shape, or why there is none.
+pub type Shaped = std::result::Result<Vec<usize>, String>;
+
 /// A function from a tensor, and some numbers, to a tensor.
 #[derive(Debug)]
 pub struct Transform {
@@ -17,7 +20,7 @@ pub struct Transform {
     /// Whether the result is in f32, whatever came in.
     pub widens: bool,
     /// The shape of the result, or why there is none. Nothing is read yet.
-    pub shape: fn(&[usize], &[usize]) -> std::result::Result<Vec<usize>, String>,
+    pub shape: fn(&[usize], &[usize]) -> Shaped,
     /// The result, after `shape` has agreed.
     pub apply: fn(&HostTensor, &[usize]) -> Result<HostTensor>,
 }
@@ -82,7 +85,7 @@ pub const TRANSFORMS: &[Transform] = &[
     },
 ];
 
-fn squeezed(shape: &[usize], dimension: usize) -> std::result::Result<Vec<usize>, String> {
+fn squeezed(shape: &[usize], dimension: usize) -> Shaped {
     if shape.get(dimension) != Some(&1) {
         return Err(format!(
             "dimension {dimension} of {shape:?} does not have size 1"
