@@ -329,17 +329,18 @@ impl Resolver<'_> {
 
         let mut blocks: Vec<Entry> = Vec::new();
         let mut stack = Vec::new();
-        let mut uses: BTreeMap<String, usize> = BTreeMap::new();
+        // How often each name was used, and whether its block differs from place to place.
+        let mut uses: BTreeMap<String, (usize, bool)> = BTreeMap::new();
         for (i, (name, at)) in names.into_iter().enumerate() {
-            let uses = uses.entry(name.clone()).or_insert(0);
             let Some(block) = card.blocks.iter().find(|e| e.key == name) else {
                 let known = list_of(card.blocks.iter().map(|e| e.key.as_str()));
                 self.faults
                     .add(at, format!("there is no block `{name}`; there are {known}"));
                 continue;
             };
-            let varies = self.varies(&block.value);
-            let key = if *uses == 0 || varies {
+            let first = || (0, self.varies(&block.value));
+            let (uses, varies) = uses.entry(name.clone()).or_insert_with(first);
+            let key = if *uses == 0 || *varies {
                 for (key, value) in PLACE.iter().zip([i, *uses]) {
                     self.scope
                         .set(key, &Value::Int(value as i64), "of this block");

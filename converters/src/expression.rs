@@ -37,11 +37,12 @@ impl Scope {
             values: BTreeMap::new(),
             told: BTreeMap::new(),
         };
+        let file = config.file().rsplit('/').next().unwrap_or_default();
         for entry in config.entries() {
             let value = &entry.value.value;
             let line = entry.value.at.line;
             let told = format!(
-                "{} = {} (line {line} of config.json)",
+                "{} = {} (line {line} of {file})",
                 entry.key,
                 value.describe()
             );

@@ -183,12 +183,12 @@ impl HostBytes for Mapped {
 /// Maps a file for reading.
 #[allow(unsafe_code)]
 fn map_file(path: &Path) -> std::io::Result<Arc<dyn HostBytes>> {
-    let file = File::open(path)?;
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
+    // Asked first: to open a pipe would wait for its other end.
+    if !fs::metadata(path)?.is_file() {
         return Err(std::io::Error::other("is no regular file"));
     }
-    if metadata.len() == 0 {
+    let file = File::open(path)?;
+    if file.metadata()?.len() == 0 {
         return Ok(Arc::new(Vec::new()));
     }
     // SAFETY: the map is read only and is only ever seen as plain bytes, so what they are can break

@@ -70,9 +70,7 @@ impl Mapping {
             checkpoint: &checkpoint,
             used: BTreeSet::new(),
             rows: Vec::new(),
-            missing: Vec::new(),
-            misshapen: Vec::new(),
-            unreadable: Vec::new(),
+            report: Report::new(&file),
             misshapen_layers: BTreeSet::new(),
             notes: Vec::new(),
         };
@@ -80,28 +78,13 @@ impl Mapping {
         if !weights.iter().any(|w| w.path == HEAD) {
             resolve.tied_head();
         }
-        let left = resolve.left_over(weights, origin);
-
+        resolve.left_over(weights, origin);
         let Resolve {
             rows,
-            missing,
-            misshapen,
-            unreadable,
+            report,
             notes,
             ..
         } = resolve;
-        let mut report = Report::new(&file);
-        for (kind, faults) in [
-            ("missing weights", missing),
-            ("weights of another shape", misshapen),
-            ("tensors that cannot be read", unreadable),
-            ("tensors that are left over", left),
-        ] {
-            report.kind(kind);
-            faults
-                .into_iter()
-                .for_each(|(at, message)| report.add(at, message));
-        }
         report.finish()?;
         let places = rows
             .iter()
@@ -179,16 +162,18 @@ fn separate_head(map: &TensorMap, checkpoint: &Checkpoint) -> Option<(String, bo
     Some((head, same))
 }
 
-type Located = (Mark, String);
+/// Kinds of faults.
+const MISSING: &str = "missing weights";
+const MISSHAPEN: &str = "weights of another shape";
+const UNREADABLE: &str = "tensors that cannot be read";
+const LEFT_OVER: &str = "tensors that are left over";
 
 struct Resolve<'a> {
     map: &'a TensorMap,
     checkpoint: &'a Checkpoint,
     used: BTreeSet<String>,
     rows: Vec<Row>,
-    missing: Vec<Located>,
-    misshapen: Vec<Located>,
-    unreadable: Vec<Located>,
+    report: Report,
     misshapen_layers: BTreeSet<String>,
     notes: Vec<String>,
 }
@@ -212,9 +197,8 @@ impl Resolve<'_> {
                 HEAD => "; if the output matrix is the embedding, say `tie: true`",
                 _ => "",
             };
-            return self
-                .missing
-                .push((at, format!("{path} is missing: {why}{hint}")));
+            let message = format!("{path} is missing: {why}{hint}");
+            return self.report.add(MISSING, at, message);
         };
         self.used.insert(source.tensor().into());
         let expected = shown(&want.spec.shape);
@@ -229,10 +213,9 @@ impl Resolve<'_> {
                 let hint = other
                     .map(|s| router_hint(path, &want.spec.shape, &s))
                     .unwrap_or_default();
-                self.misshapen
-                    .push((at, format!("{path} wants {expected}, {found}{hint}")));
                 self.misshapen_layers.insert(layer(path));
-                return;
+                let message = format!("{path} wants {expected}, {found}{hint}");
+                return self.report.add(MISSHAPEN, at, message);
             }
         }
         match info.runs_as() {
@@ -250,7 +233,7 @@ impl Resolve<'_> {
             Err(why) => {
                 let tensor = source.tensor();
                 let message = format!("{path}: {why}, in {}, tensor {tensor}", info.shard);
-                self.unreadable.push((at, message));
+                self.report.add(UNREADABLE, at, message);
             }
         }
     }
@@ -268,17 +251,16 @@ impl Resolve<'_> {
             let message = format!(
                 "the plan says `tie: true`, but {name} differs from the embedding; say `tie: false`"
             );
-            self.misshapen.push((self.map.find(HEAD).at, message));
+            self.report.add(MISSHAPEN, self.map.find(HEAD).at, message);
         }
     }
 
     /// The tensors that no weight is made from and that should have been used.
-    fn left_over(&mut self, weights: &[GraphWeight], origin: Origin) -> Vec<Located> {
+    fn left_over(&mut self, weights: &[GraphWeight], origin: Origin) {
         let layers: BTreeSet<String> = weights.iter().map(|w| layer(&w.path)).collect();
         let blocks: BTreeSet<usize> = weights.iter().filter_map(|w| block(&w.path)).collect();
         let mut dropped_blocks: BTreeMap<usize, usize> = BTreeMap::new();
         let mut dropped_layers: BTreeMap<String, usize> = BTreeMap::new();
-        let mut left = Vec::new();
         for (name, info) in self.checkpoint.tensors() {
             if self.used.contains(name) || self.map.ignores(name) {
                 continue;
@@ -300,22 +282,23 @@ impl Resolve<'_> {
                 (Origin::Edited, None, Some(layer)) if !layers.contains(&layer) => {
                     *dropped_layers.entry(layer).or_default() += 1;
                 }
-                _ => left.push(unused(name, info, weight, of_block)),
+                _ => {
+                    let (at, message) = unused(name, info, weight, of_block);
+                    self.report.add(LEFT_OVER, at, message);
+                }
             }
         }
         if !dropped_blocks.is_empty() {
-            let numbers: Vec<String> = dropped_blocks.keys().map(usize::to_string).collect();
+            let numbers = ranges(dropped_blocks.keys().copied());
             let tensors: usize = dropped_blocks.values().sum();
             self.notes.push(format!(
-                "the plan leaves out the checkpoint's blocks {} ({tensors} tensors)",
-                numbers.join(", ")
+                "the plan leaves out the checkpoint's blocks {numbers} ({tensors} tensors)"
             ));
         }
         for (layer, tensors) in dropped_layers {
             self.notes
                 .push(format!("the plan leaves out {layer} ({tensors} tensors)"));
         }
-        left
     }
 }
 
@@ -324,9 +307,9 @@ fn unused(
     info: &TensorInfo,
     weight: Option<(String, Mark)>,
     of_block: Option<usize>,
-) -> Located {
+) -> (Mark, String) {
     let tensor = format!(
-        "tensor {name} {} in {} is left over",
+        "tensor {name:?} {} in {} is left over",
         shown(&info.shape),
         info.shard
     );
@@ -371,4 +354,28 @@ fn block(path: &str) -> Option<usize> {
         .next()?
         .parse()
         .ok()
+}
+
+/// `0, 3 to 7`; the first few of many.
+fn ranges(numbers: impl IntoIterator<Item = usize>) -> String {
+    const SHOWN: usize = 20;
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for number in numbers {
+        match ranges.last_mut() {
+            Some((_, end)) if end.checked_add(1) == Some(number) => *end = number,
+            _ => ranges.push((number, number)),
+        }
+    }
+    let mut shown: Vec<String> = ranges
+        .iter()
+        .take(SHOWN)
+        .map(|(start, end)| match end - start {
+            0 => start.to_string(),
+            _ => format!("{start} to {end}"),
+        })
+        .collect();
+    if ranges.len() > SHOWN {
+        shown.push("…".into());
+    }
+    shown.join(", ")
 }

@@ -5,52 +5,56 @@ use strata_layers::{Faults, Mark};
 /// Shown of each kind. Three kinds and their summaries make about forty lines.
 const SHOWN: usize = 12;
 
-/// Faults in the order in which they are added, kind by kind.
+/// Faults, kind by kind.
 pub(crate) struct Report {
-    faults: Faults,
+    file: String,
+    groups: Vec<Group>,
+}
+
+struct Group {
     kind: &'static str,
     count: usize,
-    last: Mark,
+    shown: Vec<(Mark, String)>,
 }
 
 impl Report {
     pub fn new(file: &str) -> Self {
         Report {
-            faults: Faults::new(file),
-            kind: "",
-            count: 0,
-            last: Mark::default(),
+            file: file.into(),
+            groups: Vec::new(),
         }
     }
 
-    /// Starts to add faults of another kind: a plural noun, for "… and 7 more missing tensors".
-    pub fn kind(&mut self, kind: &'static str) {
-        self.summary();
-        (self.kind, self.count) = (kind, 0);
-    }
-
-    pub fn add(&mut self, at: Mark, message: impl Into<String>) {
-        self.count += 1;
-        if self.count <= SHOWN {
-            self.faults.add(at, message);
-            self.last = at;
+    /// Adds a fault. `kind` is a plural noun, for "… and 7 more missing tensors".
+    pub fn add(&mut self, kind: &'static str, at: Mark, message: impl Into<String>) {
+        let place = self.groups.iter().position(|g| g.kind == kind);
+        let place = place.unwrap_or_else(|| {
+            let (count, shown) = (0, Vec::new());
+            self.groups.push(Group { kind, count, shown });
+            self.groups.len() - 1
+        });
+        let group = &mut self.groups[place];
+        group.count += 1;
+        if group.shown.len() < SHOWN {
+            group.shown.push((at, message.into()));
         }
     }
 
-    fn summary(&mut self) {
-        if self.count > SHOWN {
-            let more = self.count - SHOWN;
-            let message = format!("… and {more} more {}", self.kind);
-            self.faults.add(self.last, message);
+    /// All faults, if there are any.
+    pub fn finish(self) -> Result<(), Faults> {
+        let mut faults = Faults::new(&self.file);
+        for Group { kind, count, shown } in self.groups {
+            let more = count - shown.len();
+            let last = shown.last().map(|(at, _)| *at).unwrap_or_default();
+            shown.into_iter().for_each(|(at, m)| faults.add(at, m));
+            if more > 0 {
+                faults.add(last, format!("… and {more} more {kind}"));
+            }
         }
-    }
-
-    pub fn finish(mut self) -> Result<(), Faults> {
-        self.summary();
-        if self.faults.is_empty() {
+        if faults.is_empty() {
             Ok(())
         } else {
-            Err(self.faults)
+            Err(faults)
         }
     }
 }

@@ -25,6 +25,10 @@ const MAX_NAME: usize = 1024;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 16;
 
+/// Kinds of faults.
+const FILES: &str = "faulty files";
+const TENSORS: &str = "faulty tensors";
+
 const ONE_FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -92,75 +96,61 @@ impl Checkpoint {
         index: BTreeMap<String, String>,
         report: &mut Report,
     ) {
-        let shards: BTreeSet<&String> = index.values().collect();
-        report.kind("faulty files");
+        let mut fault = |message: String| report.add(FILES, Mark::default(), message);
+        if index.is_empty() {
+            fault(format!("{INDEX} names no tensor"));
+        }
         let mut readable = BTreeSet::new();
-        for &shard in &shards {
+        for shard in index.values().collect::<BTreeSet<_>>() {
             if !is_plain(shard) {
-                let message = format!("{INDEX}: {shard:?} is no plain file name");
-                report.add(Mark::default(), message);
+                fault(format!("{INDEX}: {shard:?} is no plain file name"));
             } else if !files.exists(shard) {
-                let message = format!("{INDEX} names {shard}, which is not there");
-                report.add(Mark::default(), message);
+                fault(format!("{INDEX} names {shard}, which is not there"));
             } else {
                 readable.insert(shard);
             }
         }
-        for &shard in &readable {
-            self.add(files, shard, report);
-        }
-        report.kind("misplaced tensors");
-        for (name, shard) in &index {
-            // A file that could not be read has its fault already.
-            if self.shards.contains_key(shard) {
-                match self.tensors.get(name) {
-                    Some(info) if info.shard == *shard => {}
-                    Some(info) => report.add(
-                        Mark::default(),
-                        format!(
-                            "{INDEX} says that {name:?} is in {shard}, but it is in {}",
-                            info.shard
-                        ),
-                    ),
-                    None => report.add(
-                        Mark::default(),
-                        format!(
-                            "{INDEX} says that {name:?} is in {shard}, which has no such tensor"
-                        ),
-                    ),
-                }
-            }
-        }
-        if index.is_empty() {
-            report.add(Mark::default(), format!("{INDEX} names no tensor"));
+        readable.iter().for_each(|s| self.add(files, s, report));
+
+        // A file that could not be read has its fault already.
+        let open = index
+            .iter()
+            .filter(|(_, shard)| self.shards.contains_key(*shard));
+        for (name, shard) in open {
+            let found = match self.tensors.get(name) {
+                Some(info) if info.shard == *shard => continue,
+                Some(info) => format!("it is in {}", info.shard),
+                None => "it is not there".into(),
+            };
+            let message = format!("{INDEX} says that {name:?} is in {shard}, but {found}");
+            report.add(TENSORS, Mark::default(), message);
         }
     }
 
     /// Takes the tensors of one file, or reports why not.
     fn add(&mut self, files: &ModelFiles, shard: &str, report: &mut Report) {
-        let bytes = match files.map(shard) {
-            Ok(bytes) => bytes,
-            Err(error) => return report.add(Mark::default(), error.to_string()),
+        let opened = files.map(shard).map_err(|e| e.to_string());
+        let read = opened.and_then(|bytes| {
+            let header = read_header(bytes.bytes()).map_err(|why| format!("{shard}: {why}"))?;
+            Ok((bytes, header))
+        });
+        let (bytes, header) = match read {
+            Ok(read) => read,
+            Err(why) => return report.add(FILES, Mark::default(), why),
         };
-        let header = match read_header(bytes.bytes()) {
-            Ok(header) => header,
-            Err(why) => return report.add(Mark::default(), format!("{shard}: {why}")),
-        };
-        report.kind("faulty tensors");
-        let fine = check_ranges(shard, &header, report);
+        if !check_ranges(shard, &header, report) {
+            return;
+        }
         for (name, mut info) in header.tensors {
             if let Some(other) = self.tensors.get(&name) {
-                let message = format!("{name:?} is in {} and in {shard}", other.shard);
-                report.add(Mark::default(), message);
+                let message = format!("tensor {name:?} is in {} and in {shard}", other.shard);
+                report.add(TENSORS, Mark::default(), message);
                 continue;
             }
             info.shard = shard.into();
             self.tensors.insert(name, info);
         }
-        report.kind("faulty files");
-        if fine {
-            self.shards.insert(shard.into(), bytes);
-        }
+        self.shards.insert(shard.into(), bytes);
     }
 
     /// Its name for messages.
@@ -319,7 +309,8 @@ fn read_header(file: &[u8]) -> std::result::Result<Header, String> {
 fn check_ranges(shard: &str, header: &Header, report: &mut Report) -> bool {
     let mut fine = true;
     let mut fault = |name: &str, why: String| {
-        report.add(Mark::default(), format!("{shard}: tensor {name:?}: {why}"));
+        let message = format!("{shard}: tensor {name:?}: {why}");
+        report.add(TENSORS, Mark::default(), message);
         fine = false;
     };
     let mut names = BTreeSet::new();
@@ -366,31 +357,24 @@ fn check_ranges(shard: &str, header: &Header, report: &mut Report) -> bool {
     let mut sorted: Vec<_> = header.tensors.iter().collect();
     sorted.sort_by_key(|(_, info)| (info.range.start, info.range.end));
     let mut end = header.data.start;
+    let mut fault = |message: String| {
+        report.add(TENSORS, Mark::default(), format!("{shard}: {message}"));
+        fine = false;
+    };
     for (name, info) in sorted {
-        let range = &info.range;
-        if range.start < end {
-            report.add(
-                Mark::default(),
-                format!("{shard}: tensor {name:?}: its bytes overlap those of another"),
-            );
-            fine = false;
-        } else if range.start > end {
-            let gap = range.start - end;
-            report.add(
-                Mark::default(),
-                format!("{shard}: tensor {name:?}: {gap} bytes before it belong to no tensor"),
-            );
-            fine = false;
+        if info.range.start < end {
+            fault(format!("the bytes of tensor {name:?} overlap another's"));
+        } else if info.range.start > end {
+            let gap = info.range.start - end;
+            fault(format!(
+                "{gap} bytes before tensor {name:?} belong to no tensor"
+            ));
         }
-        end = end.max(range.end);
+        end = end.max(info.range.end);
     }
     if end < header.data.end {
         let rest = header.data.end - end;
-        report.add(
-            Mark::default(),
-            format!("{shard}: the last {rest} bytes belong to no tensor"),
-        );
-        fine = false;
+        fault(format!("the last {rest} bytes belong to no tensor"));
     }
     fine
 }

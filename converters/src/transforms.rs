@@ -3,9 +3,12 @@
 //! Most are views. Those that compute make a small tensor of their own in f32, so none is meant for
 //! large matrices.
 
-use strata_kernels::HostTensor;
+use strata_kernels::{DType, HostTensor};
 
 use crate::error::Result;
+
+/// A shape, or why there is none.
+pub type Shaped = std::result::Result<Vec<usize>, String>;
 
 /// A function from a tensor, and some numbers, to a tensor.
 #[derive(Debug)]
@@ -17,7 +20,7 @@ pub struct Transform {
     /// Whether the result is in f32, whatever came in.
     pub widens: bool,
     /// The shape of the result, or why there is none. Nothing is read yet.
-    pub shape: fn(&[usize], &[usize]) -> std::result::Result<Vec<usize>, String>,
+    pub shape: fn(&[usize], &[usize]) -> Shaped,
     /// The result, after `shape` has agreed.
     pub apply: fn(&HostTensor, &[usize]) -> Result<HostTensor>,
 }
@@ -82,7 +85,7 @@ pub const TRANSFORMS: &[Transform] = &[
     },
 ];
 
-fn squeezed(shape: &[usize], dimension: usize) -> std::result::Result<Vec<usize>, String> {
+fn squeezed(shape: &[usize], dimension: usize) -> Shaped {
     if shape.get(dimension) != Some(&1) {
         return Err(format!(
             "dimension {dimension} of {shape:?} does not have size 1"
@@ -95,20 +98,22 @@ fn squeezed(shape: &[usize], dimension: usize) -> std::result::Result<Vec<usize>
 
 /// How many elements are NaN or infinite.
 pub fn non_finite(x: &HostTensor) -> usize {
-    use strata_kernels::DType;
-    // All bits of the exponent are set.
-    let halves = |mask: u16| {
-        let is = |b: &[u8]| usize::from(u16::from_le_bytes([b[0], b[1]]) & mask == mask);
-        x.bytes().chunks_exact(2).map(is).sum()
-    };
+    // An element is not finite when all bits of its exponent are set. Counts of a few thousand elements
+    // are kept in 32 bits, so that they are made several at a time.
+    fn count<const SIZE: usize>(bytes: &[u8], is: impl Fn([u8; SIZE]) -> bool) -> usize {
+        let some = |bytes: &[u8]| -> u32 {
+            let (elements, _) = bytes.as_chunks::<SIZE>();
+            elements.iter().map(|b| u32::from(is(*b))).sum()
+        };
+        bytes.chunks(1 << 14).map(|b| some(b) as usize).sum()
+    }
+    let bytes = x.bytes();
     match x.dtype() {
-        DType::F16 => halves(0x7c00),
-        DType::BF16 => halves(0x7f80),
-        DType::F32 => {
-            let mask = 0x7f80_0000;
-            let is = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & mask == mask;
-            x.bytes().chunks_exact(4).filter(|b| is(b)).count()
-        }
+        DType::F16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        DType::BF16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        DType::F32 => count(bytes, |b| {
+            u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000
+        }),
         DType::I32 => 0,
     }
 }
@@ -171,12 +176,7 @@ mod tests {
             .iter()
             .flat_map(|b| b.to_le_bytes())
             .collect();
-        let x = HostTensor::new(
-            strata_kernels::DType::BF16,
-            &[3],
-            std::sync::Arc::new(bytes),
-            0..6,
-        );
+        let x = HostTensor::new(DType::BF16, &[3], std::sync::Arc::new(bytes), 0..6);
         assert_eq!(non_finite(&x.unwrap()), 2);
     }
 }

@@ -90,6 +90,8 @@ pub struct GraphWeight {
 
 /// Most nodes of a graph.
 const MAX_NODES: usize = 200_000;
+/// Most weights of all layers together. A hundred layers of 512 experts have 153,600.
+const MAX_WEIGHTS: usize = 1_000_000;
 
 impl Graph {
     /// Lowers a plan. `file` is its name for messages.
@@ -100,6 +102,7 @@ impl Graph {
             nodes: Vec::new(),
             widths: vec![plan.d_model],
             specs: BTreeMap::new(),
+            wanted: 0,
         };
         let last = lower.stack();
         let Lower {
@@ -230,6 +233,8 @@ struct Lower<'a> {
     widths: Vec<usize>,
     /// What has been asked for under each path: two uses of one path must ask for the same.
     specs: BTreeMap<String, Vec<WeightSpec>>,
+    /// Number of weights so far.
+    wanted: usize,
 }
 
 /// A chain of steps that is being lowered.
@@ -495,6 +500,12 @@ impl<'a> Lower<'a> {
     ) -> Option<ValueId> {
         let d_in = self.widths[x];
         let wanted = spec.weights(d_in);
+        self.wanted += wanted.len();
+        if self.wanted > MAX_WEIGHTS {
+            let message = format!("with this layer the plan has more than {MAX_WEIGHTS} weights");
+            self.faults.add(at, message);
+            return None;
+        }
         let name = spec.name();
         let state = if wanted.is_empty() {
             chain.node_name(spec.kind())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use strata_converters::transforms::non_finite;
 use strata_converters::{Checkpoint, Config, Mapping, ModelFiles, Origin, cards};
-use strata_layers::{Graph, Plan};
+use strata_layers::Graph;
 
 fn goldens() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
@@ -17,21 +17,17 @@ fn goldens() -> Vec<PathBuf> {
     folders(&root).iter().flat_map(|f| folders(f)).collect()
 }
 
-fn open(folder: &Path) -> (Plan, Graph, Mapping) {
-    let files = ModelFiles::open(folder).unwrap();
-    let config = Config::open(&files).unwrap();
+fn open(files: &ModelFiles) -> (Graph, Mapping) {
+    let config = Config::open(files).unwrap();
     let card = cards::find(&config).unwrap();
-    let checkpoint = Arc::new(Checkpoint::open(&files).unwrap());
+    let checkpoint = Arc::new(Checkpoint::open(files).unwrap());
     let plan = card
         .plan(&config, "golden")
         .unwrap_or_else(|f| panic!("{f}"));
     let graph = Graph::lower(&plan, card.file()).unwrap();
     let mapping = Mapping::resolve(Some(card), &graph.weights(), checkpoint, Origin::Card);
-    (
-        plan,
-        graph,
-        mapping.unwrap_or_else(|f| panic!("{}: {f}", folder.display())),
-    )
+    let mapping = mapping.unwrap_or_else(|f| panic!("{}: {f}", files.name()));
+    (graph, mapping)
 }
 
 #[test]
@@ -39,7 +35,7 @@ fn every_tensor_has_its_place() {
     let goldens = goldens();
     assert_eq!(goldens.len(), 9);
     for folder in goldens {
-        let (_, graph, mapping) = open(&folder);
+        let (graph, mapping) = open(&ModelFiles::open(&folder).unwrap());
         let wanted = graph.weights();
         assert_eq!(mapping.rows().len(), wanted.len());
         for want in &wanted {
@@ -58,5 +54,25 @@ fn every_tensor_has_its_place() {
         let all: BTreeSet<&str> = mapping.checkpoint().tensors().map(|(n, _)| n).collect();
         assert_eq!(used, all, "{}", folder.display());
         assert!(mapping.notes().is_empty());
+    }
+}
+
+#[test]
+fn a_model_inside_the_binary_opens_as_one_on_disk() {
+    static FILES: [(&str, &[u8]); 2] = [
+        (
+            "config.json",
+            include_bytes!("../../../tests/golden/mamba/tied/config.json"),
+        ),
+        (
+            "model.safetensors",
+            include_bytes!("../../../tests/golden/mamba/tied/model.safetensors"),
+        ),
+    ];
+    let (graph, mapping) = open(&ModelFiles::bundled("tied", &FILES));
+    let (_, on_disk) = open(&crate::common::golden("mamba/tied"));
+    for want in graph.weights() {
+        let (a, b) = (mapping.load(&want.path), on_disk.load(&want.path));
+        assert_eq!(a.unwrap().bytes(), b.unwrap().bytes(), "{}", want.path);
     }
 }

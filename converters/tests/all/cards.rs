@@ -1,0 +1,337 @@
+//! Which card opens what, what the cards make of configs, and how they speak of faults.
+
+use strata_converters::transforms::TRANSFORMS;
+use strata_converters::{Card, Config, cards};
+use strata_layers::plan::{StepKind, layer_kinds};
+use strata_layers::{Graph, Plan};
+
+fn config(text: &str) -> Config {
+    Config::parse(text, "m/config.json").unwrap()
+}
+
+fn plan(family: &str, text: &str) -> Result<Plan, String> {
+    let card = cards::named(family).unwrap();
+    card.plan(&config(text), "m").map_err(|f| f.to_string())
+}
+
+#[test]
+fn no_two_cards_claim_one_model() {
+    let mut names: Vec<&String> = cards::all()
+        .iter()
+        .flat_map(|c| c.architectures().iter().chain(c.model_types()))
+        .collect();
+    names.sort();
+    assert!(names.windows(2).all(|w| w[0] != w[1]), "{names:?}");
+    assert!(cards::all().len() >= 3);
+}
+
+#[test]
+fn architectures_count_before_model_types() {
+    let family = |text: &str| {
+        let found = cards::find(&config(text));
+        found
+            .map(|c| c.family().to_string())
+            .map_err(|e| e.to_string())
+    };
+    // As in early repositories.
+    let early = r#"{"model_type": "mamba", "architectures": ["FalconMambaForCausalLM"]}"#;
+    assert_eq!(family(early).unwrap(), "falcon-mamba");
+    assert_eq!(family(r#"{"model_type": "mamba"}"#).unwrap(), "mamba");
+    let unknown = family(r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap_err();
+    let expected = "m/config.json: no model card is for GPT2LMHeadModel; there are cards for FalconMambaForCausalLM, JambaForCausalLM and MambaForCausalLM";
+    assert_eq!(unknown, expected);
+    for nothing in ["{}", r#"{"architectures": null, "model_type": 7}"#] {
+        let message = family(nothing).unwrap_err();
+        assert!(message.contains("neither `architectures` nor"), "{message}");
+    }
+}
+
+#[test]
+fn a_tiny_model_of_every_card_lowers() {
+    for card in cards::all() {
+        let plan = card.plan(card.tiny(), "tiny").unwrap();
+        let graph = Graph::lower(&plan, card.file()).unwrap();
+        assert!(graph.weights().len() > 10);
+        assert_eq!(Plan::parse(&plan.print(), "again").unwrap(), plan);
+        for weight in graph.weights() {
+            let found = card.tensors().find(&weight.path);
+            assert!(
+                !found.sources.is_empty(),
+                "{}: {}",
+                card.file(),
+                weight.path
+            );
+        }
+    }
+}
+
+#[test]
+fn configs_mean_what_the_reference_takes_them_for() {
+    // What the classes say when a config says nothing.
+    let all_defaults = plan("jamba", "{}").unwrap();
+    let kinds: Vec<&str> = all_defaults
+        .stack
+        .iter()
+        .map(|p| p.block.as_str())
+        .collect();
+    assert_eq!(kinds.len(), 32);
+    assert_eq!(kinds[..2], ["mamba-mlp", "mamba-moe"]);
+    let attention: Vec<usize> = (0..32).filter(|i| kinds[*i].starts_with("att")).collect();
+    assert_eq!(attention, [4, 12, 20, 28]);
+    assert_eq!((all_defaults.vocab, all_defaults.head.tie), (65536, false));
+    assert!(plan("mamba", "{}").unwrap().head.tie);
+
+    let check = |family: &str, text: &str, expected: &str| {
+        let printed = plan(family, text).unwrap().print();
+        assert!(
+            printed.contains(expected),
+            "{expected} is missing from\n{printed}"
+        );
+    };
+    check(
+        "jamba",
+        r#"{"hidden_size": 2560, "num_attention_heads": 20, "num_key_value_heads": 1}"#,
+        "dt_rank: 160",
+    );
+    check("jamba", r#"{"num_key_value_heads": null}"#, "kv_heads: 32");
+    check("jamba", r#"{"num_local_experts": 8}"#, "experts: 8");
+    check(
+        "jamba",
+        r#"{"num_local_experts": 8, "num_experts": 4}"#,
+        "experts: 4",
+    );
+    check("mamba", r#"{"hidden_size": 65}"#, "dt_rank: 5");
+    check(
+        "mamba",
+        r#"{"expand": 2.0, "hidden_size": 64}"#,
+        "d_inner: 128",
+    );
+    check(
+        "falcon-mamba",
+        r#"{"expand": 16, "hidden_size": 4096, "intermediate_size": 8192}"#,
+        "d_inner: 8192",
+    );
+    check(
+        "falcon-mamba",
+        r#"{"layer_norm_epsilon": 1e-5}"#,
+        "inner_norm: {eps: 1.0e-6, weight: false}",
+    );
+    // With one expert there are no routers, whatever the period says.
+    let dense = plan("jamba", r#"{"num_experts": 1}"#).unwrap();
+    assert!(dense.blocks.iter().all(|b| !b.name.ends_with("moe")));
+    let Some(residual) = dense.blocks[0].steps.first() else {
+        panic!()
+    };
+    assert!(matches!(residual.kind, StepKind::Residual(_)));
+}
+
+#[test]
+fn absurd_configs_are_faults_that_name_key_and_value() {
+    let check = |family: &str, text: &str, expected: &[&str]| {
+        let message = plan(family, text).expect_err(text);
+        for expected in expected {
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+    };
+    // All at once, each at the card's line.
+    check(
+        "jamba",
+        "{\"hidden_size\": -64,\n \"mamba_d_state\": \"many\",\n \"num_experts_per_tok\": 99, \"vocab_size\": 0}",
+        &[
+            "-64 is outside 0 to 1073741824: `=hidden_size` with hidden_size = -64 (line 1 of config.json)",
+            "`=mamba_expand * hidden_size` with hidden_size = -64 (line 1 of config.json) and mamba_expand = 2 (by default)",
+            "found \"many\", expected a whole number: `=mamba_d_state` with mamba_d_state = \"many\" (line 2 of config.json)",
+            "`top_k` is 99, but there are 16 experts: `=num_experts_per_tok` with num_experts_per_tok = 99 (line 3 of config.json)",
+            "`vocab` must be at least 1: `=vocab_size` with vocab_size = 0",
+            "model-cards/jamba.yaml:3",
+        ],
+    );
+    check(
+        "jamba",
+        r#"{"mamba_d_state": null}"#,
+        &["mamba1 needs `d_state`: `=mamba_d_state` with mamba_d_state = nothing"],
+    );
+    check(
+        "jamba",
+        r#"{"num_hidden_layers": 1e30}"#,
+        &["expected a whole number: `=num_hidden_layers`"],
+    );
+    check(
+        "jamba",
+        r#"{"num_hidden_layers": 0}"#,
+        &["0 blocks; there may be 1 to 10000: `=num_hidden_layers` with"],
+    );
+    check(
+        "jamba",
+        r#"{"num_hidden_layers": 99999999}"#,
+        &["there may be 1 to 10000"],
+    );
+    check(
+        "jamba",
+        r#"{"attn_layer_period": 0}"#,
+        &["a period must be at least 1: `=attn_layer_period`"],
+    );
+    check(
+        "jamba",
+        r#"{"attn_layer_offset": 8}"#,
+        &["the offset 8 must be smaller than the period 8: `=attn_layer_offset`"],
+    );
+    check(
+        "jamba",
+        r#"{"num_attention_heads": 0}"#,
+        &["hidden_size // num_attention_heads", "heads"],
+    );
+    check(
+        "jamba",
+        r#"{"num_key_value_heads": 5}"#,
+        &["`heads` is 32, no multiple of the 5 `kv_heads`"],
+    );
+    check(
+        "jamba",
+        r#"{"hidden_act": "gelu"}"#,
+        &[
+            "this model cannot be run: `=hidden_act == 'silu'` with hidden_act = \"gelu\" (line 1 of config.json)",
+        ],
+    );
+    check(
+        "jamba",
+        r#"{"rms_norm_eps": NaN}"#,
+        &["expected a finite number"],
+    );
+    check(
+        "jamba",
+        r#"{"num_hidden_layers": 9999, "num_experts": 60000}"#,
+        &["more than 1000000 weights"],
+    );
+    check(
+        "mamba",
+        r#"{"expand": 9000000000000000000, "hidden_size": 9000000000000000000}"#,
+        &["is outside 0 to 1073741824"],
+    );
+    check(
+        "mamba",
+        r#"{"hidden_size": "64"}"#,
+        &["found \"64\", expected a whole number"],
+    );
+    check(
+        "mamba",
+        r#"{"hidden_size": [64]}"#,
+        &["found a list, expected a whole number"],
+    );
+    check(
+        "mamba",
+        r#"{"tie_word_embeddings": "yes"}"#,
+        &["expected true or false: `=tie_word_embeddings`"],
+    );
+}
+
+const SMALL: &str = "\
+card: 1
+family: small
+architectures: [Small]
+defaults: {width: 8}
+vocab: =vocab
+d_model: =width
+context: 64
+stack: {list: =kinds, map: {m: ff, s: once}}
+shared:
+  s0: [mlp: {d_ff: =width, act: relu}]
+  s1: [mlp: {d_ff: 4, act: relu}]
+blocks:
+  ff: [residual: [norm: {eps: 1.0e-6}, mlp: {d_ff: \"=sizes[i]\", act: silu, bias: =bias}]]
+  once: [residual: [use: \"='s' ~ (use % 2)\"]]
+  never: [residual: [norm: {eps: =nowhere}]]
+head: {norm: {eps: 1.0e-6}, tie: true}
+tensors: {embed: e}
+";
+
+#[test]
+fn blocks_may_differ_from_place_to_place() {
+    let card = Card::parse(SMALL, "small.yaml").unwrap();
+    let text = r#"{"vocab": 9, "kinds": ["m", "s", "m", "s", "m"], "sizes": [4, 0, 6, 0, 4], "bias": null}"#;
+    let plan = card.plan(&config(text), "small").unwrap();
+    let stack: Vec<String> = plan
+        .stack
+        .iter()
+        .map(|p| format!("{}@{}", p.block, p.weights))
+        .collect();
+    assert_eq!(stack, ["ff@0", "once@1", "ff.2@2", "once.2@3", "ff@4"]);
+    // A null drops its key, and a block that the stack does not use is not computed.
+    let printed = plan.print();
+    assert!(
+        printed.contains("bias: false") && !printed.contains("never"),
+        "{printed}"
+    );
+}
+
+#[test]
+fn faults_of_a_card_come_at_once_with_their_lines() {
+    let broken = SMALL
+        .replace("card: 1", "card: 2")
+        .replace("context", "contexts")
+        .replace(
+            "tensors: {embed: e}",
+            "tensors: {\"embed.{i}\": \"sqrt(e)\", \"a b\": e, norm: \"e.{i}\"}\nignore: [7]",
+        );
+    let message = Card::parse(&broken, "small.yaml").unwrap_err().to_string();
+    for expected in [
+        "small.yaml:1:7: card version 2; this program reads version 1",
+        "small.yaml:7:1: a card has no `contexts`; it takes card, family",
+        "small.yaml:17:",
+        "there is no transform `sqrt`; there are neg_exp",
+        "\"a b\" is no name",
+        "{i} does not occur in `norm`",
+        "small.yaml:18:10: found 7, expected a name",
+    ] {
+        assert!(
+            message.contains(expected),
+            "{expected:?} is missing from\n{message}"
+        );
+    }
+}
+
+#[test]
+fn keys_that_config_json_lacks_are_named() {
+    let card = Card::parse(SMALL, "small.yaml").unwrap();
+    let message = card.plan(&config("{}"), "small").unwrap_err().to_string();
+    for expected in [
+        "small.yaml:5:8: config.json has no vocab: `=vocab`",
+        "small.yaml:8:15: config.json has no kinds: `=kinds`",
+        "config.json has no sizes: `=sizes[i]` with i = 0 (of this block)",
+        "config.json has no nowhere: `=nowhere`",
+    ] {
+        assert!(
+            message.contains(expected),
+            "{expected:?} is missing from\n{message}"
+        );
+    }
+    let unknown = SMALL.replace("m: ff", "m: gg");
+    let text = r#"{"vocab": 9, "kinds": ["m", "s"]}"#;
+    let card = Card::parse(&unknown, "small.yaml").unwrap();
+    let message = card.plan(&config(text), "small").unwrap_err().to_string();
+    assert!(
+        message.contains("there is no block `gg`; there are ff, once and never"),
+        "{message}"
+    );
+    let card = Card::parse(SMALL, "small.yaml").unwrap();
+    let text = r#"{"vocab": 9, "kinds": ["q"], "sizes": [4]}"#;
+    let message = card.plan(&config(text), "small").unwrap_err().to_string();
+    assert!(
+        message.contains("\"q\" is no kind of block; there are m and s: `=kinds` with kinds"),
+        "{message}"
+    );
+}
+
+#[test]
+fn the_page_about_cards_is_true() {
+    let page = include_str!("../../../model-cards/README.md");
+    let example = page.split("```yaml").nth(1).unwrap();
+    let example = example.split("```").next().unwrap();
+    let plan = Plan::parse(example, "README.md").unwrap_or_else(|f| panic!("{f}"));
+    Graph::lower(&plan, "README.md").unwrap_or_else(|f| panic!("{f}"));
+    let transforms = TRANSFORMS.iter().map(|t| format!("| `{}(x", t.name));
+    let layers = layer_kinds().map(|kind| format!("| `{kind}` |"));
+    for row in transforms.chain(layers) {
+        assert!(page.contains(&row), "{row} is missing");
+    }
+}

@@ -1,0 +1,8 @@
+//! Files to plans and weights: goldens, and whatever may be wrong with files.
+
+mod cards;
+mod checkpoints;
+mod common;
+mod configs;
+mod goldens;
+mod mappings;
