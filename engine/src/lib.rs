@@ -1,6 +1,7 @@
 //! See ARCHITECTURE.md.
 
 pub mod generation_config;
+pub mod hub;
 pub mod sampler;
 pub mod text;
 
