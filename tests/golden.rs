@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use safetensors::SafeTensors;
-use strata::load::{LoadOptions, LoadProgress, Model, load};
+use strata::load::{LoadOptions, Model, Silent, load};
 use strata::sampler::SamplingParams;
 use strata::session::{Engine, EngineConfig, Output, Request};
 use strata::verify::{VerifyOptions, verify};
@@ -16,14 +16,6 @@ use strata_kernels::DType;
 
 /// Largest error, in standard deviations of the logits.
 const TOLERANCE: f32 = 1e-3;
-
-struct Quiet;
-
-impl LoadProgress for Quiet {
-    fn start(&mut self, _what: &str, _bytes: u64) {}
-    fn advance(&mut self, _bytes: u64) {}
-    fn finish(&mut self) {}
-}
 
 fn goldens() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
@@ -50,7 +42,7 @@ fn open(folder: &Path, device: &str, threads: usize) -> Model {
         threads: Some(threads),
         ..LoadOptions::default()
     };
-    load(&options, &mut Quiet).unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
+    load(&options, &mut Silent::default()).unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
 }
 
 /// What the reference says.

@@ -15,7 +15,7 @@ use strata_layers::{Faults, Graph, Plan, Role, WeightSource, WeightSpec};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::generation_config::{self, GenerationConfig};
-use crate::hub::{self, HubOptions};
+use crate::hub::{self, HubId, HubOptions};
 use crate::random_weights::RandomWeights;
 use crate::runner::Network;
 use crate::sampler::SampleError;
@@ -42,8 +42,8 @@ pub struct LoadOptions {
     pub dtype: Option<DType>,
     /// Threads; none is as many as the process may use.
     pub threads: Option<usize>,
-    /// Where the Hub is.
-    pub hub: HubOptions,
+    /// Where the Hub is; none knows no Hub ids.
+    pub hub: Option<HubOptions>,
 }
 
 /// Why a model cannot be loaded.
@@ -81,6 +81,26 @@ pub trait LoadProgress {
     fn advance(&mut self, bytes: u64);
     /// It is done.
     fn finish(&mut self);
+    /// Told how a download goes on.
+    fn download(&mut self) -> &mut dyn hub::Progress;
+}
+
+/// Tells nobody.
+pub struct Silent(hub::Silent);
+
+impl Default for Silent {
+    fn default() -> Self {
+        Silent(hub::Silent)
+    }
+}
+
+impl LoadProgress for Silent {
+    fn start(&mut self, _what: &str, _bytes: u64) {}
+    fn advance(&mut self, _bytes: u64) {}
+    fn finish(&mut self) {}
+    fn download(&mut self) -> &mut dyn hub::Progress {
+        &mut self.0
+    }
 }
 
 /// A model that is ready to run.
@@ -179,29 +199,14 @@ fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Loca
     if let Some(files) = bundled::find(name) {
         return Ok(Located::Files(files));
     }
-    if hub::is_model_id(name) {
-        let folder = hub::fetch_model(name, &options.hub, &mut HubProgress(progress))?;
+    if let (Ok(_), Some(hub)) = (HubId::parse(name), &options.hub) {
+        let folder = hub::fetch_model(name, hub, progress.download())?;
         return Ok(Located::Files(ModelFiles::open(&folder)?));
     }
     let bundled = strata_layers::param::list_of(bundled::names());
     Err(Error::Input(format!(
         "{name}: there is no such folder or file; bundled models are {bundled}, and Hub ids have the form owner/name or owner/name@revision"
     )))
-}
-
-/// Passes a download's progress on.
-struct HubProgress<'a>(&'a mut dyn LoadProgress);
-
-impl hub::DownloadProgress for HubProgress<'_> {
-    fn start(&mut self, file: &str, bytes: u64) {
-        self.0.start(file, bytes);
-    }
-    fn advance(&mut self, bytes: u64) {
-        self.0.advance(bytes);
-    }
-    fn finish(&mut self) {
-        self.0.finish();
-    }
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -683,7 +688,7 @@ impl WeightSource for Stored<'_> {
         };
         let data = match self.convert {
             Some(dtype) if dtype != host.dtype() => {
-                let mut data = self.backend.alloc(dtype, rows, cols)?;
+                let data = self.backend.alloc(dtype, rows, cols)?;
                 // By rows, so that no f32 copy of a large matrix is made.
                 const ROWS: usize = 64;
                 for first in (0..rows).step_by(ROWS) {

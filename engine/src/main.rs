@@ -10,12 +10,15 @@ use strata::hub::HubOptions;
 fn main() -> ExitCode {
     // The only place that reads the environment.
     let get = |name: &str| std::env::var(name).ok();
-    let environment = Environment {
-        hub: HubOptions::from_env(get),
-        no_color: get("NO_COLOR").is_some_and(|v| !v.is_empty()),
-    };
     let cli = Cli::parse();
-    match cli::run(cli, &environment) {
+    let run = || -> anyhow::Result<()> {
+        let environment = Environment {
+            hub: Some(HubOptions::from_env(get)?),
+            no_color: get("NO_COLOR").is_some_and(|v| !v.is_empty()),
+        };
+        cli::run(cli, &environment)
+    };
+    match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing more can be done if standard error is closed, too.

@@ -65,8 +65,8 @@ enum Command {
 /// What the process's environment says; read once, by `main`.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
-    /// Where the Hub and its cache are.
-    pub hub: HubOptions,
+    /// Where the Hub and its cache are; none if no home folder is known.
+    pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
 }
@@ -117,7 +117,9 @@ enum DTypeChoice {
 impl Common {
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
         let mut hub = environment.hub.clone();
-        hub.offline |= self.offline;
+        if let Some(hub) = &mut hub {
+            hub.offline |= self.offline;
+        }
         LoadOptions {
             model: model.map(Into::into),
             plan: self.plan.clone(),

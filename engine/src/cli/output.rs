@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::hub;
 use crate::load::LoadProgress;
 
 /// Standard error, as a place for messages.
@@ -71,9 +72,15 @@ impl Terminal {
 
     /// Progress of loading.
     pub fn load_progress(&self) -> LoadBar {
+        let download: Box<dyn hub::Progress> = if self.progress {
+            Box::new(hub::Bar::new())
+        } else {
+            Box::new(hub::Lines::new(io::stderr(), Duration::from_secs(15)))
+        };
         LoadBar {
             shown: self.progress,
             bar: ProgressBar::hidden(),
+            download,
         }
     }
 }
@@ -82,6 +89,7 @@ impl Terminal {
 pub struct LoadBar {
     shown: bool,
     bar: ProgressBar,
+    download: Box<dyn hub::Progress>,
 }
 
 impl LoadProgress for LoadBar {
@@ -105,6 +113,10 @@ impl LoadProgress for LoadBar {
 
     fn finish(&mut self) {
         self.bar.finish_and_clear();
+    }
+
+    fn download(&mut self) -> &mut dyn hub::Progress {
+        &mut *self.download
     }
 }
 
