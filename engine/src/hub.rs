@@ -1477,6 +1477,28 @@ mod tests {
     }
 
     #[test]
+    fn a_server_that_does_not_speak_tls_is_an_error() {
+        let mut server = Server::model();
+        server.options.endpoint = server.options.endpoint.replace("http://", "https://");
+        server.options.retries = 0;
+        assert!(matches!(
+            server.fetch("owner/model"),
+            Err(Error::Network { .. })
+        ));
+        server.options.endpoint = "nonsense".into();
+        assert!(matches!(
+            server.fetch("owner/model"),
+            Err(Error::Option { .. } | Error::Network { .. })
+        ));
+        server.options.endpoint = "http://127.0.0.1".into();
+        server.options.token = Some("line\nbreak".into());
+        assert!(matches!(
+            server.fetch("owner/model"),
+            Err(Error::Option { .. })
+        ));
+    }
+
+    #[test]
     fn revisions_commits_and_new_names_are_followed() {
         let server = Server::model();
         let snapshot = server.fetch("owner/model@v1").expect("a tag");
