@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use strata_kernels::ops::{Add, Embed, Gather, Linear, Scale};
-use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Span, Tensor};
+use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Tensor};
 use strata_layers::graph::{Graph, Node, Run, ValueId};
 use strata_layers::{Context, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
 
@@ -310,16 +310,4 @@ fn assign_buffers(graph: &Graph) -> (Vec<usize>, Vec<usize>) {
         }
     }
     (buffer_of, widths)
-}
-
-/// The spans of a single sequence that starts at `position` and holds `len` rows, for callers that
-/// run one sequence without a scheduler.
-pub fn single_span(len: usize, position: usize, pages: usize) -> Span {
-    Span {
-        start: 0,
-        len,
-        position,
-        slot: 0,
-        pages: 0..pages,
-    }
 }
