@@ -41,11 +41,11 @@ def main():
     parser.add_argument("--documents", type=int, nargs="+", default=[100, 100, 50, 10], help="for each length")
     parser.add_argument("--seed", type=int, default=71)
     parser.add_argument("--wrong", action="store_true", help="print the questions that were answered wrongly")
-    parser.add_argument("options", nargs="*", help="further options for strata, after --")
+    parser.add_argument("--dtype", default="auto", help="compute type")
     options = parser.parse_args()
     if len(options.lengths) != len(options.documents):
         parser.error("as many --documents as --lengths")
-    command = [options.strata, "chat", "--json", "--max-tokens", "48", *([options.model] if options.model else []), *options.options]
+    command = [options.strata, "chat", "--json", "--max-tokens", "48", "--dtype", options.dtype, *([options.model] if options.model else [])]
     print("| tokens | first question | next two | not stated | seconds a document |\n| --- | --- | --- | --- | --- |")
     for length, documents in zip(options.lengths, options.documents):
         results, begun = [], time.time()
