@@ -25,6 +25,8 @@ pub struct BenchOptions {
     pub repeat: usize,
     /// Type of keys and values.
     pub kv_dtype: DType,
+    /// Bytes of activations that each row of a step takes.
+    pub bytes_per_row: usize,
 }
 
 /// A figure over several runs.
@@ -69,7 +71,8 @@ pub fn bench(
     report: &mut dyn FnMut(usize, usize),
 ) -> Result<Benched, Error> {
     let tokens = options.depth + options.prompt + options.generate + 1;
-    let config = EngineConfig::new(tokens, options.batch, options.kv_dtype);
+    let config = EngineConfig::new(tokens, options.batch, options.kv_dtype)
+        .with_row_bytes(options.bytes_per_row);
     let mut engine = Engine::new(network.clone(), config)?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for run in 0..=options.repeat {

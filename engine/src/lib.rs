@@ -5,6 +5,7 @@
 pub mod batch;
 pub mod bench;
 pub mod cli;
+pub mod footprint;
 pub mod generation;
 pub mod generation_config;
 pub mod hub;

@@ -14,6 +14,7 @@ use strata_layers::graph::{GraphWeight, Run};
 use strata_layers::{Faults, Graph, Plan, Role, WeightSource, WeightSpec};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
+use crate::footprint::bytes_per_row;
 use crate::generation_config::{self, GenerationConfig};
 use crate::hub::{self, HubId, HubOptions};
 use crate::random_weights::RandomWeights;
@@ -119,6 +120,8 @@ pub struct Model {
     pub kv_dtype: DType,
     /// Bytes of all weights in the form they run in.
     pub weights_bytes: u64,
+    /// Bytes of activations that each row of a step takes.
+    pub bytes_per_row: usize,
     /// Threads that compute.
     pub threads: usize,
     /// What is worth knowing.
@@ -468,6 +471,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     };
 
     let weights = planned.graph.weights();
+    let bytes_per_row = bytes_per_row(Graph::lower(&planned.plan, &planned.label)?)?;
     let network = match &source {
         Weights::Random(seed) => {
             let drawn = RandomWeights::new(*seed, planned.plan.init_std, dtype, backend.clone());
@@ -532,6 +536,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         generation,
         kv_dtype: dtype,
         weights_bytes,
+        bytes_per_row,
         threads: cpu.as_ref().map_or(1, |c| c.threads()),
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
         cpu,

@@ -143,7 +143,12 @@ impl Runner {
     /// Bytes of activations and scratch, beside weights and state.
     pub fn buffer_bytes(&self) -> usize {
         let buffers: usize = self.buffers.iter().map(Tensor::bytes).sum();
-        buffers + self.picked.bytes() + 2 * self.logits.bytes() + self.scratch.bytes()
+        buffers + self.scratch.bytes() + self.fixed_bytes()
+    }
+
+    /// Those of them that do not grow with the rows of a step: for logits.
+    pub fn fixed_bytes(&self) -> usize {
+        self.picked.bytes() + 2 * self.logits.bytes()
     }
 
     /// Runs one step. `sink` gets the row number and the logits of every row that asked for them,

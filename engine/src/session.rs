@@ -32,9 +32,11 @@ pub struct EngineConfig {
     pub kv_dtype: DType,
 }
 
-/// Rows of a prompt that are computed together: enough that weights are read once for many rows, few
-/// enough that activations stay small.
+/// Most rows of a prompt that are computed together, unless someone asks for more: enough that weights are
+/// read once for many rows.
 pub const DEFAULT_CHUNK: usize = 512;
+/// Most bytes that the activations of a chunk take, unless someone asks for more rows.
+const ACTIVATION_BYTES: usize = 160 << 20;
 /// Tokens of a page: keys and values of a page are some tens of kilobytes in published models.
 pub const DEFAULT_PAGE: usize = 64;
 
@@ -48,6 +50,17 @@ impl EngineConfig {
             chunk: Chunk::AtMost(DEFAULT_CHUNK),
             page_size: DEFAULT_PAGE,
             kv_dtype,
+        }
+    }
+
+    /// The same with chunks of as many rows as fit a modest memory, at `bytes_per_row` of activations.
+    pub fn with_row_bytes(self, bytes_per_row: usize) -> Self {
+        let rows = (ACTIVATION_BYTES / bytes_per_row.max(1)).clamp(16, DEFAULT_CHUNK) / 16 * 16;
+        let token_budget = rows + self.max_sequences - 1;
+        EngineConfig {
+            chunk: Chunk::AtMost(rows),
+            token_budget,
+            ..self
         }
     }
 

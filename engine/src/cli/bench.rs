@@ -50,6 +50,7 @@ impl Bench {
             batch: usize::from(self.batch),
             repeat: usize::from(self.repeat),
             kv_dtype: model.kv_dtype,
+            bytes_per_row: model.bytes_per_row,
         };
         let bar = terminal.token_bar("runs", options.repeat);
         let benched = bench(&model.network, &options, &mut |done, _| {

@@ -163,6 +163,7 @@ impl Common {
     /// Sizes for one sequence of up to `tokens`.
     fn engine_config(&self, model: &Model, tokens: usize, sequences: usize) -> EngineConfig {
         EngineConfig::new(tokens.max(1), sequences, model.kv_dtype)
+            .with_row_bytes(model.bytes_per_row)
     }
 }
 
