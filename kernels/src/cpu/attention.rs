@@ -431,13 +431,14 @@ fn attend_chunk<S: Simd, K: Float, V: Float>(
         let mut first = 0;
         while first < rows {
             let seen = part(first);
-            let same = (1..TILE.min(rows - first))
-                .take_while(|r| part(first + r) == seen)
-                .count();
+            let mut same = 1;
+            while same < TILE.min(rows - first) && part(first + same) == seen {
+                same += 1;
+            }
             // SAFETY: the rooms hold whole rows of `pitch` elements for these rows and keys.
             let taken = unsafe {
-                match same + 1 {
-                    _ if seen.is_empty() => same + 1,
+                match same {
+                    _ if seen.is_empty() => same,
                     4 => attend_rows::<S, 4>(s, task, room, first, seen, sums),
                     2 | 3 => attend_rows::<S, 2>(s, task, room, first, seen, sums),
                     _ => attend_rows::<S, 1>(s, task, room, first, seen, sums),
@@ -550,7 +551,10 @@ unsafe fn add_values<S: Simd, const R: usize, const D: usize>(
         }
         for j in seen {
             let value = room.v.as_ptr().add(j * pitch + offset);
-            let values: [S::V; D] = std::array::from_fn(|d| s.load(value.add(d * S::LANES)));
+            let mut values = [s.splat(0.0); D];
+            for (d, v) in values.iter_mut().enumerate() {
+                *v = s.load(value.add(d * S::LANES));
+            }
             for (r, acc) in acc.iter_mut().enumerate() {
                 let weight = s.splat(*room.scores.as_ptr().add(r * KEYS + j));
                 for (d, acc) in acc.iter_mut().enumerate() {

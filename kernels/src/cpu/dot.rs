@@ -171,7 +171,12 @@ pub(crate) unsafe fn tile<S: Simd, P: Product<S>, const R: usize>(
     // SAFETY: steps below `steps` are whole, and the last one reads what is left.
     unsafe {
         for i in 0..steps {
-            let ws = w.map(|w| P::w(s, w.add(i * w_step)));
+            let ws = [
+                P::w(s, w[0].add(i * w_step)),
+                P::w(s, w[1].add(i * w_step)),
+                P::w(s, w[2].add(i * w_step)),
+                P::w(s, w[3].add(i * w_step)),
+            ];
             for r in 0..R {
                 let x = P::x(s, x[r].add(i * P::STEP));
                 for c in 0..COLUMNS {
@@ -181,7 +186,12 @@ pub(crate) unsafe fn tile<S: Simd, P: Product<S>, const R: usize>(
         }
         let rest = k % P::STEP;
         if rest > 0 {
-            let ws = w.map(|w| P::w_n(s, w.add(steps * w_step), rest));
+            let ws = [
+                P::w_n(s, w[0].add(steps * w_step), rest),
+                P::w_n(s, w[1].add(steps * w_step), rest),
+                P::w_n(s, w[2].add(steps * w_step), rest),
+                P::w_n(s, w[3].add(steps * w_step), rest),
+            ];
             for r in 0..R {
                 let x = P::x_n(s, x[r].add(steps * P::STEP), rest);
                 for c in 0..COLUMNS {
@@ -190,7 +200,11 @@ pub(crate) unsafe fn tile<S: Simd, P: Product<S>, const R: usize>(
             }
         }
     }
-    acc.map(|acc| s.sum4(acc))
+    let mut sums = [[0.0; COLUMNS]; R];
+    for r in 0..R {
+        sums[r] = s.sum4(acc[r]);
+    }
+    sums
 }
 
 /// Cuts K into blocks of one size that depends on K only.

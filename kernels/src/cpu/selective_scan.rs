@@ -191,7 +191,10 @@ unsafe fn in_registers<S: Simd, const N: usize>(
     // SAFETY: the caller's promise; `rates` holds N vectors, rows of b and c N elements.
     unsafe {
         let state = scan.state.row_pointer(slot).add(i);
-        let mut h: [S::V; N] = std::array::from_fn(|k| load(s, state.add(k * inner), n));
+        let mut h = [s.splat(0.0); N];
+        for (k, h) in h.iter_mut().enumerate() {
+            *h = load(s, state.add(k * inner), n);
+        }
         for t in rows {
             prefetch(s, scan, t + 4, i);
             let [delta, delta_x, x] = inputs(s, scan, t, i, n);
