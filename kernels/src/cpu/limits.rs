@@ -30,7 +30,7 @@ pub fn measure(cpu: &Cpu) -> Limits {
     // Ones, so that every page is really there.
     let buffer = vec![1.0f32; BUFFER / 4];
     // Several pieces a thread, as products have them.
-    let piece = (buffer.len() / (8 * threads)).next_multiple_of(CHAINS * 64);
+    let piece = (buffer.len() / (8 * threads)).next_multiple_of(STREAMS * 64);
     let seconds = median(|| {
         cpu.pool().run(buffer.len().div_ceil(piece), |part, _| {
             let end = ((part + 1) * piece).min(buffer.len());
@@ -87,6 +87,8 @@ fn median(f: impl Fn()) -> f64 {
     times[RUNS / 2]
 }
 
+/// Places that a thread reads from at once.
+const STREAMS: usize = 8;
 /// Sums that do not wait for each other.
 const CHAINS: usize = 12;
 
@@ -96,12 +98,15 @@ impl Kernel for Read<'_> {
     type Out = f32;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        let mut sums = [s.splat(0.0); CHAINS];
-        for chunk in self.0.chunks_exact(CHAINS * S::LANES) {
-            s.prefetch(chunk.as_ptr().wrapping_add(2048));
+        // Several places at once, as products read several rows: one stream does not fill the bus.
+        let mut sums = [s.splat(0.0); STREAMS];
+        let stream = self.0.len() / STREAMS;
+        for i in (0..stream).step_by(S::LANES) {
             for (c, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the chunk has a vector for every sum.
-                *sum = s.add(*sum, unsafe { s.load(chunk.as_ptr().add(c * S::LANES)) });
+                let at = self.0.as_ptr().wrapping_add(c * stream + i);
+                s.prefetch(at.wrapping_add(1024));
+                // SAFETY: a piece is a whole number of vectors for every stream.
+                *sum = s.add(*sum, unsafe { s.load(at) });
             }
         }
         sums.into_iter().map(|sum| s.sum(sum)).sum()
