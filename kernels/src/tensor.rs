@@ -517,6 +517,7 @@ impl<T: Element> View<T> {
     }
 
     /// Row `r`.
+    #[inline(always)]
     pub(crate) fn row(&self, r: usize) -> &[T] {
         assert!(r < self.rows, "row {r} of {}", self.rows);
         // SAFETY: the tensor holds `rows` rows of `cols` elements at this stride and is alive for
@@ -553,6 +554,7 @@ impl<T: Element> ViewMut<T> {
     /// # Safety
     /// No other reference to an element of this row is alive: within an operation each row belongs
     /// to one thread, which holds one such slice at a time.
+    #[inline(always)]
     #[allow(clippy::mut_from_ref)] // the caller keeps rows apart; a borrow could not cross threads
     pub(crate) unsafe fn row(&self, r: usize) -> &mut [T] {
         // SAFETY: the row exists (`columns` checks), and the caller keeps other references away.
@@ -560,6 +562,7 @@ impl<T: Element> ViewMut<T> {
     }
 
     /// The first element of row `r`, for columns that are shared out among threads.
+    #[inline(always)]
     pub(crate) fn row_pointer(&self, r: usize) -> *mut T {
         assert!(r < self.0.rows, "row {r} of {}", self.0.rows);
         self.0.pointer.wrapping_add(r * self.0.stride).cast_mut()
@@ -569,6 +572,7 @@ impl<T: Element> ViewMut<T> {
     ///
     /// # Safety
     /// As for [`ViewMut::row`], for these elements.
+    #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn columns(&self, r: usize, range: Range<usize>) -> &mut [T] {
         assert!(r < self.0.rows && range.start <= range.end && range.end <= self.0.cols);

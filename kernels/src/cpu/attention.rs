@@ -22,6 +22,8 @@ const KEYS: usize = 64;
 const CHUNK: usize = 512;
 /// Rows (tokens times query heads of a group) that share the keys they load.
 const ROWS: usize = 64;
+/// Elements of sums beyond which chunks are not shared out: there are units enough then.
+const SHARED_SUMS: usize = 4 << 20;
 /// Rows and vectors of a register tile.
 const TILE: usize = 4;
 /// Heads are padded to whole vectors of the widest instruction set.
@@ -128,6 +130,7 @@ const WEIGHTS: usize = 1;
 impl Cpu {
     pub(super) fn do_attention(&self, op: Attention<'_>) {
         let group = op.heads / op.kv_heads;
+        let longest = op.ragged.spans.iter().map(|s| s.len).max().unwrap_or(0);
         let task = Task {
             q: op.q.view(),
             y: op.y.view_mut(),
@@ -138,7 +141,7 @@ impl Cpu {
             pitch: op.head_dim.next_multiple_of(PAD),
             scale: op.scale,
             window: op.window,
-            tokens: (ROWS / group.max(1)).max(1),
+            tokens: (ROWS / group.max(1)).clamp(1, longest.max(1)),
         };
         if group == 0 {
             return;
@@ -162,7 +165,7 @@ impl Cpu {
             sums_len * 4,
             sums_len * 4,
         ];
-        if units >= 2 * self.threads() || most <= 1 || self.threads() == 1 {
+        if most <= 1 || units * most * sums_len > SHARED_SUMS {
             // From the last unit, which has the most keys to see, to the first.
             self.pool().run(units, |part, scratch| {
                 let mut parts = scratch.split(&sizes);
@@ -196,7 +199,8 @@ impl Cpu {
             std::slice::from_raw_parts_mut(sums.at(at), chunks.len() * sums_len)
         };
         self.pool().run(units * most, |part, scratch| {
-            let (index, chunk) = (part / most, part % most);
+            // Heads of one chunk after each other: their keys lie side by side.
+            let (index, chunk) = (part % units, part / units);
             let unit = task.unit(index);
             let chunks = task.chunks(&unit);
             if chunk >= chunks.len() {
@@ -389,9 +393,23 @@ fn load_block<S: Simd, T: Float>(
     seen: Range<usize>,
     to: &mut [f32],
 ) {
-    for j in seen {
-        let from = pages.row(task.ragged.page_row(unit.span, j));
-        let from = &from[unit.kv_head * task.dim..][..task.dim];
+    let page_size = task.ragged.page_size;
+    let mut row = 0;
+    for j in seen.clone() {
+        // Rows of a page follow each other.
+        row = if j == seen.start || j % page_size == 0 {
+            task.ragged.page_row(unit.span, j)
+        } else {
+            row + 1
+        };
+        let first = unit.kv_head * task.dim;
+        let ahead = pages
+            .pointer()
+            .wrapping_add((row + 8) * pages.stride() + first);
+        for line in (0..task.dim).step_by(64 / size_of::<T>()) {
+            s.prefetch(ahead.wrapping_add(line));
+        }
+        let from = &pages.row(row)[first..][..task.dim];
         let to = &mut to[j % KEYS * task.pitch..][..task.pitch];
         super::simd::widen(s, from, &mut to[..task.dim]);
         to[task.dim..].fill(0.0);
@@ -431,13 +449,14 @@ fn attend_chunk<S: Simd, K: Float, V: Float>(
         let mut first = 0;
         while first < rows {
             let seen = part(first);
-            let same = (1..TILE.min(rows - first))
-                .take_while(|r| part(first + r) == seen)
-                .count();
+            let mut same = 1;
+            while same < TILE.min(rows - first) && part(first + same) == seen {
+                same += 1;
+            }
             // SAFETY: the rooms hold whole rows of `pitch` elements for these rows and keys.
             let taken = unsafe {
-                match same + 1 {
-                    _ if seen.is_empty() => same + 1,
+                match same {
+                    _ if seen.is_empty() => same,
                     4 => attend_rows::<S, 4>(s, task, room, first, seen, sums),
                     2 | 3 => attend_rows::<S, 2>(s, task, room, first, seen, sums),
                     _ => attend_rows::<S, 1>(s, task, room, first, seen, sums),
@@ -469,7 +488,7 @@ unsafe fn attend_rows<S: Simd, const R: usize>(
             let q = std::array::from_fn(|r| room.q.as_ptr().add((first + r) * pitch));
             let key = |c: usize| (j + c).min(seen.end - 1) * pitch;
             let k = std::array::from_fn(|c| room.k.as_ptr().add(key(c)));
-            tile::<S, Widened<f32>, R>(s, q, k, S::LANES, pitch)
+            tile::<S, Widened<f32>, R>(s, q, k, (S::LANES, 0), pitch)
         };
         for (r, scores) in scores.into_iter().enumerate() {
             let n = COLUMNS.min(seen.end - j);
@@ -550,7 +569,10 @@ unsafe fn add_values<S: Simd, const R: usize, const D: usize>(
         }
         for j in seen {
             let value = room.v.as_ptr().add(j * pitch + offset);
-            let values: [S::V; D] = std::array::from_fn(|d| s.load(value.add(d * S::LANES)));
+            let mut values = [s.splat(0.0); D];
+            for (d, v) in values.iter_mut().enumerate() {
+                *v = s.load(value.add(d * S::LANES));
+            }
             for (r, acc) in acc.iter_mut().enumerate() {
                 let weight = s.splat(*room.scores.as_ptr().add(r * KEYS + j));
                 for (d, acc) in acc.iter_mut().enumerate() {

@@ -84,8 +84,12 @@ impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps::<1>(x, x)))
         }}
         fn sum4(x: [V; 4]) -> [f32; 4] {{
-            let four = |x: V| _mm_add_ps(low(x), high(x));
-            sums128(four(x[0]), four(x[1]), four(x[2]), four(x[3]))
+            sums128(
+                _mm_add_ps(low(x[0]), high(x[0])),
+                _mm_add_ps(low(x[1]), high(x[1])),
+                _mm_add_ps(low(x[2]), high(x[2])),
+                _mm_add_ps(low(x[3]), high(x[3])),
+            )
         }}
     }
     memory! {
@@ -113,89 +117,84 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch<T>(self, p: *const T) {
         // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx2")]
-fn low(x: V) -> __m128 {
-    _mm256_castps256_ps128(x)
+/// A helper of intrinsics. Not a `#[target_feature]` function: those cannot be inlined always, and a
+/// call in an inner loop would pass vectors through memory.
+macro_rules! helper {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $t:ty),*) -> $out:ty { $($body:tt)* })*) => {
+        $($(#[$doc])*
+        ///
+        /// # Safety
+        /// The machine has AVX2.
+        #[inline(always)]
+        pub(super) unsafe fn $name($($arg: $t),*) -> $out {
+            // SAFETY: the caller's promise.
+            unsafe { $($body)* }
+        })*
+    };
 }
 
-#[inline]
-#[target_feature(enable = "avx2")]
-fn high(x: V) -> __m128 {
-    _mm256_extractf128_ps::<1>(x)
+helper! {
+    /// The first four lanes.
+    fn low(x: V) -> __m128 { _mm256_castps256_ps128(x) }
+    /// The last four lanes.
+    fn high(x: V) -> __m128 { _mm256_extractf128_ps::<1>(x) }
+    /// (x₀ + x₂) + (x₁ + x₃).
+    fn sum128(x: __m128) -> f32 {
+        let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
+    }
+    /// `sum128` of four vectors, by the same additions.
+    fn sums128(a: __m128, b: __m128, c: __m128, d: __m128) -> [f32; 4] {
+        // (a₀ + a₂, a₁ + a₃, b₀ + b₂, b₁ + b₃), and c and d likewise.
+        let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+        let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+        let sums = _mm_add_ps(
+            _mm_shuffle_ps::<0b10_00_10_00>(ab, cd),
+            _mm_shuffle_ps::<0b11_01_11_01>(ab, cd),
+        );
+        let mut out = [0.0; 4];
+        _mm_storeu_ps(out.as_mut_ptr(), sums);
+        out
+    }
+    /// Ones in the first `n` lanes.
+    fn mask(n: usize) -> __m256i {
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes)
+    }
+    /// The bits of `x` rounded to BF16, lower halves zero; a NaN stays one.
+    fn rounded(x: V) -> __m256i {
+        let bits = _mm256_castps_si256(x);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+        let nearest = _mm256_castsi256_ps(_mm256_add_epi32(bits, up));
+        let quiet = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000)));
+        let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
+        let out = _mm256_castps_si256(_mm256_blendv_ps(nearest, quiet, nan));
+        _mm256_and_si256(out, _mm256_set1_epi32(0xffff_0000_u32 as i32))
+    }
+    /// `x` as BF16.
+    fn narrow(x: V) -> __m128i {
+        let words = _mm256_srli_epi32::<16>(rounded(x));
+        _mm_packus_epi32(
+            _mm256_castsi256_si128(words),
+            _mm256_extracti128_si256::<1>(words),
+        )
+    }
+    /// BF16 as f32.
+    fn widen(x: __m128i) -> V {
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
+    }
 }
 
-/// (x₀ + x₂) + (x₁ + x₃).
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn sum128(x: __m128) -> f32 {
-    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps::<1>(x, x)))
-}
-
-/// `sum128` of four vectors, by the same additions.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn sums128(a: __m128, b: __m128, c: __m128, d: __m128) -> [f32; 4] {
-    // (a₀ + a₂, a₁ + a₃, b₀ + b₂, b₁ + b₃), and c and d likewise.
-    let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
-    let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
-    let sums = _mm_add_ps(
-        _mm_shuffle_ps::<0b10_00_10_00>(ab, cd),
-        _mm_shuffle_ps::<0b11_01_11_01>(ab, cd),
-    );
-    let mut out = [0.0; 4];
-    // SAFETY: `out` holds four elements.
-    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
-    out
-}
-
-/// Ones in the first `n` lanes.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn mask(n: usize) -> __m256i {
-    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes)
-}
-
-/// The bits of `x` rounded to BF16, lower halves zero; a NaN stays one.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn rounded(x: V) -> __m256i {
-    let bits = _mm256_castps_si256(x);
-    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-    let up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    let nearest = _mm256_castsi256_ps(_mm256_add_epi32(bits, up));
-    let quiet = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000)));
-    let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x);
-    let out = _mm256_castps_si256(_mm256_blendv_ps(nearest, quiet, nan));
-    _mm256_and_si256(out, _mm256_set1_epi32(0xffff_0000_u32 as i32))
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn narrow(x: V) -> __m128i {
-    let words = _mm256_srli_epi32::<16>(rounded(x));
-    _mm_packus_epi32(
-        _mm256_castsi256_si128(words),
-        _mm256_extracti128_si256::<1>(words),
-    )
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn widen(x: __m128i) -> V {
-    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
-}
-
+/// Writes the first `n` of eight elements of two bytes.
+///
 /// # Safety
-/// `p` points to `n` ≤ 8 elements of two bytes.
-#[inline]
-#[target_feature(enable = "avx2")]
+/// `p` points to `n` ≤ 8 elements of two bytes, and the machine has AVX2.
+#[inline(always)]
 unsafe fn store_words<T>(p: *mut T, n: usize, x: __m128i) {
     let mut words = [0u16; 8];
     // SAFETY: `words` has room for the register, and the caller for `n` of them.

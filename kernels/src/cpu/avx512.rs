@@ -80,9 +80,12 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             sums128(quarter(x[0]), quarter(x[1]), quarter(x[2]), quarter(x[3]))
         }
         fn dot_pairs(acc: V, x: __m512i, w: __m512i) -> V {{
+            if !BF16 {
+                unreachable!("a path without BF16 dot products was asked for one")
+            }
             // Both types are the same 512 bits.
-            let pairs = |x: __m512i| std::mem::transmute::<__m512i, __m512bh>(x);
-            _mm512_dpbf16_ps(acc, pairs(x), pairs(w))
+            let x = std::mem::transmute::<__m512i, __m512bh>(x);
+            _mm512_dpbf16_ps(acc, x, std::mem::transmute::<__m512i, __m512bh>(w))
         }}
     }
     memory! {
@@ -120,7 +123,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn prefetch<T>(self, p: *const T) {
         // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }
 
@@ -131,35 +134,54 @@ fn mask(n: usize) -> __mmask16 {
 }
 
 /// Halves added to each other, twice.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn quarter(x: V) -> __m128 {
-    let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
-    _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))
+///
+/// # Safety
+/// The machine has AVX-512 F and DQ. This and the following are no `#[target_feature]` functions for
+/// the reason given in `avx2`.
+#[inline(always)]
+unsafe fn quarter(x: V) -> __m128 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+        _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))
+    }
 }
 
 /// The bits of `x` rounded to BF16, lower halves zero; a NaN stays one. Unlike the conversion
 /// instruction this keeps denormal numbers.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn rounded(x: V) -> __m512i {
-    let bits = _mm512_castps_si512(x);
-    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-    let up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-    let nearest = _mm512_add_epi32(bits, up);
-    let out = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x40_0000));
-    _mm512_and_si512(out, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn rounded(x: V) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm512_castps_si512(x);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+        let nearest = _mm512_add_epi32(bits, up);
+        let out = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x40_0000));
+        _mm512_and_si512(out, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+    }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn narrow(x: V) -> __m256i {
-    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded(x)))
+/// `x` as BF16.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn narrow(x: V) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded(x))) }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn widen(x: __m256i) -> V {
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x)))
+/// BF16 as f32.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn widen(x: __m256i) -> V {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x))) }
 }

@@ -154,7 +154,7 @@ impl<S: Simd> Product<S> for Pairs {
 }
 
 /// `R` rows of x by four rows of the weight, over `k` elements. The pointers of the weight advance by
-/// `w_step` each step.
+/// `w_step` each step; unless it is zero, what lies `ahead` of them is asked for meanwhile.
 ///
 /// # Safety
 /// Each pointer of x has `k` elements, and each of the weight has its steps.
@@ -163,7 +163,7 @@ pub(crate) unsafe fn tile<S: Simd, P: Product<S>, const R: usize>(
     s: S,
     x: [*const P::X; R],
     w: [*const P::W; COLUMNS],
-    w_step: usize,
+    (w_step, ahead): (usize, usize),
     k: usize,
 ) -> [[f32; COLUMNS]; R] {
     let mut acc = [[s.splat(0.0); COLUMNS]; R];
@@ -171,7 +171,17 @@ pub(crate) unsafe fn tile<S: Simd, P: Product<S>, const R: usize>(
     // SAFETY: steps below `steps` are whole, and the last one reads what is left.
     unsafe {
         for i in 0..steps {
-            let ws = w.map(|w| P::w(s, w.add(i * w_step)));
+            if ahead > 0 {
+                for w in w {
+                    s.prefetch(w.wrapping_add(i * w_step + ahead));
+                }
+            }
+            let ws = [
+                P::w(s, w[0].add(i * w_step)),
+                P::w(s, w[1].add(i * w_step)),
+                P::w(s, w[2].add(i * w_step)),
+                P::w(s, w[3].add(i * w_step)),
+            ];
             for r in 0..R {
                 let x = P::x(s, x[r].add(i * P::STEP));
                 for c in 0..COLUMNS {
@@ -181,7 +191,12 @@ pub(crate) unsafe fn tile<S: Simd, P: Product<S>, const R: usize>(
         }
         let rest = k % P::STEP;
         if rest > 0 {
-            let ws = w.map(|w| P::w_n(s, w.add(steps * w_step), rest));
+            let ws = [
+                P::w_n(s, w[0].add(steps * w_step), rest),
+                P::w_n(s, w[1].add(steps * w_step), rest),
+                P::w_n(s, w[2].add(steps * w_step), rest),
+                P::w_n(s, w[3].add(steps * w_step), rest),
+            ];
             for r in 0..R {
                 let x = P::x_n(s, x[r].add(steps * P::STEP), rest);
                 for c in 0..COLUMNS {
@@ -190,7 +205,11 @@ pub(crate) unsafe fn tile<S: Simd, P: Product<S>, const R: usize>(
             }
         }
     }
-    acc.map(|acc| s.sum4(acc))
+    let mut sums = [[0.0; COLUMNS]; R];
+    for r in 0..R {
+        sums[r] = s.sum4(acc[r]);
+    }
+    sums
 }
 
 /// Cuts K into blocks of one size that depends on K only.
@@ -338,7 +357,9 @@ unsafe fn stream_tile<S: Simd, P: Product<S>, const R: usize>(
         let part = unsafe {
             let x = places.map(|(x, _)| dot.x.pointer.add(x * dot.x.pitch + block.start));
             let w = w.map(|w| w.add(block.start));
-            tile::<S, P, R>(s, x, w, P::STEP, block.len())
+            // The same place in the next tile: the machine's own prefetching stops where a row ends.
+            let ahead = if first == 0 { COLUMNS * k } else { 0 };
+            tile::<S, P, R>(s, x, w, (P::STEP, ahead), block.len())
         };
         for r in 0..R {
             for c in 0..COLUMNS {
@@ -469,7 +490,7 @@ unsafe fn panel_tile<S: Simd, P: Product<S>, const R: usize>(
     let part = unsafe {
         let x = places.map(|(x, _)| dot.x.pointer.add(x * dot.x.pitch + start));
         let w = std::array::from_fn(|c| w.add(c * P::STEP));
-        tile::<S, P::Packed, R>(s, x, w, COLUMNS * P::STEP, k)
+        tile::<S, P::Packed, R>(s, x, w, (COLUMNS * P::STEP, 0), k)
     };
     for r in 0..R {
         // SAFETY: these columns of the row belong to this kernel, one slice at a time.

@@ -167,7 +167,7 @@ mod tests {
             (
                 "softplus",
                 Box::new(|x| if x > 20.0 { x } else { x.exp().ln_1p() }),
-                4.0,
+                1.0,
             ),
             ("silu", Box::new(move |x| x * sigmoid(x)), 2.0),
         ];

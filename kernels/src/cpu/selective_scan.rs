@@ -130,37 +130,54 @@ unsafe fn store<S: Simd>(s: S, p: *mut f32, n: usize, x: S::V) {
     }
 }
 
-/// What all states of a channel share at one token: δ, δ · x and x.
+/// Tokens whose step sizes are computed together, and whose outputs are: neither waits for the state,
+/// and their long chains of operations overlap.
+const TOKENS: usize = 8;
+
+/// A vector for each of some tokens.
+type Vectors = [[f32; MOST_LANES]; TOKENS];
+
+/// δ = softplus(dt + bias) at some tokens.
 #[inline(always)]
-unsafe fn inputs<S: Simd>(s: S, scan: &Scan<'_>, t: usize, i: usize, n: usize) -> [S::V; 3] {
-    // SAFETY: rows have `n` elements from `i`.
-    unsafe {
-        let mut dt = load(s, scan.dt.row(t).as_ptr().add(i), n);
-        if let Some(bias) = scan.dt_bias {
-            dt = s.add(dt, load(s, bias.row(0).as_ptr().add(i), n));
+unsafe fn step_sizes<S: Simd>(
+    s: S,
+    scan: &Scan<'_>,
+    rows: Range<usize>,
+    (i, n): (usize, usize),
+    deltas: &mut Vectors,
+) {
+    for (t, delta) in rows.zip(deltas) {
+        // SAFETY: rows have `n` elements from `i`, and a vector has room.
+        unsafe {
+            let mut dt = load(s, scan.dt.row(t).as_ptr().add(i), n);
+            if let Some(bias) = scan.dt_bias {
+                dt = s.add(dt, load(s, bias.row(0).as_ptr().add(i), n));
+            }
+            s.store(delta.as_mut_ptr(), softplus(s, dt));
         }
-        let delta = softplus(s, dt);
-        let x = load(s, scan.x.row(t).as_ptr().add(i), n);
-        [delta, s.mul(delta, x), x]
     }
 }
 
-/// Adds d · x, applies the gate and writes y.
+/// Adds d · x, applies the gate and writes y at some tokens.
 #[inline(always)]
-unsafe fn output<S: Simd>(
+unsafe fn outputs<S: Simd>(
     s: S,
     scan: &Scan<'_>,
-    (t, i, n): (usize, usize, usize),
-    sum: S::V,
-    x: S::V,
+    rows: Range<usize>,
+    (i, n): (usize, usize),
+    sums: &Vectors,
 ) {
-    // SAFETY: rows have `n` elements from `i`, and these of y are ours.
-    unsafe {
-        let mut y = s.fma(load(s, scan.d.row(0).as_ptr().add(i), n), x, sum);
-        if let Some(z) = scan.z {
-            y = s.mul(y, silu(s, load(s, z.row(t).as_ptr().add(i), n)));
+    for (t, sum) in rows.zip(sums) {
+        // SAFETY: rows have `n` elements from `i`, and these of y are ours.
+        unsafe {
+            let x = load(s, scan.x.row(t).as_ptr().add(i), n);
+            let d = load(s, scan.d.row(0).as_ptr().add(i), n);
+            let mut y = s.fma(d, x, s.load(sum.as_ptr()));
+            if let Some(z) = scan.z {
+                y = s.mul(y, silu(s, load(s, z.row(t).as_ptr().add(i), n)));
+            }
+            store(s, scan.y.columns(t, i..i + n).as_mut_ptr(), n, y);
         }
-        store(s, scan.y.columns(t, i..i + n).as_mut_ptr(), n, y);
     }
 }
 
@@ -191,19 +208,29 @@ unsafe fn in_registers<S: Simd, const N: usize>(
     // SAFETY: the caller's promise; `rates` holds N vectors, rows of b and c N elements.
     unsafe {
         let state = scan.state.row_pointer(slot).add(i);
-        let mut h: [S::V; N] = std::array::from_fn(|k| load(s, state.add(k * inner), n));
-        for t in rows {
-            prefetch(s, scan, t + 4, i);
-            let [delta, delta_x, x] = inputs(s, scan, t, i, n);
-            let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
-            let mut sums = [s.splat(0.0); 2];
-            for k in 0..N {
-                let rate = s.load(rates.as_ptr().add(k * S::LANES));
-                let decay = exp2(s, s.mul(delta, rate));
-                h[k] = s.fma(decay, h[k], s.mul(delta_x, s.splat(*b.add(k))));
-                sums[k % 2] = s.fma(s.splat(*c.add(k)), h[k], sums[k % 2]);
+        let mut h = [s.splat(0.0); N];
+        for (k, h) in h.iter_mut().enumerate() {
+            *h = load(s, state.add(k * inner), n);
+        }
+        let (mut deltas, mut sums) = (Vectors::default(), Vectors::default());
+        for start in rows.clone().step_by(TOKENS) {
+            let rows = start..(start + TOKENS).min(rows.end);
+            step_sizes(s, scan, rows.clone(), (i, n), &mut deltas);
+            for (at, t) in rows.clone().enumerate() {
+                prefetch(s, scan, t + TOKENS, i);
+                let delta = s.load(deltas[at].as_ptr());
+                let delta_x = s.mul(delta, load(s, scan.x.row(t).as_ptr().add(i), n));
+                let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
+                let mut sum = [s.splat(0.0); 2];
+                for k in 0..N {
+                    let rate = s.load(rates.as_ptr().add(k * S::LANES));
+                    let decay = exp2(s, s.mul(delta, rate));
+                    h[k] = s.fma(decay, h[k], s.mul(delta_x, s.splat(*b.add(k))));
+                    sum[k % 2] = s.fma(s.splat(*c.add(k)), h[k], sum[k % 2]);
+                }
+                s.store(sums[at].as_mut_ptr(), s.add(sum[0], sum[1]));
             }
-            output(s, scan, (t, i, n), s.add(sums[0], sums[1]), x);
+            outputs(s, scan, rows, (i, n), &sums);
         }
         for (k, h) in h.into_iter().enumerate() {
             store(s, state.add(k * inner), n, h);
@@ -231,20 +258,27 @@ unsafe fn in_memory<S: Simd>(
     // elements.
     unsafe {
         let state = scan.state.row_pointer(slot).add(i);
-        for t in rows {
-            prefetch(s, scan, t + 4, i);
-            let [delta, delta_x, x] = inputs(s, scan, t, i, n);
-            let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
-            let mut sum = s.splat(0.0);
-            for k in 0..states {
-                let at = state.add(k * inner);
-                let rate = s.load(rates.as_ptr().add(k * S::LANES));
-                let decay = exp2(s, s.mul(delta, rate));
-                let h = s.fma(decay, load(s, at, n), s.mul(delta_x, s.splat(*b.add(k))));
-                store(s, at, n, h);
-                sum = s.fma(s.splat(*c.add(k)), h, sum);
+        let (mut deltas, mut sums) = (Vectors::default(), Vectors::default());
+        for start in rows.clone().step_by(TOKENS) {
+            let rows = start..(start + TOKENS).min(rows.end);
+            step_sizes(s, scan, rows.clone(), (i, n), &mut deltas);
+            for (at, t) in rows.clone().enumerate() {
+                prefetch(s, scan, t + TOKENS, i);
+                let delta = s.load(deltas[at].as_ptr());
+                let delta_x = s.mul(delta, load(s, scan.x.row(t).as_ptr().add(i), n));
+                let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
+                let mut sum = s.splat(0.0);
+                for k in 0..states {
+                    let at = state.add(k * inner);
+                    let rate = s.load(rates.as_ptr().add(k * S::LANES));
+                    let decay = exp2(s, s.mul(delta, rate));
+                    let h = s.fma(decay, load(s, at, n), s.mul(delta_x, s.splat(*b.add(k))));
+                    store(s, at, n, h);
+                    sum = s.fma(s.splat(*c.add(k)), h, sum);
+                }
+                s.store(sums[at].as_mut_ptr(), sum);
             }
-            output(s, scan, (t, i, n), sum, x);
+            outputs(s, scan, rows, (i, n), &sums);
         }
     }
 }

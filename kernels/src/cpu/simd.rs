@@ -107,6 +107,7 @@ pub(crate) trait Kernel {
     /// What it returns.
     type Out;
     /// Whether it has a form of its own for BF16 dot products.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // read by `launch` there
     const BF16_DOT: bool = false;
     /// The work. Implementations are `#[inline(always)]`, as is all they call in an inner loop.
     fn run<S: Simd>(self, s: S) -> Self::Out;

@@ -1,0 +1,411 @@
+//! How fast each operation of the CPU backend is, beside what the machine can do at most.
+//!
+//! ```text
+//! cargo run --release -p strata-kernels --example ops [threads] [part of a name] [instruction set]
+//! ```
+
+use std::time::{Duration, Instant};
+
+use strata_kernels::cpu::{Cpu, CpuOptions, Isa, Limits, measure};
+use strata_kernels::ops::{
+    Activate, Activation, Add, Attention, Conv1d, Embed, ExpertLinear, KvWrite, Linear, RmsNorm,
+    Rope, SelectiveScan,
+};
+use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor};
+
+struct Bench {
+    cpu: Cpu,
+    limits: Limits,
+    only: String,
+}
+
+/// What a call does, for rates.
+#[derive(Clone, Copy)]
+enum Work {
+    /// Bytes that must come from memory.
+    Bytes(usize),
+    /// Operations on BF16, or f32.
+    Bf16(usize),
+    F32(usize),
+    /// Things of another kind, in 10⁹.
+    Count(usize, &'static str),
+}
+
+impl Bench {
+    fn time(&self, name: &str, work: Work, mut f: impl FnMut()) {
+        if !name.contains(&self.only) {
+            return;
+        }
+        f();
+        let (mut times, start) = (Vec::new(), Instant::now());
+        while times.len() < 5 || (start.elapsed() < Duration::from_millis(400) && times.len() < 500)
+        {
+            let start = Instant::now();
+            f();
+            times.push(start.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        let seconds = times[times.len() / 2];
+        let (n, unit, limit) = match work {
+            Work::Bytes(n) => (n, "GB/s", Some(self.limits.read_bytes_per_second)),
+            Work::Bf16(n) => (n, "GFLOP/s", Some(self.limits.bf16_flops_per_second)),
+            Work::F32(n) => (n, "GFLOP/s", Some(self.limits.f32_flops_per_second)),
+            Work::Count(n, unit) => (n, unit, None),
+        };
+        let rate = n as f64 / seconds;
+        let best = n as f64 / times[0] / 1e9;
+        let percent = limit.map_or(String::new(), |limit| {
+            format!("{:5.1} %", 100.0 * rate / limit)
+        });
+        println!(
+            "{name:52} {:10.1} us {:9.2} {unit:12} {percent:8} (best {best:.2})",
+            seconds * 1e6,
+            rate / 1e9
+        );
+    }
+
+    fn random(&self, dtype: DType, rows: usize, cols: usize) -> Tensor {
+        let mut tensor = self.cpu.alloc(dtype, rows, cols).expect("memory");
+        self.cpu.fill_normal(&mut tensor, 1, 0.5).expect("a fill");
+        tensor
+    }
+
+    fn linear(&self, t: usize, n: usize, k: usize, weight: DType, activations: DType) {
+        // More than the caches hold, taken in turn.
+        let one = n * k * weight.size();
+        let copies = if t <= 16 {
+            (256usize << 20).div_ceil(one)
+        } else {
+            1
+        };
+        let name = format!("linear {t} × {k} → {n}, {weight} × {activations}");
+        if !name.contains(&self.only) {
+            return;
+        }
+        let w: Vec<Matrix> = (0..copies)
+            .map(|_| Matrix::dense(self.random(weight, n, k)))
+            .collect();
+        let (x, mut y) = (self.random(DType::F32, t, k), self.random(DType::F32, t, n));
+        let work = match (t <= 16, activations, weight) {
+            (true, ..) => Work::Bytes(one),
+            (_, DType::BF16, DType::BF16) => Work::Bf16(2 * t * n * k),
+            _ => Work::F32(2 * t * n * k),
+        };
+        let mut i = 0;
+        self.time(&name, work, || {
+            i += 1;
+            let w = &w[i % copies];
+            let op = Linear {
+                x: &x,
+                w,
+                bias: None,
+                activations,
+                y: &mut y,
+            };
+            self.cpu.linear(op).expect("a product");
+        });
+    }
+
+    fn experts(&self, t: usize, n: usize, k: usize) {
+        let w: Vec<Matrix> = (0..16)
+            .map(|_| Matrix::dense(self.random(DType::BF16, n, k)))
+            .collect();
+        let (x, mut y) = (
+            self.random(DType::F32, t, k),
+            self.random(DType::F32, 2 * t, n),
+        );
+        let mut experts = self.cpu.alloc(DType::I32, t, 2).expect("memory");
+        let chosen: Vec<f32> = (0..t)
+            .flat_map(|t| [t % 16, (t * 7 + 3) % 16])
+            .map(|e| e as f32)
+            .collect();
+        self.cpu.write(&chosen, &mut experts).expect("a write");
+        let work = if t == 1 {
+            Work::Bytes(2 * n * k * 2)
+        } else {
+            Work::Bf16(2 * 2 * t * n * k)
+        };
+        self.time(
+            &format!("expert_linear {t} × {k} → {n}, 2 of 16"),
+            work,
+            || {
+                let activations = DType::BF16;
+                let op = ExpertLinear {
+                    x: &x,
+                    w: &w,
+                    experts: &experts,
+                    activations,
+                    y: &mut y,
+                };
+                self.cpu.expert_linear(op).expect("a product");
+            },
+        );
+    }
+
+    fn mamba(&self, t: usize, inner: usize, states: usize) {
+        let r = |rows, cols| self.random(DType::F32, rows, cols);
+        let (x, dt, z, mut y) = (r(t, inner), r(t, inner), r(t, inner), r(t, inner));
+        let (a, b, c, d) = (r(states, inner), r(t, states), r(t, states), r(1, inner));
+        let mut rates = vec![0.0; states * inner];
+        self.cpu.read(&a, &mut rates).expect("a read");
+        rates.iter_mut().for_each(|a| *a = -a.abs());
+        let mut a = a;
+        self.cpu.write(&rates, &mut a).expect("a write");
+        let spans = [Span {
+            start: 0,
+            len: t,
+            position: 0,
+            slot: 0,
+            pages: 0..0,
+        }];
+        let ragged = Ragged {
+            spans: &spans,
+            page_table: &[],
+            page_size: 1,
+        };
+        let mut state = r(1, states * inner);
+        let work = Work::Count(t * inner * states, "G states/s");
+        self.time(
+            &format!("selective_scan {t} × {inner} × {states}"),
+            work,
+            || {
+                let op = SelectiveScan {
+                    x: &x,
+                    dt: &dt,
+                    dt_bias: Some(&d),
+                    a: &a,
+                    b: &b,
+                    c: &c,
+                    d: &d,
+                    z: Some(&z),
+                    ssm_state: &mut state,
+                    ragged,
+                    y: &mut y,
+                };
+                self.cpu.selective_scan(op).expect("a scan");
+            },
+        );
+        let (w, mut state) = (r(4, inner), r(1, 3 * inner));
+        let work = Work::Bytes(8 * t * inner);
+        self.time(&format!("conv1d {t} × {inner}, 4 taps"), work, || {
+            let op = Conv1d {
+                x: &x,
+                w: &w,
+                bias: Some(&d),
+                act: Activation::Silu,
+                conv_state: &mut state,
+                ragged,
+                y: &mut y,
+            };
+            self.cpu.conv1d(op).expect("a convolution");
+        });
+    }
+
+    fn attention(&self, t: usize, before: usize, heads: (usize, usize), dim: usize, pages: DType) {
+        let length = before + t;
+        let q = self.random(DType::F32, t, heads.0 * dim);
+        let k_pages = self.random(pages, length.next_multiple_of(16), heads.1 * dim);
+        let v_pages = self.random(pages, length.next_multiple_of(16), heads.1 * dim);
+        let page_table: Vec<u32> = (0..length.div_ceil(16) as u32).collect();
+        let span = Span {
+            start: 0,
+            len: t,
+            position: before,
+            slot: 0,
+            pages: 0..page_table.len(),
+        };
+        let spans = [span];
+        let ragged = Ragged {
+            spans: &spans,
+            page_table: &page_table,
+            page_size: 16,
+        };
+        let mut y = self.random(DType::F32, t, heads.0 * dim);
+        let work = if t == 1 {
+            Work::Bytes(2 * length * heads.1 * dim * pages.size())
+        } else {
+            Work::F32(4 * heads.0 * dim * (t * before + t * (t + 1) / 2))
+        };
+        let name = format!(
+            "attention {t} after {before}, {}/{} × {dim}, {pages}",
+            heads.0, heads.1
+        );
+        self.time(&name, work, || {
+            let op = Attention {
+                q: &q,
+                k_pages: &k_pages,
+                v_pages: &v_pages,
+                heads: heads.0,
+                kv_heads: heads.1,
+                head_dim: dim,
+                scale: 0.1,
+                window: None,
+                ragged,
+                y: &mut y,
+            };
+            self.cpu.attention(op).expect("attention");
+        });
+    }
+
+    fn rows(&self, t: usize, d: usize) {
+        let r = |rows, cols| self.random(DType::F32, rows, cols);
+        let (a, b, w, mut y) = (r(t, d), r(t, d), r(1, d), r(t, d));
+        let of = |op: &str| format!("{op} {t} × {d}");
+        self.time(&of("rms_norm"), Work::Bytes(8 * t * d), || {
+            let op = RmsNorm {
+                x: &a,
+                weight: Some(&w),
+                eps: 1e-6,
+                y: &mut y,
+            };
+            self.cpu.rms_norm(op).expect("a norm");
+        });
+        self.time(&of("add"), Work::Bytes(12 * t * d), || {
+            self.cpu
+                .add(Add {
+                    a: &a,
+                    b: &b,
+                    y: &mut y,
+                })
+                .expect("a sum");
+        });
+        self.time(&of("activate gated silu"), Work::Bytes(12 * t * d), || {
+            let op = Activate {
+                x: &a,
+                gate: Some(&b),
+                act: Activation::Silu,
+                y: &mut y,
+            };
+            self.cpu.activate(op).expect("an activation");
+        });
+        let frequencies = r(1, 32);
+        let page_table: Vec<u32> = (0..t.div_ceil(16) as u32).collect();
+        let spans = [Span {
+            start: 0,
+            len: t,
+            position: 0,
+            slot: 0,
+            pages: 0..page_table.len(),
+        }];
+        let ragged = Ragged {
+            spans: &spans,
+            page_table: &page_table,
+            page_size: 16,
+        };
+        self.time(&of("rope"), Work::Bytes(8 * t * d), || {
+            let frequencies = &frequencies;
+            let op = Rope {
+                x: &mut y,
+                head_dim: 64,
+                frequencies,
+                interleaved: false,
+                ragged,
+            };
+            self.cpu.rope(op).expect("a rotation");
+        });
+        let pages = || self.random(DType::BF16, t.next_multiple_of(16), d);
+        let (mut k_pages, mut v_pages) = (pages(), pages());
+        self.time(&of("kv_write"), Work::Bytes(12 * t * d), || {
+            let (k_pages, v_pages) = (&mut k_pages, &mut v_pages);
+            self.cpu
+                .kv_write(KvWrite {
+                    k: &a,
+                    v: &b,
+                    k_pages,
+                    v_pages,
+                    ragged,
+                })
+                .expect("a write");
+        });
+        let table = Matrix::dense(self.random(DType::BF16, 65_536, d));
+        let ids: Vec<u32> = (0..t as u32).map(|t| t * 127 % 65_536).collect();
+        self.time(&of("embed"), Work::Bytes(6 * t * d), || {
+            self.cpu
+                .embed(Embed {
+                    ids: &ids,
+                    table: &table,
+                    y: &mut y,
+                })
+                .expect("a lookup");
+        });
+    }
+
+    fn memory(&self) {
+        let (rows, cols) = (16_384, 4096);
+        let (from, mut to) = (
+            self.random(DType::BF16, rows, cols),
+            self.random(DType::BF16, rows, cols),
+        );
+        self.time("copy 128 MiB", Work::Bytes(4 * rows * cols), || {
+            self.cpu.copy(&from, &mut to).expect("a copy");
+        });
+        self.time("clear 128 MiB", Work::Bytes(2 * rows * cols), || {
+            self.cpu.clear(&mut to).expect("zeros");
+        });
+        self.time(
+            "fill_normal BF16",
+            Work::Count(rows * cols, "G values/s"),
+            || {
+                self.cpu.fill_normal(&mut to, 7, 0.02).expect("a fill");
+            },
+        );
+    }
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let threads = arguments
+        .next()
+        .map_or(0, |a| a.parse().expect("a number of threads"));
+    let only = arguments.next().unwrap_or_default();
+    let isa = arguments.next().map(|name| {
+        let isa = Isa::available().into_iter().find(|isa| isa.name() == name);
+        isa.unwrap_or_else(|| panic!("{name} is not among {:?}", Isa::available()))
+    });
+    let cpu = Cpu::new(CpuOptions { threads, isa });
+    let limits = measure(&cpu);
+    println!(
+        "{cpu:?}: {:.1} GB/s, {:.0} GFLOP/s BF16, {:.0} GFLOP/s F32",
+        limits.read_bytes_per_second / 1e9,
+        limits.bf16_flops_per_second / 1e9,
+        limits.f32_flops_per_second / 1e9,
+    );
+    let b = Bench { cpu, limits, only };
+    use DType::{BF16, F16, F32};
+    for (n, k) in [(10_240, 2560), (2560, 5120), (2560, 8192), (288, 5120)] {
+        b.linear(1, n, k, BF16, BF16);
+        b.linear(1, n, k, BF16, F32);
+    }
+    b.linear(1, 10_240, 2560, F32, F32);
+    b.linear(1, 10_240, 2560, F16, F32);
+    for t in [2, 4, 8, 16] {
+        b.linear(t, 10_240, 2560, BF16, BF16);
+        b.linear(t, 10_240, 2560, BF16, F32);
+    }
+    for t in [32, 128, 512] {
+        b.linear(t, 10_240, 2560, BF16, BF16);
+    }
+    for (n, k) in [(2560, 5120), (2560, 8192), (288, 5120), (5120, 160)] {
+        b.linear(512, n, k, BF16, BF16);
+    }
+    b.linear(512, 2560, 5120, BF16, F32);
+    b.linear(512, 2560, 5120, F32, F32);
+    b.experts(1, 4096, 1024);
+    b.experts(256, 4096, 1024);
+    b.mamba(512, 5120, 16);
+    b.mamba(1, 5120, 16);
+    b.mamba(512, 512, 16);
+    b.mamba(512, 512, 15);
+    b.mamba(512, 512, 64);
+    b.mamba(256, 1536, 64);
+    b.attention(1, 4095, (20, 1), 128, BF16);
+    b.attention(1, 32_767, (20, 1), 128, BF16);
+    b.attention(1, 8191, (8, 8), 64, BF16);
+    b.attention(1, 8191, (32, 8), 128, F32);
+    b.attention(512, 0, (20, 1), 128, BF16);
+    b.attention(512, 3584, (20, 1), 128, BF16);
+    b.attention(512, 0, (32, 8), 64, F32);
+    b.rows(1, 2560);
+    b.rows(512, 2560);
+    b.memory();
+}

@@ -1,0 +1,146 @@
+//! The CPU backend allocates nothing once its scratch memory has grown.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use strata_kernels::cpu::{Cpu, CpuOptions};
+use strata_kernels::ops::{Attention, ExpertLinear, KvWrite, Linear, Rope, SelectiveScan};
+use strata_kernels::{Backend, DType, Matrix, Ragged, Span};
+
+/// The system's allocator, counted.
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: all calls go to the system's allocator as they are.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn operations_allocate_nothing_after_the_first_time() {
+    let cpu = Cpu::new(CpuOptions {
+        threads: 3,
+        isa: None,
+    });
+    let f32s = |rows, cols| {
+        let mut tensor = cpu.alloc(DType::F32, rows, cols).unwrap();
+        cpu.fill_normal(&mut tensor, 3, 0.1).unwrap();
+        tensor
+    };
+    let bf16 = |rows, cols| {
+        let mut tensor = cpu.alloc(DType::BF16, rows, cols).unwrap();
+        cpu.fill_normal(&mut tensor, 4, 0.1).unwrap();
+        Matrix::dense(tensor)
+    };
+    let (rows, d, n) = (600, 128, 16);
+    let (x, mut y, mut z) = (f32s(rows, d), f32s(rows, d), f32s(2 * rows, d));
+    let (a, b, vector) = (f32s(n, d), f32s(rows, n), f32s(1, d));
+    let (w, experts) = (bf16(d, d), [bf16(d, d), bf16(d, d)]);
+    let mut chosen = cpu.alloc(DType::I32, rows, 2).unwrap();
+    cpu.write(
+        &(0..2 * rows).map(|i| (i % 2) as f32).collect::<Vec<_>>(),
+        &mut chosen,
+    )
+    .unwrap();
+    let mut state = f32s(1, n * d);
+    let (mut k_pages, mut v_pages) = (f32s(rows, d), f32s(rows, d));
+    let spans = [Span {
+        start: 0,
+        len: rows,
+        position: 0,
+        slot: 0,
+        pages: 0..rows,
+    }];
+    let page_table: Vec<u32> = (0..rows as u32).collect();
+    let ragged = Ragged {
+        spans: &spans,
+        page_table: &page_table,
+        page_size: 1,
+    };
+    let frequencies = f32s(1, 8);
+    let mut all = || {
+        for activations in [DType::BF16, DType::F32] {
+            let op = Linear {
+                x: &x,
+                w: &w,
+                bias: Some(&vector),
+                activations,
+                y: &mut y,
+            };
+            cpu.linear(op).unwrap();
+            let (w, experts) = (&experts, &chosen);
+            cpu.expert_linear(ExpertLinear {
+                x: &x,
+                w,
+                experts,
+                activations,
+                y: &mut z,
+            })
+            .unwrap();
+        }
+        let op = SelectiveScan {
+            x: &x,
+            dt: &x,
+            dt_bias: None,
+            a: &a,
+            b: &b,
+            c: &b,
+            d: &vector,
+            z: Some(&x),
+            ssm_state: &mut state,
+            ragged,
+            y: &mut y,
+        };
+        cpu.selective_scan(op).unwrap();
+        let frequencies = &frequencies;
+        let op = Rope {
+            x: &mut y,
+            head_dim: 16,
+            frequencies,
+            interleaved: false,
+            ragged,
+        };
+        cpu.rope(op).unwrap();
+        let (pages_k, pages_v) = (&mut k_pages, &mut v_pages);
+        let op = KvWrite {
+            k: &x,
+            v: &x,
+            k_pages: pages_k,
+            v_pages: pages_v,
+            ragged,
+        };
+        cpu.kv_write(op).unwrap();
+        let op = Attention {
+            q: &x,
+            k_pages: &k_pages,
+            v_pages: &v_pages,
+            heads: 8,
+            kv_heads: 8,
+            head_dim: 16,
+            scale: 0.25,
+            window: None,
+            ragged,
+            y: &mut y,
+        };
+        cpu.attention(op).unwrap();
+    };
+    // A worker may not get a part of every operation at first, so quiet rounds are looked for.
+    let quiet = (0..200).any(|_| {
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        (0..5).for_each(|_| all());
+        ALLOCATIONS.load(Ordering::Relaxed) == before
+    });
+    assert!(quiet, "every round allocates");
+}
