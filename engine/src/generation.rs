@@ -58,7 +58,7 @@ pub enum Error {
     #[error(transparent)]
     Text(#[from] text::Error),
     /// The reader of the output is gone.
-    #[error("the output was closed: {0}")]
+    #[error("standard output")]
     Output(#[from] std::io::Error),
 }
 

@@ -829,6 +829,15 @@ impl<'a> Hub<'a> {
                         reason: error.to_string(),
                     });
                 }
+                // Nobody is there: to ask for half a minute would not change it.
+                Err(ureq::Error::Io(error))
+                    if error.kind() == std::io::ErrorKind::ConnectionRefused && attempt >= 2 =>
+                {
+                    return Err(Error::Network {
+                        url: url.into(),
+                        reason: error.to_string(),
+                    });
+                }
                 Err(error) => error.to_string(),
             };
             self.wait(&mut attempt, url, reason, progress)?;

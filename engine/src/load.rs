@@ -15,11 +15,13 @@ use strata_layers::{Faults, Graph, Plan, Role, WeightSource, WeightSpec};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::footprint::bytes_per_row;
+use crate::generation;
 use crate::generation_config::{self, GenerationConfig};
 use crate::hub::{self, HubId, HubOptions};
 use crate::random_weights::RandomWeights;
 use crate::runner::Network;
 use crate::sampler::SampleError;
+use crate::session;
 use crate::state_file::Fingerprint;
 use crate::text::{self, Bytes, Chat, ChatTemplate, TextFiles, Tokenizer};
 
@@ -194,6 +196,9 @@ fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Loca
             "safetensors" => Err(Error::Input(format!(
                 "{name}: give the folder that holds it, with its config.json"
             ))),
+            "gguf" | "bin" | "pt" | "pth" => Err(Error::Input(format!(
+                "{name}: files of this kind are not read; give a folder with config.json and *.safetensors"
+            ))),
             _ => Err(Error::Input(format!(
                 "{name}: a model is a folder with config.json and *.safetensors, a config.json, or a plan (.yaml)"
             ))),
@@ -269,7 +274,7 @@ fn planned(options: &LoadOptions, located: &Located) -> Result<Planned> {
                 Located::Config(path) | Located::Plan(path) => path.display().to_string(),
             };
             return Err(Error::Input(format!(
-                "{name}: there is no config.json; give a plan with --plan"
+                "{name}: there is no config.json; a model's folder has one beside its *.safetensors, and --plan gives what it would say"
             )));
         }
     };
@@ -413,11 +418,11 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
     Ok(Inspected { rows, notes, fault })
 }
 
-/// The backend of a device, and the CPU behind it where there is one.
-pub fn backend(
-    device: &str,
-    threads: Option<usize>,
-) -> Result<(Arc<dyn Backend>, Option<Arc<Cpu>>)> {
+/// A backend, and the CPU behind it where there is one.
+pub type Device = (Arc<dyn Backend>, Option<Arc<Cpu>>);
+
+/// The backend of a device.
+pub fn backend(device: &str, threads: Option<usize>) -> Result<Device> {
     let available = || std::thread::available_parallelism().map_or(1, usize::from);
     match device {
         "cpu" => {
@@ -474,6 +479,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     let bytes_per_row = bytes_per_row(Graph::lower(&planned.plan, &planned.label)?)?;
     let network = match &source {
         Weights::Random(seed) => {
+            fits_memory(random_bytes(&weights, dtype))?;
             let drawn = RandomWeights::new(*seed, planned.plan.init_std, dtype, backend.clone());
             Network::build(planned.graph, &drawn, backend, activations)?
         }
@@ -495,16 +501,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         }
     };
     let weights_bytes = match &source {
-        Weights::Random(_) => {
-            let size = |w: &GraphWeight| match w.spec.role {
-                Role::Vector => 4,
-                Role::Matrix | Role::Table => dtype.size(),
-            };
-            weights
-                .iter()
-                .map(|w| (w.spec.elements() * size(w)) as u64)
-                .sum()
-        }
+        Weights::Random(_) => random_bytes(&weights, dtype),
         Weights::Checkpoint(mapping) => {
             // One pass: the rows stand in the order of the weights.
             let each = weights.iter().zip(mapping.rows());
@@ -544,6 +541,45 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         template,
         weights: source,
     })
+}
+
+/// Bytes of weights that are drawn.
+fn random_bytes(weights: &[GraphWeight], dtype: DType) -> u64 {
+    let size = |w: &GraphWeight| match w.spec.role {
+        Role::Vector => 4,
+        Role::Matrix | Role::Table => dtype.size(),
+    };
+    let each = weights.iter().map(|w| (w.spec.elements() * size(w)) as u64);
+    each.sum()
+}
+
+/// Drawing more than the machine can hold would end in the middle, or take the machine down.
+fn fits_memory(bytes: u64) -> Result<()> {
+    let has = memory_bytes();
+    if bytes <= has {
+        return Ok(());
+    }
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    Err(Error::Input(format!(
+        "the weights need {:.1} GB and this process may have {:.1} GB of memory; take a smaller model or a smaller --dtype",
+        gb(bytes),
+        gb(has)
+    )))
+}
+
+/// Bytes of memory that this process may have at most.
+fn memory_bytes() -> u64 {
+    #[cfg(target_os = "linux")]
+    {
+        let system = rustix::system::sysinfo();
+        // Their types differ between machines.
+        #[allow(clippy::unnecessary_cast)]
+        let total = (system.totalram as u64).saturating_mul(u64::from(system.mem_unit));
+        let limit = rustix::process::getrlimit(rustix::process::Resource::As).current;
+        total.min(limit.unwrap_or(u64::MAX))
+    }
+    #[cfg(not(target_os = "linux"))]
+    u64::MAX
 }
 
 /// The files of a model, as those who read text see them.
@@ -828,12 +864,15 @@ impl Model {
 
     /// Adds to an error what can be found out about its cause.
     pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
-        let nan = error.chain().any(|e| {
-            matches!(
-                e.downcast_ref::<SampleError>(),
-                Some(SampleError::Nan { .. })
-            )
-        });
+        // Transparent errors hide what they wrap from the chain.
+        let engine = match error.downcast_ref() {
+            Some(generation::Error::Engine(engine)) => Some(engine),
+            _ => error.downcast_ref::<session::Error>(),
+        };
+        let nan = matches!(
+            engine,
+            Some(session::Error::Sample(SampleError::Nan { .. }))
+        );
         let Weights::Checkpoint(mapping) = &self.weights else {
             return error;
         };
@@ -845,7 +884,7 @@ impl Model {
         if found.is_empty() {
             error
         } else {
-            error.context(found.join("\n"))
+            anyhow::anyhow!("{error}\n{}", found.join("\n"))
         }
     }
 

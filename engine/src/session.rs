@@ -270,7 +270,7 @@ impl Engine {
 
     /// How often a sequence's state was taken for an older one.
     pub fn preemptions(&self) -> u64 {
-        self.scheduler.preemptions() as u64
+        self.scheduler.preemptions()
     }
 
     /// Bytes of activations and scratch, beside weights and state.

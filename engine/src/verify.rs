@@ -368,7 +368,8 @@ impl Verify<'_> {
             prompt.len(),
             prompt.len() + whole.generated.len() / 2,
         ];
-        for cut in cuts.into_iter().filter(|c| *c > 0 && *c < all.len()) {
+        // One token goes in after the cut, and at least one must be left to compare.
+        for cut in cuts.into_iter().filter(|c| *c > 0 && *c + 1 < all.len()) {
             let start = Instant::now();
             let mut engine = Engine::new(self.network.clone(), self.config(2))?;
             let id = engine.submit(Request {

@@ -93,6 +93,11 @@ const MAX_NODES: usize = 200_000;
 /// Most weights of all layers together. A hundred layers of 512 experts have 153,600.
 const MAX_WEIGHTS: usize = 1_000_000;
 
+/// Most elements of all weights and states together, places that share weights counted each, and the
+/// widest value: far above any model, far below where sums of bytes overflow.
+const MAX_ELEMENTS: u128 = 1 << 48;
+const MAX_WIDTH: usize = 1 << 30;
+
 impl Graph {
     /// Lowers a plan. `file` is its name for messages.
     pub fn lower(plan: &Plan, file: &str) -> Result<Graph, Faults> {
@@ -103,6 +108,7 @@ impl Graph {
             widths: vec![plan.d_model],
             specs: BTreeMap::new(),
             wanted: 0,
+            elements: 2 * plan.vocab as u128 * plan.d_model as u128,
         };
         let last = lower.stack();
         let Lower {
@@ -235,6 +241,8 @@ struct Lower<'a> {
     specs: BTreeMap<String, Vec<WeightSpec>>,
     /// Number of weights so far.
     wanted: usize,
+    /// Elements of their weights so far, and of the embedding.
+    elements: u128,
 }
 
 /// A chain of steps that is being lowered.
@@ -276,6 +284,12 @@ impl<'a> Lower<'a> {
                     );
                 }
             }
+        }
+        if self.elements > MAX_ELEMENTS {
+            let (vocab, d_model) = (plan.vocab, plan.d_model);
+            let message = format!("`vocab` {vocab} and `d_model` {d_model} are too large together");
+            self.faults.add(Mark::default(), message);
+            return None;
         }
         let mut x = Some(0);
         // A faulty block is lowered once: its faults would be the same at every place.
@@ -393,7 +407,13 @@ impl<'a> Lower<'a> {
                     .map(|n| self.named(step.at, n, x, chain))
                     .collect();
                 let inputs: Vec<ValueId> = inputs.into_iter().collect::<Option<_>>()?;
-                let output = self.value(inputs.iter().map(|v| self.widths[*v]).sum());
+                let width: usize = inputs.iter().map(|v| self.widths[*v]).sum();
+                if width > MAX_WIDTH {
+                    let message = format!("`concat` is wider than {MAX_WIDTH}");
+                    self.faults.add(step.at, message);
+                    return None;
+                }
+                let output = self.value(width);
                 let name = chain.node_name("concat");
                 self.nodes.push(Node {
                     name,
@@ -503,6 +523,18 @@ impl<'a> Lower<'a> {
         self.wanted += wanted.len();
         if self.wanted > MAX_WEIGHTS {
             let message = format!("with this layer the plan has more than {MAX_WEIGHTS} weights");
+            self.faults.add(at, message);
+            return None;
+        }
+        let sizes = wanted.iter().map(|w| {
+            let sides = w.shape.iter().map(|n| *n as u128);
+            sides.fold(1, u128::saturating_mul)
+        });
+        self.elements = sizes.fold(self.elements, u128::saturating_add);
+        if self.elements > MAX_ELEMENTS {
+            let message = format!(
+                "with this layer the plan's weights have more than {MAX_ELEMENTS} elements"
+            );
             self.faults.add(at, message);
             return None;
         }

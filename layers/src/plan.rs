@@ -230,6 +230,10 @@ fn read_plan(node: &Node, faults: &mut Faults) -> Option<Plan> {
     let d_model = fields.required("d_model", faults);
     let context = fields.required("context", faults);
     let init_std = fields.optional("init_std", 0.02, faults);
+    if init_std.is_some_and(|std: f64| std < 0.0) {
+        let at = fields.at("init_std");
+        faults.add(at, "`init_std` is a standard deviation: 0 or more");
+    }
     let embed = fields.optional("embed", Embed { scale: None }, faults);
     let shared = fields
         .node("shared")

@@ -158,8 +158,15 @@ pub fn parse(text: &str, file: &str) -> Result<Node, Faults> {
             let at = error.location().map(|l| mark(&l)).unwrap_or_default();
             let message = error.without_snippet().to_string();
             // The parser repeats the place at the end of its message; ours stands in front.
-            let cut = message.rfind(" at line ").unwrap_or(message.len());
-            faults.add(at, message[..cut].to_string());
+            let cut = message.find(" at line ").unwrap_or(message.len());
+            let message = if message.starts_with("budget breached") {
+                format!(
+                    "the file unfolds to more than is read: {MAX_NODES} values, {MAX_DEPTH} deep, in one document"
+                )
+            } else {
+                message[..cut].to_string()
+            };
+            faults.add(at, message);
             Err(faults)
         }
     }

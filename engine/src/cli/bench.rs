@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
 
@@ -10,11 +10,17 @@ use super::output::{Terminal, bytes};
 use super::{Common, Environment};
 use crate::bench::{BenchOptions, Figure, bench};
 
-/// Measure prefill and decode speed beside the machine's limits, taken in the same run.
-///
-/// With --random SEED, MODEL may be a config.json or a plan: any size can be timed without a
-/// checkpoint.
+const AFTER: &str = "\
+The limits are taken in the same run: what the machine reads from memory, and what it multiplies.
+With --random SEED, MODEL may be a config.json or a plan: any size can be timed without a checkpoint.
+
+Examples:
+  strata bench
+  strata bench config.json --random 1 --dtype bf16 --prompt 1024 --depth 8192 --json";
+
+/// Measure prefill and decode speed beside the machine's limits
 #[derive(Debug, Args)]
+#[command(after_help = AFTER)]
 pub struct Bench {
     /// Folder, Hub id, bundled name, config.json or plan [default: demo]
     model: Option<String>,
@@ -33,6 +39,9 @@ pub struct Bench {
     /// Timed runs, of which the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     repeat: u16,
+    /// Most tokens of a sequence [default: what the model was made for]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
     #[command(flatten)]
     common: Common,
 }
@@ -42,7 +51,6 @@ impl Bench {
         let model = self
             .common
             .load(self.model.as_deref(), environment, terminal)?;
-        let limits = model.limits();
         let options = BenchOptions {
             prompt: self.prompt as usize,
             generate: self.generate as usize,
@@ -52,7 +60,16 @@ impl Bench {
             kv_dtype: model.kv_dtype,
             bytes_per_row: model.bytes_per_row,
         };
-        let bar = terminal.token_bar("runs", options.repeat);
+        let context = self.context.unwrap_or(model.plan.context);
+        let tokens = options.depth + options.prompt + options.generate;
+        if tokens > context {
+            bail!(
+                "{tokens} tokens (depth, prompt and generated) do not fit the context of {context} tokens; lower them, or raise --context (the model was made for {})",
+                model.plan.context
+            );
+        }
+        let limits = model.limits();
+        let bar = terminal.bar("timing", options.repeat, "runs");
         let benched = bench(&model.network, &options, &mut |done, _| {
             bar.set_position(done as u64)
         })
@@ -67,7 +84,7 @@ impl Bench {
         let kv = model.network.graph.page_elements_per_token() * model.kv_dtype.size();
         let figure = |f: Figure| json!({"median": f.median, "min": f.min, "max": f.max});
         let mut out = io::stdout().lock();
-        if self.common.json {
+        if self.common.source.json {
             let object = json!({
                 "model": model.name,
                 "device": self.common.device,

@@ -10,7 +10,10 @@ use serde_json::{Value, json};
 
 use super::generate::Sampling;
 use super::output::{Terminal, rate};
-use super::{Common, Environment, catch_interrupts, clear_interrupt, interrupted, read_text};
+use super::{
+    Common, Environment, catch_interrupts, clear_interrupt, describe, interrupted, read_text,
+    text_of,
+};
 use crate::generation::{self, Watch};
 use crate::ids::TokenId;
 use crate::load::Model;
@@ -18,11 +21,9 @@ use crate::sampler::Sampled;
 use crate::session::{Engine, Request, SnapshotId};
 use crate::state_file;
 
-/// Talk to a model. The state is kept between turns: each costs its own tokens only.
-///
-/// With --document, the file is read once and every message asks about it. Lines are read from
-/// standard input when that is no terminal. Commands begin with a slash; /help lists them.
+/// Talk to a model, or ask questions about a document
 #[derive(Debug, Args)]
+#[command(after_help = AFTER)]
 pub struct Chat {
     /// Folder, Hub id (owner/name[@revision]) or bundled name [default: demo]
     model: Option<String>,
@@ -35,11 +36,23 @@ pub struct Chat {
     /// Most tokens of an answer
     #[arg(long, value_name = "N", default_value_t = 512)]
     max_tokens: usize,
+    /// Most tokens of the conversation [default: what the model was made for]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
     common: Common,
 }
+
+const AFTER: &str = "\
+The state is kept between turns: each costs its own tokens only. With --document, the file is read
+once and every message asks about it. Lines are read from standard input when that is no terminal.
+Commands begin with a slash; /help lists them.
+
+Examples:
+  strata chat --document notes.md
+  strata chat ./Jamba2-3B --system \"Answer in one sentence.\"";
 
 const HELP: &str = "\
 /help            this list
@@ -63,7 +76,7 @@ impl Chat {
             .common
             .load(self.model.as_deref(), environment, terminal)?;
         model.tokenizer()?;
-        let context = self.common.context(&model);
+        let context = self.context.unwrap_or(model.plan.context);
         let config = self.common.engine_config(&model, context, 1);
         catch_interrupts()?;
         let mut conversation = Conversation {
@@ -71,7 +84,7 @@ impl Chat {
             sampling: self.sampling.clone(),
             max_tokens: self.max_tokens,
             context,
-            json: self.common.json,
+            json: self.common.source.json,
             system,
             messages: Vec::new(),
             kept: Vec::new(),
@@ -89,7 +102,7 @@ impl Chat {
                 conversation.model.name
             ));
         }
-        let mut lines = io::stdin().lock().lines();
+        let mut lines = io::stdin().lock().split(b'\n');
         loop {
             if interactive {
                 let mut err = io::stderr();
@@ -98,6 +111,7 @@ impl Chat {
             clear_interrupt();
             let Some(line) = lines.next() else { break };
             let line = line.context("standard input")?;
+            let line = text_of("standard input", line)?;
             let line = line.trim();
             let done = match line.strip_prefix('/') {
                 _ if line.is_empty() => Ok(false),
@@ -109,7 +123,7 @@ impl Chat {
                 Ok(false) => {}
                 // A mistake of one line ends no conversation that a person is holding.
                 Err(error) if interactive && error.downcast_ref::<io::Error>().is_none() => {
-                    terminal.note(&format!("{error:#}"));
+                    terminal.note(&describe(&error));
                 }
                 Err(error) => return Err(error),
             }
@@ -195,7 +209,7 @@ impl Conversation<'_> {
         };
         let from = self.kept.last().map(|k| k.snapshot);
         let eos = self.model.eos();
-        let bar = self.terminal.token_bar("reading", prompt.len() - reused);
+        let bar = self.terminal.bar("reading", prompt.len() - reused, "tok");
         let mut watch = Printer {
             bar,
             json: self.json,

@@ -19,12 +19,21 @@ use crate::session::{Engine, Request};
 /// Tokens that are generated when nobody says how many.
 const DEFAULT_TOKENS: usize = 256;
 
-/// Continue a text. It is streamed to standard output, messages go to standard error.
-///
-/// The prompt is --prompt, --prompt-file, both (the file, an empty line, the prompt), --token-ids, or
-/// standard input. With --chat, the prompt is one message under the model's chat template, and the
-/// file is the system message: the way to ask a question about a document.
+const AFTER: &str = "\
+The prompt is --prompt, --prompt-file, both (the file, an empty line, the prompt), --token-ids, or
+standard input. With --chat, the prompt is one message under the model's chat template, and the
+file is the system message: the way to ask a question about a document.
+The text is streamed to standard output, messages go to standard error. Ctrl-C ends it and keeps
+what was printed.
+
+Examples:
+  strata generate --chat --prompt-file notes.md --prompt \"Where does Mara live?\"
+  strata generate ./Jamba2-3B --prompt \"Once\" --temperature 0.7 --top-p 0.9 --seed 1
+  strata generate ./Jamba2-3B --token-ids 1,2,3 --max-tokens 8 --json";
+
+/// Continue a text
 #[derive(Debug, Args)]
+#[command(after_help = AFTER)]
 pub struct Generate {
     /// Folder, Hub id (owner/name[@revision]) or bundled name [default: demo]
     model: Option<String>,
@@ -35,7 +44,7 @@ pub struct Generate {
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
     /// The prompt as token ids, such as 1,2,3
-    #[arg(long, value_name = "IDS", value_parser = parse_token_ids, conflicts_with_all = ["prompt", "prompt_file", "chat"])]
+    #[arg(long, value_name = "IDS", value_parser = parse_token_ids, allow_hyphen_values = true, conflicts_with_all = ["prompt", "prompt_file", "chat"])]
     token_ids: Option<std::vec::Vec<u32>>,
     /// Put the prompt under the model's chat template
     #[arg(long)]
@@ -43,8 +52,6 @@ pub struct Generate {
     /// Most tokens to generate [default: 256, or what fits the context]
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
-    #[command(flatten)]
-    sampling: Sampling,
     /// End before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -54,6 +61,11 @@ pub struct Generate {
     /// Feed the prompt so many tokens at a time
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     chunk: Option<u32>,
+    /// Most tokens of prompt and text [default: what the model was made for]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    #[command(flatten)]
+    sampling: Sampling,
     #[command(flatten)]
     common: Common,
 }
@@ -63,19 +75,19 @@ pub struct Generate {
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
     /// 0 takes the likeliest token
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Choose among the K likeliest tokens; 0 for all
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Choose among the likeliest tokens that make up this mass
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Leave out tokens less likely than P times the likeliest
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Above 1 makes tokens less likely that occurred
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
     /// Subtracted from generated tokens
     #[arg(long, value_name = "A", allow_negative_numbers = true)]
@@ -151,19 +163,19 @@ impl Generate {
             Some(ids) => ids.clone(),
             None => self.encode(&model, file, prompt)?,
         };
-        let context = self.common.context(&model);
+        let context = self.context.unwrap_or(model.plan.context);
         let max_tokens = self.max_tokens.unwrap_or_else(|| {
             let wanted = model.generation.max_new_tokens.unwrap_or(DEFAULT_TOKENS);
             wanted.min(context.saturating_sub(tokens.len())).max(1)
         });
-        if tokens.len() + max_tokens > context {
+        let total = tokens.len().saturating_add(max_tokens);
+        if total > context {
             bail!(
                 "{} prompt tokens and {max_tokens} to generate do not fit the context of {context} tokens; shorten the prompt, lower --max-tokens, or raise --context (the model was made for {})",
                 tokens.len(),
                 model.plan.context
             );
         }
-        let total = tokens.len() + max_tokens;
         let mut config = self.common.engine_config(&model, total, 1);
         if let Some(chunk) = self.chunk {
             config = config.with_chunk(chunk as usize);
@@ -189,9 +201,9 @@ impl Generate {
 
         catch_interrupts()?;
         let mut watch = Printer {
-            bar: terminal.token_bar("reading", prompt_tokens),
+            bar: terminal.bar("reading", prompt_tokens, "tok"),
             ids: model.tokenizer.is_none(),
-            quiet: self.common.json,
+            quiet: self.common.source.json,
             printed: 0,
         };
         let done = generation::generate(
@@ -206,9 +218,11 @@ impl Generate {
         watch.bar.finish_and_clear();
 
         let generated = done.tokens.len();
-        let prefill_rate = rate(prompt_tokens, done.prefill);
+        // Ctrl-C may have come before the end of the prompt.
+        let read = engine.sequence(id).map_or(0, |s| s.computed);
+        let prefill_rate = rate(read.min(prompt_tokens), done.prefill);
         let decode_rate = rate(generated.saturating_sub(1), done.decode);
-        if self.common.json {
+        if self.common.source.json {
             let ids: Vec<u32> = done.tokens.iter().map(|t| t.token).collect();
             let mut object = json!({
                 "text": done.text,
@@ -233,9 +247,10 @@ impl Generate {
                     terminal.note(&logprobs(token, &model).to_string());
                 }
             }
-            if terminal.is_interactive() || self.common.verbose {
+            if terminal.is_interactive() || self.common.source.verbose {
                 terminal.note(&format!(
-                    "{prompt_tokens} tokens read at {prefill_rate:.1} tok/s, {generated} generated at {decode_rate:.1} tok/s, ended by {}",
+                    "{} tokens read at {prefill_rate:.1} tok/s, {generated} generated at {decode_rate:.1} tok/s, ended by {}",
+                    read.min(prompt_tokens),
                     done.reason.word()
                 ));
             }

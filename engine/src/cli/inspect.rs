@@ -7,23 +7,24 @@ use clap::Args;
 use serde_json::json;
 
 use super::output::{Terminal, bytes};
-use super::{Common, Environment};
+use super::{Environment, Source};
 use crate::load;
 
-/// List the tensors of a checkpoint, the weights of the plan that they feed, and what is left over.
-///
-/// Only headers are read: no weight is loaded.
+/// List the tensors of a checkpoint and the weights they feed
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Only headers are read: no weight is loaded. Tensors that feed no weight are marked `-`."
+)]
 pub struct Inspect {
     /// Folder, Hub id (owner/name[@revision]) or bundled name [default: demo]
     model: Option<String>,
     #[command(flatten)]
-    common: Common,
+    source: Source,
 }
 
 impl Inspect {
     pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
-        let options = self.common.load_options(self.model.as_deref(), environment);
+        let options = self.source.load_options(self.model.as_deref(), environment);
         let inspected = load::inspect(&options, &mut terminal.load_progress())?;
         let mut out = io::stdout().lock();
         self.print(&inspected, &mut out)
@@ -33,7 +34,7 @@ impl Inspect {
     }
 
     fn print(&self, inspected: &load::Inspected, out: &mut dyn Write) -> io::Result<()> {
-        if self.common.json {
+        if self.source.json {
             for row in &inspected.rows {
                 let object = json!({
                     "weight": row.weight, "tensor": row.tensor, "how": row.how, "dtype": row.dtype,

@@ -12,13 +12,21 @@ use super::output::Terminal;
 use super::{Common, Environment, parse_token_ids, read_text};
 use crate::session::{Engine, Request};
 
-/// Write the logits of every position to a file: safetensors, `logits` F32 (tokens, vocab).
+const AFTER: &str = "\
+The file is safetensors with one tensor, `logits`: F32 (tokens, vocab), a row a position. It takes
+its place when it is whole: a failure leaves what was there before.
+
+Example:
+  strata logits ./Jamba2-3B --token-ids 1,2,3 --output logits.safetensors";
+
+/// Write the logits of every position to a file
 #[derive(Debug, Args)]
+#[command(after_help = AFTER)]
 pub struct Logits {
     /// Folder, Hub id (owner/name[@revision]) or bundled name
     model: String,
     /// The tokens, such as 1,2,3
-    #[arg(long, value_name = "IDS", value_parser = parse_token_ids, required_unless_present = "prompt_file")]
+    #[arg(long, value_name = "IDS", value_parser = parse_token_ids, allow_hyphen_values = true, required_unless_present = "prompt_file")]
     token_ids: Option<std::vec::Vec<u32>>,
     /// A file with a text, instead of token ids
     #[arg(long, value_name = "FILE", conflicts_with = "token_ids")]
@@ -29,6 +37,9 @@ pub struct Logits {
     /// Feed so many tokens at a time
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     chunk: Option<u32>,
+    /// Most tokens [default: what the model was made for]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
     #[command(flatten)]
     common: Common,
 }
@@ -43,9 +54,12 @@ impl Logits {
             (None, None) => bail!("there are no tokens: give --token-ids or --prompt-file"),
         };
         let (count, vocab) = (tokens.len(), model.plan.vocab);
-        let context = self.common.context(&model);
+        let context = self.context.unwrap_or(model.plan.context);
         if count == 0 || count > context {
-            bail!("{count} tokens do not fit a context of {context}; at least one is needed");
+            bail!(
+                "{count} tokens do not fit a context of {context}; --context raises it (the model was made for {}), and at least one is needed",
+                model.plan.context
+            );
         }
         let mut config = self.common.engine_config(&model, count, 1);
         if let Some(chunk) = self.chunk {
@@ -58,7 +72,7 @@ impl Logits {
             ..Request::default()
         })?;
 
-        let bar = terminal.token_bar("logits", count);
+        let bar = terminal.bar("logits", count, "tok");
         let write = |beside: &Path| -> Result<()> {
             let mut out = BufWriter::new(File::create(beside)?);
             out.write_all(&header(count, vocab))?;
@@ -85,14 +99,18 @@ impl Logits {
                 bail!("{rows} rows of logits came for {count} tokens");
             }
             out.flush()?;
-            out.into_inner()
-                .map_err(std::io::IntoInnerError::into_error)?
-                .sync_all()?;
+            let file = out
+                .into_inner()
+                .map_err(std::io::IntoInnerError::into_error)?;
+            // A pipe or a device has nothing to sync.
+            if file.metadata()?.is_file() {
+                file.sync_all()?;
+            }
             Ok(())
         };
         write_beside(&self.output, write)?;
         bar.finish_and_clear();
-        if self.common.json {
+        if self.common.source.json {
             let object = json!({"output": self.output, "tokens": count, "vocab": vocab});
             writeln!(std::io::stdout(), "{object}").context("standard output")?;
         }
@@ -112,12 +130,18 @@ fn header(tokens: usize, vocab: usize) -> Vec<u8> {
 
 /// Has a file written beside its place, then moves it there: a failure leaves nothing behind.
 fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let mut beside = path.as_os_str().to_owned();
+    let named = |error: anyhow::Error| error.context(format!("{}", path.display()));
+    // What is there already and is no file cannot be replaced: a pipe, `/dev/stdout`.
+    let target = path.canonicalize().unwrap_or_else(|_| path.into());
+    if target.exists() && !target.is_file() {
+        return write(&target).map_err(named);
+    }
+    let mut beside = target.as_os_str().to_owned();
     beside.push(format!(".{}.part", std::process::id()));
     let beside = PathBuf::from(beside);
-    let moved = write(&beside).and_then(|()| Ok(std::fs::rename(&beside, path)?));
+    let moved = write(&beside).and_then(|()| Ok(std::fs::rename(&beside, &target)?));
     moved.map_err(|error| {
         let _ = std::fs::remove_file(&beside);
-        error.context(format!("{}", path.display()))
+        named(error)
     })
 }

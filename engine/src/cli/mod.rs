@@ -45,20 +45,13 @@ Examples:
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Continue a text
     Generate(generate::Generate),
-    /// Talk to a model, or ask questions about a document
     Chat(chat::Chat),
-    /// Write the logits of every position to a file
     Logits(logits::Logits),
-    /// Show, check and print layer plans
     #[command(subcommand)]
     Plan(plan::Plan),
-    /// List the tensors of a checkpoint and the weights they feed
     Inspect(inspect::Inspect),
-    /// Measure prefill and decode speed beside the machine's limits
     Bench(bench::Bench),
-    /// Check the exactness contract on this model, here and now
     Verify(verify::Verify),
 }
 
@@ -71,9 +64,10 @@ pub struct Environment {
     pub no_color: bool,
 }
 
-/// Options that most commands take.
+/// Where a model comes from, and how to print.
 #[derive(Debug, Clone, Args)]
-pub struct Common {
+#[command(next_help_heading = "Model")]
+pub struct Source {
     /// Run this layer plan instead of the card's (see `strata plan show`)
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
@@ -83,28 +77,40 @@ pub struct Common {
     /// Draw the weights at random by this seed; MODEL may then be a config.json or a plan
     #[arg(long, value_name = "SEED")]
     random: Option<u64>,
-    /// Where to run: cpu, or reference (plain loops, to settle arguments)
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    device: String,
-    /// Compute type; auto is the checkpoint's
-    #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
-    dtype: DTypeChoice,
-    /// Threads to compute with [default: the processors this process may use]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
-    /// Most tokens of a sequence [default: what the model was made for]
-    #[arg(long, value_name = "N")]
-    context: Option<usize>,
     /// Use only what is on disk
     #[arg(long)]
     offline: bool,
     /// Print for scripts
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
     /// Say more
-    #[arg(short, long)]
+    #[arg(short, long, help_heading = "Output")]
     verbose: bool,
 }
+
+/// Options of commands that compute.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    #[command(flatten)]
+    source: Source,
+    /// Where to run: cpu, or reference (plain loops, to settle arguments)
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        default_value = "cpu",
+        help_heading = "Computing"
+    )]
+    device: String,
+    /// Compute type; auto is the checkpoint's
+    #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
+    dtype: DTypeChoice,
+    /// Threads to compute with [default: the processors this process may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS), help_heading = "Computing")]
+    threads: Option<u16>,
+}
+
+/// Most threads: more than any machine has processors.
+const MAX_THREADS: i64 = 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DTypeChoice {
@@ -114,7 +120,8 @@ enum DTypeChoice {
     F16,
 }
 
-impl Common {
+impl Source {
+    /// What is loaded without computing anything.
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
         let mut hub = environment.hub.clone();
         if let Some(hub) = &mut hub {
@@ -125,6 +132,17 @@ impl Common {
             plan: self.plan.clone(),
             card: self.card.clone(),
             random: self.random,
+            device: "cpu".into(),
+            dtype: None,
+            threads: None,
+            hub,
+        }
+    }
+}
+
+impl Common {
+    fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
+        LoadOptions {
             device: self.device.clone(),
             dtype: match self.dtype {
                 DTypeChoice::Auto => None,
@@ -133,7 +151,7 @@ impl Common {
                 DTypeChoice::F16 => Some(DType::F16),
             },
             threads: self.threads.map(usize::from),
-            hub,
+            ..self.source.load_options(model, environment)
         }
     }
 
@@ -149,15 +167,10 @@ impl Common {
         for note in &model.notes {
             terminal.note(note);
         }
-        if self.verbose {
+        if self.source.verbose {
             terminal.note(&model.summary());
         }
         Ok(model)
-    }
-
-    /// Most tokens of a sequence.
-    fn context(&self, model: &Model) -> usize {
-        self.context.unwrap_or(model.plan.context)
     }
 
     /// Sizes for one sequence of up to `tokens`.
@@ -179,6 +192,19 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
         Command::Bench(command) => command.run(environment, &terminal),
         Command::Verify(command) => command.run(environment, &terminal),
     }
+}
+
+/// An error and its causes on one line; a cause that the message before it ends with is said once.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -205,18 +231,15 @@ fn clear_interrupt() {
 
 /// Token ids as users write them: `1,2,3`.
 fn parse_token_ids(text: &str) -> Result<Vec<u32>, String> {
-    let ids: Result<Vec<u32>, String> = text
-        .split([',', ' '])
-        .filter(|part| !part.is_empty())
-        .map(|part| part.parse().map_err(|_| format!("{part:?} is no token id")))
-        .collect();
-    ids.and_then(|ids| {
-        if ids.is_empty() {
-            Err("there is no token id".into())
-        } else {
-            Ok(ids)
-        }
-    })
+    if text.trim().is_empty() {
+        return Err("there is no token id".into());
+    }
+    let id = |part: &str| -> Result<u32, String> {
+        let part = part.trim();
+        part.parse()
+            .map_err(|_| format!("{part:?} is no token id; expected whole numbers, such as 1,2,3"))
+    };
+    text.split(',').map(id).collect()
 }
 
 /// The text of a file that a user named; `-` is standard input.
@@ -228,11 +251,17 @@ fn read_text(path: &std::path::Path) -> Result<String> {
     } else {
         std::fs::read(path).with_context(|| format!("{}", path.display()))?
     };
+    let name = match path.display().to_string() {
+        name if name == "-" => "standard input".into(),
+        name => name,
+    };
+    text_of(&name, bytes)
+}
+
+/// Bytes as the text that they should be.
+fn text_of(name: &str, bytes: Vec<u8>) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        anyhow::anyhow!(
-            "{}: byte {at} is no UTF-8 text; convert the file to UTF-8 first",
-            path.display()
-        )
+        anyhow::anyhow!("{name}: byte {at} is no UTF-8 text; convert it to UTF-8 first")
     })
 }

@@ -1,12 +1,14 @@
 //! What people see: progress on a terminal, notes, colours.
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use crate::hub;
 use crate::load::LoadProgress;
+use crate::session::DEFAULT_CHUNK;
 
 /// Standard error, as a place for messages.
 pub struct Terminal {
@@ -56,14 +58,27 @@ impl Terminal {
         }
     }
 
-    /// A bar over tokens; hidden away from a terminal.
-    pub fn token_bar(&self, what: &'static str, tokens: usize) -> ProgressBar {
-        if !self.progress || tokens < 2 {
+    /// A bar over `count` of a `unit`; hidden away from a terminal, and where it would only flicker.
+    pub fn bar(&self, what: &'static str, count: usize, unit: &'static str) -> ProgressBar {
+        if !self.progress || (unit == "tok" && count <= DEFAULT_CHUNK) {
             return ProgressBar::hidden();
         }
-        let bar = ProgressBar::new(tokens as u64);
-        let template = "{msg} {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left";
+        let bar = ProgressBar::new(count as u64);
+        let template = "{msg} {wide_bar} {pos}/{len} {unit}, {rate}, {eta} left";
         if let Ok(style) = ProgressStyle::with_template(template) {
+            let style = style
+                .with_key(
+                    "unit",
+                    move |_: &ProgressState, out: &mut dyn fmt::Write| {
+                        let _ = out.write_str(unit);
+                    },
+                )
+                .with_key(
+                    "rate",
+                    move |state: &ProgressState, out: &mut dyn fmt::Write| {
+                        let _ = write!(out, "{:.1} {unit}/s", state.per_sec());
+                    },
+                );
             bar.set_style(style);
         }
         bar.set_message(what);

@@ -9,7 +9,7 @@ use serde_json::json;
 use strata_layers::{Graph, plan};
 
 use super::output::{Terminal, bytes};
-use super::{Common, Environment, read_text};
+use super::{Environment, Source, read_text};
 use crate::load;
 
 /// Show, check and print layer plans.
@@ -17,17 +17,17 @@ use crate::load;
 pub enum Plan {
     /// Print a model's plan: save it, edit it, and give it back with --plan
     Show {
-        /// Folder, Hub id, bundled name, config.json or plan
+        /// Folder, Hub id, bundled name, config.json or plan [default: demo]
         model: Option<String>,
         #[command(flatten)]
-        common: Common,
+        source: Source,
     },
     /// Print what a plan lowers to: one line a node
     Graph {
-        /// Folder, Hub id, bundled name, config.json or plan
+        /// Folder, Hub id, bundled name, config.json or plan [default: demo]
         model: Option<String>,
         #[command(flatten)]
-        common: Common,
+        source: Source,
     },
     /// Check a plan file; all faults at once, with line and column
     Check {
@@ -43,20 +43,20 @@ impl Plan {
     pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
         let mut out = io::stdout().lock();
         match self {
-            Plan::Show { model, common } => {
-                let options = common.load_options(model.as_deref(), environment);
+            Plan::Show { model, source } => {
+                let options = source.load_options(model.as_deref(), environment);
                 let planned = load::plan(&options, &mut terminal.load_progress())?;
-                if common.json {
+                if source.json {
                     let object = json!({"plan": planned.plan.print(), "name": planned.plan.name});
                     writeln!(out, "{object}")
                 } else {
                     out.write_all(planned.plan.print().as_bytes())
                 }
             }
-            Plan::Graph { model, common } => {
-                let options = common.load_options(model.as_deref(), environment);
+            Plan::Graph { model, source } => {
+                let options = source.load_options(model.as_deref(), environment);
                 let planned = load::plan(&options, &mut terminal.load_progress())?;
-                if common.json {
+                if source.json {
                     let nodes: Vec<_> = planned
                         .graph
                         .nodes

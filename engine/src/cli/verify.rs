@@ -12,12 +12,14 @@ use super::{Common, Environment};
 use crate::load::backend;
 use crate::verify::{Check, VerifyOptions, verify};
 
-/// Check the exactness contract on this model, here and now.
-///
-/// Chunked equals whole, batched equals single, preempted equals undisturbed, forked and restored
-/// equal continuous, sampled sequences repeat by seed, and nothing depends on the number of threads:
-/// bit for bit, on random prompts.
+const AFTER: &str = "\
+Chunked equals whole, batched equals single, preempted equals undisturbed, forked and restored equal
+continuous, sampled sequences repeat by seed, and nothing depends on the number of threads: bit for
+bit, on random prompts.";
+
+/// Check the exactness contract on this model, here and now
 #[derive(Debug, Args)]
+#[command(after_help = AFTER)]
 pub struct Verify {
     /// Folder, Hub id (owner/name[@revision]) or bundled name [default: demo]
     model: Option<String>,
@@ -61,7 +63,7 @@ impl Verify {
         for threads in [1, 2, 3].into_iter().filter(|t| *t != model.threads) {
             others.push((threads, backend(&self.common.device, Some(threads))?.0));
         }
-        let json = self.common.json;
+        let json = self.common.source.json;
         let mut closed = None;
         let mut report = |check: &Check| {
             let mut out = io::stdout().lock();

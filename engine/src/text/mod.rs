@@ -124,11 +124,35 @@ pub(crate) fn read_object(
         expected: "a JSON object".into(),
         help: "The file is damaged: fetch it again.".into(),
     };
-    match serde_json::from_str(&text) {
+    match serde_json::from_str(&without_bare_numbers(&text)) {
         Ok(serde_json::Value::Object(object)) => Ok(Some(object)),
         Ok(other) => Err(wrong(format!("holds {}", describe(&other)))),
         Err(error) => Err(wrong(error.to_string())),
     }
+}
+
+/// Python writes numbers that are none bare. Nothing that is read here asks for one, so they are null.
+fn without_bare_numbers(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (mut rest, mut quoted) = (text, false);
+    while let Some(c) = rest.chars().next() {
+        let bare = ["NaN", "Infinity", "-Infinity"];
+        let found = bare.iter().find(|b| !quoted && rest.starts_with(**b));
+        let taken = match (found, c) {
+            (Some(bare), _) => {
+                out.push_str("null");
+                rest = &rest[bare.len()..];
+                continue;
+            }
+            // An escaped character cannot end the text.
+            (None, '\\') if quoted => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (None, _) => c.len_utf8(),
+        };
+        quoted ^= c == '"';
+        out.push_str(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    out
 }
 
 /// A JSON value in few words.
