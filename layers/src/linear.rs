@@ -89,11 +89,6 @@ impl Projection {
         })
     }
 
-    /// Width of the output.
-    pub fn d_out(&self) -> usize {
-        self.w.rows()
-    }
-
     /// Into new scratch, (T, d_out).
     pub fn apply(&self, x: &Tensor, cx: &mut Context<'_>) -> Result<Tensor> {
         let mut y = cx.take(x.rows(), self.w.rows())?;
