@@ -257,7 +257,7 @@ impl Engine {
 
     /// How often a sequence's state was taken for an older one.
     pub fn preemptions(&self) -> u64 {
-        self.scheduler.preemptions() as u64
+        self.scheduler.preemptions()
     }
 
     /// Bytes of activations and scratch, beside weights and state.
@@ -385,6 +385,7 @@ impl Engine {
             runner.state.clear_slot(slot.0 as usize)?;
         }
         page_table.clear();
+        page_table.reserve(batch.pages.capacity());
         page_table.extend(batch.pages.iter().map(|p| p.0));
         spans.clear();
         logit_rows.clear();

@@ -156,7 +156,7 @@ impl Check {
             let table = ragged
                 .page_table
                 .get(span.pages.clone())
-                .ok_or(Error::Value {
+                .ok_or_else(|| Error::Value {
                     op: self.0,
                     why: format!("pages {:?} lie outside the page table", span.pages),
                 })?;
