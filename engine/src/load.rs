@@ -410,11 +410,11 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
     Ok(Inspected { rows, notes, fault })
 }
 
-/// The backend of a device, and the CPU behind it where there is one.
-pub fn backend(
-    device: &str,
-    threads: Option<usize>,
-) -> Result<(Arc<dyn Backend>, Option<Arc<Cpu>>)> {
+/// A backend, and the CPU behind it where there is one.
+type Device = (Arc<dyn Backend>, Option<Arc<Cpu>>);
+
+/// The backend of a device.
+pub fn backend(device: &str, threads: Option<usize>) -> Result<Device> {
     let available = || std::thread::available_parallelism().map_or(1, usize::from);
     match device {
         "cpu" => {
