@@ -327,12 +327,14 @@ impl Resolver<'_> {
         let names =
             names.unwrap_or_else(|| card.blocks.iter().map(|e| (e.key.clone(), e.at)).collect());
 
-        let mut blocks: Vec<Entry> = Vec::new();
+        let known: BTreeMap<&str, &Entry> =
+            card.blocks.iter().map(|e| (e.key.as_str(), e)).collect();
+        let mut blocks = Variants::default();
         let mut stack = Vec::new();
         // How often each name was used, and whether its block differs from place to place.
         let mut uses: BTreeMap<String, (usize, bool)> = BTreeMap::new();
         for (i, (name, at)) in names.into_iter().enumerate() {
-            let Some(block) = card.blocks.iter().find(|e| e.key == name) else {
+            let Some(block) = known.get(name.as_str()) else {
                 let known = list_of(card.blocks.iter().map(|e| e.key.as_str()));
                 self.faults
                     .add(at, format!("there is no block `{name}`; there are {known}"));
@@ -346,7 +348,7 @@ impl Resolver<'_> {
                         .set(key, &Value::Int(value as i64), "of this block");
                 }
                 let value = self.node(&block.value);
-                self.variant(&mut blocks, block, value)
+                blocks.key(block, value)
             } else {
                 name
             };
@@ -354,7 +356,7 @@ impl Resolver<'_> {
             let value = Value::Text(key);
             stack.push(Node { value, at });
         }
-        (blocks, stack)
+        (blocks.entries, stack)
     }
 
     /// Whether a block differs from place to place.
@@ -369,21 +371,42 @@ impl Resolver<'_> {
             _ => false,
         }
     }
+}
 
+/// Computed blocks. A stack may have ten thousand, all different, so that none is looked for in a list.
+#[derive(Default)]
+struct Variants {
+    entries: Vec<Entry>,
+    /// The key of each block by its name in the card and its value.
+    keys: BTreeMap<(String, String), String>,
+    /// How many values each name has so far.
+    counts: BTreeMap<String, usize>,
+    taken: BTreeSet<String>,
+}
+
+impl Variants {
     /// The name under which a computed block is kept: its own, or with a number when one of that name
     /// is different.
-    fn variant(&self, blocks: &mut Vec<Entry>, block: &Entry, value: Node) -> String {
-        let mut key = block.key.clone();
-        let mut number = 1;
-        while let Some(known) = blocks.iter().find(|e| e.key == key) {
-            if known.value == value {
-                return key;
-            }
-            number += 1;
-            key = format!("{}.{number}", block.key);
+    fn key(&mut self, block: &Entry, value: Node) -> String {
+        let found = (block.key.clone(), yaml::print(&value));
+        if let Some(key) = self.keys.get(&found) {
+            return key.clone();
         }
+        let count = self.counts.entry(block.key.clone()).or_insert(0);
+        let key = loop {
+            *count += 1;
+            let key = match *count {
+                1 => block.key.clone(),
+                number => format!("{}.{number}", block.key),
+            };
+            // The card itself may have a block `b.2`.
+            if self.taken.insert(key.clone()) {
+                break key;
+            }
+        };
+        self.keys.insert(found, key.clone());
         let at = block.at;
-        blocks.push(Entry {
+        self.entries.push(Entry {
             key: key.clone(),
             at,
             value,

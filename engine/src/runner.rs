@@ -140,6 +140,11 @@ impl Runner {
         self.max_rows
     }
 
+    /// Number of buffers that the values between nodes take turns in.
+    pub fn buffers(&self) -> usize {
+        self.buffers.len()
+    }
+
     /// Bytes of activations and scratch, beside weights and state.
     pub fn buffer_bytes(&self) -> usize {
         let buffers: usize = self.buffers.iter().map(Tensor::bytes).sum();

@@ -398,6 +398,7 @@ impl Engine {
             runner.state.clear_slot(slot.0 as usize)?;
         }
         page_table.clear();
+        page_table.reserve(batch.pages.capacity());
         page_table.extend(batch.pages.iter().map(|p| p.0));
         spans.clear();
         logit_rows.clear();

@@ -3,12 +3,12 @@
 //! Lowering resolves names, follows the width of the stream through every step, and gives each layer
 //! the path of its weights and the path of its state. All that is wrong is reported together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
 use crate::layer::LayerSpec;
-use crate::param::list_of;
+use crate::param::{MAX_SIZE, list_of};
 use crate::plan::{Named, Plan, Step, StepKind};
 use crate::state::StateSpec;
 use crate::weights::{Role, WeightSpec};
@@ -90,13 +90,18 @@ pub struct GraphWeight {
 
 /// Most nodes of a graph.
 const MAX_NODES: usize = 200_000;
+/// Most steps that a plan may unfold to, those of shared chains counted at every use: a chain that
+/// uses another twice, and so on, doubles with each.
+const MAX_STEPS: usize = 1_000_000;
+/// Most elements of a weight, and of what a layer keeps for a sequence or a token. The bytes of all of
+/// them together then fit 64 bits; the largest matrix of a published model has a hundredth of it.
+const MAX_ELEMENTS: usize = 1 << 40;
 /// Most weights of all layers together. A hundred layers of 512 experts have 153,600.
 const MAX_WEIGHTS: usize = 1_000_000;
 
-/// Most elements of all weights and states together, places that share weights counted each, and the
-/// widest value: far above any model, far below where sums of bytes overflow.
-const MAX_ELEMENTS: u128 = 1 << 48;
-const MAX_WIDTH: usize = 1 << 30;
+/// Most elements of all weights together, places that share weights counted each: far above any model,
+/// far below where sums of bytes overflow.
+const MAX_TOTAL: u128 = 1 << 48;
 
 impl Graph {
     /// Lowers a plan. `file` is its name for messages.
@@ -109,6 +114,7 @@ impl Graph {
             specs: BTreeMap::new(),
             wanted: 0,
             elements: 2 * plan.vocab as u128 * plan.d_model as u128,
+            walked: 0,
         };
         let last = lower.stack();
         let Lower {
@@ -243,6 +249,8 @@ struct Lower<'a> {
     wanted: usize,
     /// Elements of their weights so far, and of the embedding.
     elements: u128,
+    /// Number of steps so far.
+    walked: usize,
 }
 
 /// A chain of steps that is being lowered.
@@ -276,8 +284,9 @@ impl<'a> Lower<'a> {
     fn stack(&mut self) -> Option<ValueId> {
         let plan = self.plan;
         for (kind, list) in [("block", &plan.blocks), ("shared chain", &plan.shared)] {
-            for (i, named) in list.iter().enumerate() {
-                if list[..i].iter().any(|n| n.name == named.name) {
+            let mut seen = BTreeSet::new();
+            for named in list {
+                if !seen.insert(&named.name) {
                     self.faults.add(
                         named.at,
                         format!("a second {kind} is named `{}`", named.name),
@@ -285,23 +294,27 @@ impl<'a> Lower<'a> {
                 }
             }
         }
-        if self.elements > MAX_ELEMENTS {
+        if self.elements > MAX_TOTAL {
             let (vocab, d_model) = (plan.vocab, plan.d_model);
             let message = format!("`vocab` {vocab} and `d_model` {d_model} are too large together");
             self.faults.add(Mark::default(), message);
             return None;
         }
+        // The first of a name counts: a second has its fault.
+        let blocks: BTreeMap<&str, &Named> = (plan.blocks.iter().rev())
+            .map(|b| (b.name.as_str(), b))
+            .collect();
         let mut x = Some(0);
         // A faulty block is lowered once: its faults would be the same at every place.
-        let mut faulty: Vec<&str> = Vec::new();
+        let mut faulty: BTreeSet<&str> = BTreeSet::new();
         for (i, place) in plan.stack.iter().enumerate() {
-            let Some(block) = plan.blocks.iter().find(|b| b.name == place.block) else {
+            let Some(&block) = blocks.get(place.block.as_str()) else {
                 let known = list_of(plan.blocks.iter().map(|b| b.name.as_str()));
                 let message = format!("there is no block `{}`; there are {known}", place.block);
                 self.faults.add(place.at, message);
                 continue;
             };
-            if faulty.contains(&block.name.as_str()) {
+            if faulty.contains(block.name.as_str()) {
                 continue;
             }
             let mut chain = Chain {
@@ -326,19 +339,20 @@ impl<'a> Lower<'a> {
                 self.faults.add(block.at, message);
             }
             if self.faults.list().len() > before {
-                faulty.push(&block.name);
+                faulty.insert(&block.name);
             }
             x = out.filter(|v| self.widths[*v] == plan.d_model);
-            if self.nodes.len() > MAX_NODES {
-                self.faults.add(
-                    place.at,
-                    format!("the plan has more than {MAX_NODES} layers"),
+            if self.is_too_large() {
+                let message = format!(
+                    "here the plan passes {MAX_NODES} layers, or {MAX_STEPS} steps with those of shared chains at every use"
                 );
+                self.faults.add(place.at, message);
                 return None;
             }
         }
+        let used: BTreeSet<&str> = plan.stack.iter().map(|p| p.block.as_str()).collect();
         for named in &plan.blocks {
-            if !plan.stack.iter().any(|p| p.block == named.name) {
+            if !used.contains(named.name.as_str()) {
                 self.faults.add(
                     named.at,
                     format!("block `{}` is not in the stack", named.name),
@@ -365,10 +379,18 @@ impl<'a> Lower<'a> {
         self.widths.len() - 1
     }
 
+    fn is_too_large(&self) -> bool {
+        self.nodes.len() > MAX_NODES || self.walked > MAX_STEPS
+    }
+
     fn steps(&mut self, steps: &'a [Step], x: ValueId, chain: &mut Chain<'a>) -> Option<ValueId> {
         let mut x = Some(x);
         let mut whole = true;
         for step in steps {
+            if self.is_too_large() {
+                return None;
+            }
+            self.walked += 1;
             let before = x.unwrap_or(0);
             x = self.step(step, before, chain);
             if x.is_none() {
@@ -380,9 +402,6 @@ impl<'a> Lower<'a> {
     }
 
     fn step(&mut self, step: &'a Step, x: ValueId, chain: &mut Chain<'a>) -> Option<ValueId> {
-        if self.nodes.len() > MAX_NODES {
-            return None;
-        }
         match &step.kind {
             StepKind::Residual(steps) => {
                 let y = self.steps(steps, x, chain)?;
@@ -407,9 +426,10 @@ impl<'a> Lower<'a> {
                     .map(|n| self.named(step.at, n, x, chain))
                     .collect();
                 let inputs: Vec<ValueId> = inputs.into_iter().collect::<Option<_>>()?;
+                // No sum overflows: each width is at most MAX_SIZE, and a file holds few names.
                 let width: usize = inputs.iter().map(|v| self.widths[*v]).sum();
-                if width > MAX_WIDTH {
-                    let message = format!("`concat` is wider than {MAX_WIDTH}");
+                if width > MAX_SIZE {
+                    let message = format!("`concat` makes width {width}, more than {MAX_SIZE}");
                     self.faults.add(step.at, message);
                     return None;
                 }
@@ -526,15 +546,16 @@ impl<'a> Lower<'a> {
             self.faults.add(at, message);
             return None;
         }
-        let sizes = wanted.iter().map(|w| {
-            let sides = w.shape.iter().map(|n| *n as u128);
-            sides.fold(1, u128::saturating_mul)
-        });
+        if let Some(what) = too_large(&wanted, &spec.state()) {
+            let message = format!("{what}, more than {MAX_ELEMENTS}");
+            self.faults.add(at, message);
+            return None;
+        }
+        let sizes = wanted.iter().map(|w| w.elements() as u128);
         self.elements = sizes.fold(self.elements, u128::saturating_add);
-        if self.elements > MAX_ELEMENTS {
-            let message = format!(
-                "with this layer the plan's weights have more than {MAX_ELEMENTS} elements"
-            );
+        if self.elements > MAX_TOTAL {
+            let message =
+                format!("with this layer the plan's weights have more than {MAX_TOTAL} elements");
             self.faults.add(at, message);
             return None;
         }
@@ -579,6 +600,20 @@ impl<'a> Lower<'a> {
         });
         Some(output)
     }
+}
+
+/// A weight or a state of absurd size.
+fn too_large(weights: &[WeightSpec], state: &StateSpec) -> Option<String> {
+    let fits = |sizes: &[usize]| {
+        let total = sizes.iter().try_fold(1, |a: usize, n| a.checked_mul(*n));
+        total.is_some_and(|n| n <= MAX_ELEMENTS)
+    };
+    let weight = weights.iter().find(|w| !fits(&w.shape));
+    let part = state.slot.iter().find(|p| !fits(&[p.rows, p.cols]));
+    let pages = state.pages.filter(|p| !fits(&[2, p.cols]));
+    None.or(weight.map(|w| format!("its weight `{}` has {:?} elements", w.name, w.shape)))
+        .or(part.map(|p| format!("its `{}` has {} × {} elements", p.name, p.rows, p.cols)))
+        .or(pages.map(|p| format!("keys and values of a token have 2 × {} elements", p.cols)))
 }
 
 #[cfg(test)]
@@ -663,6 +698,36 @@ head: {norm: {eps: 1.0e-5}, tie: false}
         let broken = ZAMBA.replace("- concat: [x, x0]", "- use: s0");
         let text = lower(&broken).unwrap_err().to_string();
         assert!(text.contains("`s0` uses itself: s0 → s0"), "{text}");
+    }
+
+    #[test]
+    fn doubling_ends_in_a_fault() {
+        let plan = |shared: &str, steps: &str| {
+            let text = format!(
+                "plan: 1\nname: t\nvocab: 8\nd_model: 8\ncontext: 8\nshared:\n{shared}\nblocks: {{b: [{steps}]}}\nstack: [b]\nhead: {{norm: {{eps: 1.0e-5}}, tie: true}}\n"
+            );
+            lower(&text).unwrap_err().to_string()
+        };
+        // Two to the sixtieth uses of a chain of nothing.
+        let mut shared = String::from("  s0: []\n");
+        for i in 1..60 {
+            shared += &format!("  s{i}: [use: s{0}, use: s{0}]\n", i - 1);
+        }
+        let text = plan(&shared, "use: s59");
+        assert!(text.contains("1000000 steps"), "{text}");
+        let wide = "concat: [x, x], ".repeat(70);
+        let text = plan("  s: []", wide.trim_end_matches(", "));
+        assert!(text.contains("`concat` makes width 2147483648"), "{text}");
+    }
+
+    #[test]
+    fn absurd_sizes_are_faults() {
+        let huge = ZAMBA.replace(
+            "heads: 2, kv_heads: 2, head_dim: 8",
+            "heads: 1073741824, kv_heads: 1, head_dim: 1073741824",
+        );
+        let text = lower(&huge).unwrap_err().to_string();
+        assert!(text.contains("p.yaml:10:7: its weight `q` has [1152921504606846976, 16] elements, more than 1099511627776"), "{text}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The Mamba-1 mixer (Gu and Dao, 2023): projection, causal convolution, selective scan, gate.
 //!
 //! Some families normalise the three inputs of the scan (dt, B, C) by RMS before use, with learned
-//! weights (Jamba) or without.
+//! weights or without.
 
 use strata_kernels::ops::{Activation, Conv1d, RmsNorm, SelectiveScan};
 use strata_kernels::{Result, Tensor};

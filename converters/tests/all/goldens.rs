@@ -14,7 +14,10 @@ fn goldens() -> Vec<PathBuf> {
         let entries = std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path());
         entries.filter(|p| p.is_dir()).collect()
     };
-    folders(&root).iter().flat_map(|f| folders(f)).collect()
+    // Those of tokenizers hold no model.
+    let mut found: Vec<PathBuf> = folders(&root).iter().flat_map(|f| folders(f)).collect();
+    found.retain(|f| f.join("config.json").is_file());
+    found
 }
 
 fn open(files: &ModelFiles) -> (Graph, Mapping) {

@@ -22,7 +22,7 @@ use crate::load::{self, LoadOptions, Model};
 use crate::session::EngineConfig;
 use output::Terminal;
 
-/// Runs hybrid transformer–Mamba models: Jamba and its kin.
+/// Runs hybrid transformer–Mamba models.
 #[derive(Debug, Parser)]
 #[command(name = "strata", version, propagate_version = true, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {

@@ -1,0 +1,111 @@
+//! What is done to each input: the same for the fuzzers and for the test that replays their finds.
+//!
+//! A parser may refuse an input in any words it likes. It may not panic, and what it takes it must be
+//! able to print, read back and lower.
+
+use std::path::Path;
+
+use strata_converters::{Card, Checkpoint, Config, ModelFiles, cards};
+use strata_layers::{Graph, Plan};
+
+/// A plan: what is read prints as a fixed point, and lowers or says why not.
+pub fn plan(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    match Plan::parse(text, "plan.yaml") {
+        Ok(plan) => lowered(&plan),
+        Err(faults) => assert!(!faults.to_string().is_empty()),
+    }
+}
+
+fn lowered(plan: &Plan) {
+    let printed = plan.print();
+    let again = Plan::parse(&printed, "printed.yaml")
+        .unwrap_or_else(|faults| panic!("a printed plan is faulty: {faults}\n{printed}"));
+    assert!(*plan == again, "a printed plan is another\n{printed}");
+    assert_eq!(again.print(), printed);
+    match Graph::lower(plan, "plan.yaml") {
+        Ok(graph) => {
+            graph.print();
+            graph.slot_bytes();
+            graph.page_elements_per_token();
+            let sizes = graph.weights().into_iter();
+            sizes.for_each(|w| assert!(w.spec.elements() < 1 << 62, "{w:?}"));
+        }
+        Err(faults) => assert!(!faults.to_string().is_empty()),
+    }
+}
+
+/// A card: its own small config gives a plan, or faults.
+pub fn card(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let Ok(card) = Card::parse(text, "card.yaml") else {
+        return;
+    };
+    if let Ok(plan) = card.plan(card.tiny(), "tiny") {
+        lowered(&plan);
+        let graph = Graph::lower(&plan, "card.yaml").expect("a card's plan can be lowered");
+        for weight in graph.weights().iter().take(64) {
+            let found = card.tensors().find(&weight.path);
+            for source in found.sources {
+                card.tensors().weight_of(source.tensor());
+                card.tensors().block_of(source.tensor());
+            }
+        }
+    }
+}
+
+/// A config.json: by every card it gives a plan, or faults.
+pub fn config(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let Ok(config) = Config::parse(text, "config.json") else {
+        return;
+    };
+    cards::find(&config).ok();
+    for card in cards::all() {
+        if let Ok(plan) = card.plan(&config, "fuzzed") {
+            lowered(&plan);
+        }
+    }
+}
+
+/// A safetensors file in a folder of its own: what opens has its tensors within the file.
+pub fn safetensors(bytes: &[u8], folder: &Path) {
+    std::fs::write(folder.join("model.safetensors"), bytes).expect("a folder to write to");
+    let files = ModelFiles::open(folder).expect("a folder");
+    let Ok(checkpoint) = Checkpoint::open(&files) else {
+        return;
+    };
+    for (name, info) in checkpoint.tensors() {
+        assert!(info.range.end <= bytes.len(), "{name}: {info:?}");
+        if let Ok(tensor) = checkpoint.tensor(name) {
+            assert_eq!(tensor.shape(), info.shape, "{name}");
+        }
+    }
+}
+
+/// An index of shards in a folder of its own.
+pub fn index(bytes: &[u8], folder: &Path) {
+    std::fs::write(folder.join("model.safetensors.index.json"), bytes)
+        .expect("a folder to write to");
+    let files = ModelFiles::open(folder).expect("a folder");
+    Checkpoint::open(&files).ok();
+}
+
+/// A new folder for one process, in memory where there is such a place.
+pub fn folder(name: &str) -> std::path::PathBuf {
+    let memory = Path::new("/dev/shm");
+    let base = if memory.is_dir() {
+        memory.to_path_buf()
+    } else {
+        std::env::temp_dir()
+    };
+    let folder = base.join(format!("strata-fuzz-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder to write to");
+    folder
+}

@@ -1,0 +1,5 @@
+//! The fuzzers' side of `checks`.
+
+pub mod checks;
+#[cfg(feature = "engine")]
+pub mod state;
