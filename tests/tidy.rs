@@ -17,17 +17,11 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// All files of the project by their paths from its root: those that git knows or would add, else
+/// All files of the project by their paths from its root: those that git knows, else
 /// those of the folder.
 fn files() -> Vec<String> {
     let listed = Command::new("git")
-        .args([
-            "ls-files",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-            "-z",
-        ])
+        .args(["ls-files", "-z"])
         .current_dir(root())
         .output();
     let mut files = match listed {

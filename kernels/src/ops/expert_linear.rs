@@ -78,7 +78,7 @@ impl ExpertLinear<'_> {
     }
 }
 
-/// y[t] = Σⱼ weights[t, j] · x[t·k + j], in order of j.
+/// `y[t] = Σⱼ weights[t, j] · x[t·k + j]`, in order of j.
 pub struct Combine<'a> {
     /// (T·k, D) F32.
     pub x: &'a Tensor,
