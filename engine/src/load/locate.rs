@@ -1,0 +1,207 @@
+//! What a user named, and the plan of it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use strata_converters::mapping::{self, Mapping, Origin};
+use strata_converters::{Card, Checkpoint, Config, ModelFiles, bundled, cards};
+use strata_layers::{Graph, Plan};
+
+use super::{Error, LoadOptions, LoadProgress, Result};
+use crate::hub::{self, HubId};
+
+/// The bundled model that is used when nobody names one.
+const DEFAULT_MODEL: &str = "demo";
+
+/// What a user named.
+pub(super) enum Located {
+    /// The files of a model.
+    Files(ModelFiles),
+    /// A config.json alone.
+    Config(PathBuf),
+    /// A plan alone.
+    Plan(PathBuf),
+}
+
+/// A plan and where it is from.
+pub struct Planned {
+    /// The plan.
+    pub plan: Plan,
+    /// What it lowers to.
+    pub graph: Graph,
+    pub(super) label: String,
+    origin: Origin,
+    card: Option<CardOf>,
+    pub(super) config: Option<Config>,
+}
+
+/// A card that lives in the binary, or one of the user's.
+enum CardOf {
+    BuiltIn(&'static Card),
+    Own(Box<Card>),
+}
+
+impl CardOf {
+    fn card(&self) -> &Card {
+        match self {
+            CardOf::BuiltIn(card) => card,
+            CardOf::Own(card) => card,
+        }
+    }
+}
+
+/// Finds the model, downloading it if it is a Hub id.
+pub(super) fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Located> {
+    let name = options.model.as_deref().unwrap_or(DEFAULT_MODEL);
+    let path = Path::new(name);
+    if path.is_dir() {
+        return Ok(Located::Files(ModelFiles::open(path)?));
+    }
+    if path.is_file() {
+        let ending = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .unwrap_or_default();
+        return match ending {
+            "json" => Ok(Located::Config(path.into())),
+            "yaml" | "yml" => Ok(Located::Plan(path.into())),
+            "safetensors" => Err(Error::Input(format!(
+                "{name}: give the folder that holds it, with its config.json"
+            ))),
+            "gguf" | "bin" | "pt" | "pth" => Err(Error::Input(format!(
+                "{name}: files of this kind are not read; give a folder with config.json and *.safetensors"
+            ))),
+            _ => Err(Error::Input(format!(
+                "{name}: a model is a folder with config.json and *.safetensors, a config.json, or a plan (.yaml)"
+            ))),
+        };
+    }
+    if let Some(files) = bundled::find(name) {
+        return Ok(Located::Files(files));
+    }
+    if let (Ok(_), Some(hub)) = (HubId::parse(name), &options.hub) {
+        let folder = hub::fetch_model(name, hub, progress.download())?;
+        return Ok(Located::Files(ModelFiles::open(&folder)?));
+    }
+    let bundled = strata_layers::param::list_of(bundled::names());
+    Err(Error::Input(format!(
+        "{name}: there is no such folder or file; bundled models are {bundled}, and Hub ids have the form owner/name or owner/name@revision"
+    )))
+}
+
+fn read(path: &Path) -> Result<String> {
+    let io = |source| Error::Io {
+        path: path.into(),
+        source,
+    };
+    let bytes = std::fs::read(path).map_err(io)?;
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Error::Input(format!("{}: byte {at} is not UTF-8", path.display()))
+    })
+}
+
+/// The plan of what was located.
+pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planned> {
+    let config = match located {
+        Located::Files(files) if files.exists("config.json") => Some(Config::open(files)?),
+        Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
+        Located::Files(_) | Located::Plan(_) => None,
+    };
+    let card = match (&options.card, &config) {
+        (Some(path), _) => {
+            let card = Card::parse(&read(path)?, &path.display().to_string())?;
+            Some(CardOf::Own(Box::new(card)))
+        }
+        // With a plan of one's own a model may do without a family: its tensors then have our names.
+        (None, Some(config)) if options.plan.is_some() => {
+            cards::find(config).ok().map(CardOf::BuiltIn)
+        }
+        (None, Some(config)) => Some(CardOf::BuiltIn(cards::find(config)?)),
+        (None, None) => None,
+    };
+    let own = match located {
+        Located::Plan(path) => Some(options.plan.as_ref().unwrap_or(path)),
+        _ => options.plan.as_ref(),
+    };
+    let (plan, label, origin) = match (own, &card, &config) {
+        (Some(path), _, _) => {
+            let label = path.display().to_string();
+            (Plan::parse(&read(path)?, &label)?, label, Origin::Edited)
+        }
+        (None, Some(card), Some(config)) => {
+            let name = match located {
+                Located::Files(files) => short_name(files.name()),
+                Located::Config(path) => {
+                    short_name(&path.parent().unwrap_or(path).display().to_string())
+                }
+                Located::Plan(_) => unreachable!("a plan was found above"),
+            };
+            let plan = card.card().plan(config, &name)?;
+            (plan, card.card().file().to_string(), Origin::Card)
+        }
+        (None, _, _) => {
+            let name = match located {
+                Located::Files(files) => files.name().to_string(),
+                Located::Config(path) | Located::Plan(path) => path.display().to_string(),
+            };
+            return Err(Error::Input(format!(
+                "{name}: there is no config.json; a model's folder has one beside its *.safetensors, and --plan gives what it would say"
+            )));
+        }
+    };
+    let graph = Graph::lower(&plan, &label)?;
+    Ok(Planned {
+        plan,
+        graph,
+        label,
+        origin,
+        card,
+        config,
+    })
+}
+
+/// `models--owner--name/snapshots/<commit>` of a cache is `owner/name`; a folder is its last part.
+fn short_name(folder: &str) -> String {
+    let parts: Vec<&str> = folder
+        .split(['/', '\\'])
+        .filter(|p| !p.is_empty() && *p != ".")
+        .collect();
+    if let Some(repo) = parts.iter().rev().find_map(|p| p.strip_prefix("models--")) {
+        return repo.replacen("--", "/", 1);
+    }
+    parts.last().map_or("model".into(), |p| p.to_string())
+}
+
+/// Opens the checkpoint and finds every weight of the plan in it.
+pub(super) fn mapped(planned: &mut Planned, files: &ModelFiles) -> Result<Mapping> {
+    let checkpoint = Arc::new(Checkpoint::open(files)?);
+    let card = planned.card.as_ref().map(CardOf::card);
+    let mut notes = Vec::new();
+    if planned.origin == Origin::Card
+        && let Some(note) = mapping::untie(card, &mut planned.plan, &checkpoint)
+    {
+        planned.graph = Graph::lower(&planned.plan, &planned.label)?;
+        notes.push(note);
+    }
+    let weights = planned.graph.weights();
+    let mut mapping = Mapping::resolve(card, &weights, checkpoint, planned.origin)?;
+    mapping.add_notes(notes);
+    Ok(mapping)
+}
+
+/// The plan of a model, without its weights.
+pub fn plan(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Planned> {
+    let located = locate(options, progress)?;
+    let mut planned = planned(options, &located)?;
+    // The checkpoint may say that the output matrix is no copy of the embedding.
+    if let (Located::Files(files), None) = (&located, options.random)
+        && planned.origin == Origin::Card
+        && let Ok(checkpoint) = Checkpoint::open(files)
+    {
+        let card = planned.card.as_ref().map(CardOf::card);
+        mapping::untie(card, &mut planned.plan, &checkpoint);
+        planned.graph = Graph::lower(&planned.plan, &planned.label)?;
+    }
+    Ok(planned)
+}

@@ -1,0 +1,269 @@
+//! From what a user named to a model that runs: the only user of the converters.
+
+mod inspect;
+mod locate;
+mod model;
+mod stored;
+mod text_files;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use strata_kernels::cpu::{Cpu, CpuOptions};
+use strata_kernels::reference::Reference;
+use strata_kernels::{Backend, DType};
+use strata_layers::graph::GraphWeight;
+use strata_layers::{Faults, Graph, Role};
+
+use crate::footprint::bytes_per_row;
+use crate::generation_config::{self, GenerationConfig};
+use crate::hub::{self, HubOptions};
+use crate::random_weights::RandomWeights;
+use crate::runner::Network;
+use crate::text;
+
+pub use inspect::{Inspected, Row, inspect};
+pub use locate::{Planned, plan};
+pub use model::{Limits, Model};
+
+use locate::{Located, locate, mapped, planned};
+use model::Weights;
+use stored::{SCANNED_BYTES, Stored, declared_dtype, main_dtype, non_finite};
+use text_files::text_of;
+
+/// What to load, and how.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// Folder, Hub id, bundled name, config.json or plan; none is the demonstration model.
+    pub model: Option<String>,
+    /// A plan to run instead of the card's.
+    pub plan: Option<PathBuf>,
+    /// A card to use instead of the built-in ones.
+    pub card: Option<PathBuf>,
+    /// Weights drawn by this seed instead of a checkpoint's.
+    pub random: Option<u64>,
+    /// `cpu` or `reference`.
+    pub device: String,
+    /// Compute type; none is the checkpoint's.
+    pub dtype: Option<DType>,
+    /// Threads; none is as many as the process may use.
+    pub threads: Option<usize>,
+    /// Where the Hub is; none knows no Hub ids.
+    pub hub: Option<HubOptions>,
+}
+
+/// Why a model cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum Error {
+    #[error(transparent)]
+    Converters(#[from] strata_converters::Error),
+    #[error(transparent)]
+    Faults(#[from] Faults),
+    #[error(transparent)]
+    Kernel(#[from] strata_kernels::Error),
+    #[error(transparent)]
+    Hub(#[from] hub::Error),
+    #[error(transparent)]
+    Text(#[from] text::Error),
+    #[error(transparent)]
+    Generation(#[from] generation_config::Error),
+    #[error("{path}: {source}")]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{0}")]
+    Input(String),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// Told how loading goes on.
+pub trait LoadProgress {
+    /// `what` begins, over so many bytes.
+    fn start(&mut self, what: &str, bytes: u64);
+    /// So many more are done.
+    fn advance(&mut self, bytes: u64);
+    /// It is done.
+    fn finish(&mut self);
+    /// Told how a download goes on.
+    fn download(&mut self) -> &mut dyn hub::Progress;
+}
+
+/// Tells nobody.
+pub struct Silent(hub::Silent);
+
+impl Default for Silent {
+    fn default() -> Self {
+        Silent(hub::Silent)
+    }
+}
+
+impl LoadProgress for Silent {
+    fn start(&mut self, _what: &str, _bytes: u64) {}
+    fn advance(&mut self, _bytes: u64) {}
+    fn finish(&mut self) {}
+    fn download(&mut self) -> &mut dyn hub::Progress {
+        &mut self.0
+    }
+}
+
+/// A backend, and the CPU behind it where there is one.
+pub type Device = (Arc<dyn Backend>, Option<Arc<Cpu>>);
+
+/// The backend of a device.
+pub fn backend(device: &str, threads: Option<usize>) -> Result<Device> {
+    let available = || std::thread::available_parallelism().map_or(1, usize::from);
+    match device {
+        "cpu" => {
+            let threads = threads.unwrap_or_else(available);
+            let cpu = Arc::new(Cpu::new(CpuOptions {
+                threads,
+                ..CpuOptions::default()
+            }));
+            Ok((cpu.clone(), Some(cpu)))
+        }
+        "reference" => Ok((Arc::new(Reference), None)),
+        other if other.starts_with("cuda") => Err(Error::Input(format!(
+            "--device {other}: this build has no CUDA backend; use --device cpu"
+        ))),
+        other => Err(Error::Input(format!(
+            "--device {other}: devices are cpu and reference"
+        ))),
+    }
+}
+
+/// Loads a model.
+pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Model> {
+    let (backend, cpu) = backend(&options.device, options.threads)?;
+    let located = locate(options, progress)?;
+    let mut planned = planned(options, &located)?;
+    let mut notes = Vec::new();
+
+    let (source, stored) = match (options.random, &located) {
+        (Some(seed), _) => {
+            let declared = planned.config.as_ref().and_then(declared_dtype);
+            (Weights::Random(seed), declared.unwrap_or(DType::F32))
+        }
+        (None, Located::Files(files)) => {
+            let mapping = mapped(&mut planned, files)?;
+            notes.extend(mapping.notes().iter().cloned());
+            let stored = main_dtype(&mapping);
+            (Weights::Checkpoint(mapping), stored)
+        }
+        (None, Located::Config(path) | Located::Plan(path)) => {
+            return Err(Error::Input(format!(
+                "{}: it has no weights; --random SEED draws some",
+                path.display()
+            )));
+        }
+    };
+    let dtype = options.dtype.unwrap_or(stored);
+    let activations = if dtype == DType::BF16 {
+        DType::BF16
+    } else {
+        DType::F32
+    };
+
+    let weights = planned.graph.weights();
+    let bytes_per_row = bytes_per_row(Graph::lower(&planned.plan, &planned.label)?)?;
+    let network = match &source {
+        Weights::Random(seed) => {
+            fits_memory(random_bytes(&weights, dtype))?;
+            let drawn = RandomWeights::new(*seed, planned.plan.init_std, dtype, backend.clone());
+            Network::build(planned.graph, &drawn, backend, activations)?
+        }
+        Weights::Checkpoint(mapping) => {
+            notes.extend(non_finite(mapping, SCANNED_BYTES));
+            let total = mapping.rows().iter().map(|r| r.bytes as u64).sum();
+            progress.start("loading", total);
+            // Widening is exact, so `f32` computes from the stored form.
+            let convert = options.dtype.filter(|d| *d != DType::F32);
+            let source = Stored::new(mapping, convert, backend.clone(), progress);
+            let network = Network::build(planned.graph, &source, backend, activations)?;
+            source.finish();
+            network
+        }
+    };
+    let weights_bytes = match &source {
+        Weights::Random(_) => random_bytes(&weights, dtype),
+        Weights::Checkpoint(mapping) => {
+            // One pass: the rows stand in the order of the weights.
+            let each = weights.iter().zip(mapping.rows());
+            each.map(|(w, row)| {
+                let size = match (w.spec.role, options.dtype) {
+                    (Role::Vector, _) => 4,
+                    (_, Some(d)) if d != DType::F32 => d.size(),
+                    _ => row.dtype.size(),
+                };
+                (w.spec.elements() * size) as u64
+            })
+            .sum()
+        }
+    };
+
+    let (tokenizer, generation) = match &located {
+        Located::Files(files) => text_of(files)?,
+        Located::Config(_) | Located::Plan(_) => (None, GenerationConfig::default()),
+    };
+    let template = tokenizer
+        .as_ref()
+        .and_then(|t| t.chat_template(None, false))
+        .map(ToString::to_string);
+    Ok(Model {
+        name: planned.plan.name.clone(),
+        plan: planned.plan,
+        network: Arc::new(network),
+        tokenizer,
+        generation,
+        kv_dtype: dtype,
+        weights_bytes,
+        bytes_per_row,
+        threads: cpu.as_ref().map_or(1, |c| c.threads()),
+        features: cpu.as_ref().map_or("plain loops", |c| c.features()),
+        cpu,
+        notes,
+        template,
+        weights: source,
+    })
+}
+
+/// Bytes of weights that are drawn.
+fn random_bytes(weights: &[GraphWeight], dtype: DType) -> u64 {
+    let size = |w: &GraphWeight| match w.spec.role {
+        Role::Vector => 4,
+        Role::Matrix | Role::Table => dtype.size(),
+    };
+    let each = weights.iter().map(|w| (w.spec.elements() * size(w)) as u64);
+    each.sum()
+}
+
+/// Drawing more than the machine can hold would end in the middle, or take the machine down.
+fn fits_memory(bytes: u64) -> Result<()> {
+    let has = memory_bytes();
+    if bytes <= has {
+        return Ok(());
+    }
+    let gb = |bytes: u64| bytes as f64 / 1e9;
+    Err(Error::Input(format!(
+        "the weights need {:.1} GB and this process may have {:.1} GB of memory; take a smaller model or a smaller --dtype",
+        gb(bytes),
+        gb(has)
+    )))
+}
+
+/// Bytes of memory that this process may have at most.
+fn memory_bytes() -> u64 {
+    #[cfg(target_os = "linux")]
+    {
+        let system = rustix::system::sysinfo();
+        // Their types differ between machines.
+        #[allow(clippy::unnecessary_cast)]
+        let total = (system.totalram as u64).saturating_mul(u64::from(system.mem_unit));
+        let limit = rustix::process::getrlimit(rustix::process::Resource::As).current;
+        total.min(limit.unwrap_or(u64::MAX))
+    }
+    #[cfg(not(target_os = "linux"))]
+    u64::MAX
+}

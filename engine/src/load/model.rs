@@ -1,0 +1,241 @@
+//! A model that is ready to run.
+
+use std::sync::Arc;
+
+use strata_converters::mapping::Mapping;
+use strata_kernels::DType;
+use strata_kernels::cpu::{self, Cpu};
+use strata_layers::graph::Run;
+use strata_layers::{Plan, Role, WeightSpec};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use super::stored::non_finite;
+use super::{Error, Result};
+use crate::generation;
+use crate::generation_config::GenerationConfig;
+use crate::runner::Network;
+use crate::sampler::SampleError;
+use crate::session;
+use crate::state_file::Fingerprint;
+use crate::text::{Chat, ChatTemplate, Tokenizer};
+
+/// A model that is ready to run.
+pub struct Model {
+    /// Its name.
+    pub name: String,
+    /// Its plan.
+    pub plan: Plan,
+    /// Its graph and weights.
+    pub network: Arc<Network>,
+    /// Its tokenizer, if it has one.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// How it asks to be sampled.
+    pub generation: GenerationConfig,
+    /// Type of keys and values.
+    pub kv_dtype: DType,
+    /// Bytes of all weights in the form they run in.
+    pub weights_bytes: u64,
+    /// Bytes of activations that each row of a step takes.
+    pub bytes_per_row: usize,
+    /// Threads that compute.
+    pub threads: usize,
+    /// What is worth knowing.
+    pub notes: Vec<String>,
+    /// Fast paths in use.
+    pub features: &'static str,
+    pub(super) cpu: Option<Arc<Cpu>>,
+    pub(super) template: Option<String>,
+    pub(super) weights: Weights,
+}
+
+/// Where weights come from.
+pub(super) enum Weights {
+    Random(u64),
+    Checkpoint(Mapping),
+}
+
+/// What a machine can do at most.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Limits {
+    /// Bytes read from memory a second.
+    pub bytes_per_second: f64,
+    /// Operations a second of the kind that this model's products are.
+    pub flops_per_second: f64,
+}
+
+impl Model {
+    /// The tokenizer, or what to do without one.
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            Error::Input(format!(
+                "{} has no tokenizer.json; give --token-ids, or put the tokenizer's files beside its config.json",
+                self.name
+            ))
+        })
+    }
+
+    /// Tokens that end a sequence.
+    pub fn eos(&self) -> Vec<u32> {
+        if !self.generation.eos_token_ids.is_empty() {
+            return self.generation.eos_token_ids.clone();
+        }
+        self.tokenizer
+            .as_ref()
+            .and_then(|t| t.eos_id())
+            .into_iter()
+            .collect()
+    }
+
+    /// Messages under the model's chat template.
+    pub fn render_chat(
+        &self,
+        messages: &[serde_json::Value],
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let source = self.template.as_ref().ok_or_else(|| {
+            Error::Input(format!(
+                "{} has no chat template; use `strata generate` with the whole text",
+                self.name
+            ))
+        })?;
+        let special_tokens = self.tokenizer.as_ref().map(|t| t.special_tokens());
+        let chat = Chat {
+            messages,
+            add_generation_prompt,
+            special_tokens,
+            ..Chat::default()
+        };
+        Ok(ChatTemplate::new(source)?.render(&chat)?)
+    }
+
+    /// One line about the model.
+    pub fn summary(&self) -> String {
+        let parameters: u64 = self
+            .network
+            .graph
+            .weights()
+            .iter()
+            .map(|w| w.spec.elements() as u64)
+            .sum();
+        format!(
+            "{}: {:.2} million parameters, {:.1} MB of weights, {}, {} thread{} ({})",
+            self.name,
+            parameters as f64 / 1e6,
+            self.weights_bytes as f64 / 1e6,
+            self.dtype_word(),
+            self.threads,
+            if self.threads == 1 { "" } else { "s" },
+            self.features,
+        )
+    }
+
+    /// The compute type, as `--dtype` has it.
+    pub fn dtype_word(&self) -> &'static str {
+        match self.kv_dtype {
+            DType::F32 => "f32",
+            DType::BF16 => "bf16",
+            DType::F16 => "f16",
+            DType::I32 => "i32",
+        }
+    }
+
+    /// Hashes of the plan, less its name, and of all weights. Reads every weight.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        let plan = Plan {
+            name: String::new(),
+            ..self.plan.clone()
+        };
+        let mut hash = Xxh3::new();
+        match &self.weights {
+            Weights::Random(seed) => {
+                hash.update(format!("random {seed} {}", self.dtype_word()).as_bytes());
+            }
+            Weights::Checkpoint(mapping) => {
+                for row in mapping.rows() {
+                    let host = mapping.load(&row.path)?;
+                    hash.update(format!("{} {} {:?}", row.path, row.dtype, row.shape).as_bytes());
+                    hash.update(host.bytes());
+                }
+            }
+        }
+        Ok(Fingerprint {
+            plan: format!("{:032x}", xxh3_128(plan.print().as_bytes())),
+            weights: format!("{:032x}", hash.digest128()),
+        })
+    }
+
+    /// Adds to an error what can be found out about its cause.
+    pub fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        // Transparent errors hide what they wrap from the chain.
+        let engine = match error.downcast_ref() {
+            Some(generation::Error::Engine(engine)) => Some(engine),
+            _ => error.downcast_ref::<session::Error>(),
+        };
+        let nan = matches!(
+            engine,
+            Some(session::Error::Sample(SampleError::Nan { .. }))
+        );
+        let Weights::Checkpoint(mapping) = &self.weights else {
+            return error;
+        };
+        let found = if nan {
+            non_finite(mapping, usize::MAX)
+        } else {
+            Vec::new()
+        };
+        if found.is_empty() {
+            error
+        } else {
+            anyhow::anyhow!("{error}\n{}", found.join("\n"))
+        }
+    }
+
+    /// What the machine can do at most, measured now.
+    pub fn limits(&self) -> Limits {
+        let Some(cpu) = &self.cpu else {
+            return Limits::default();
+        };
+        let measured = cpu::measure(cpu);
+        Limits {
+            bytes_per_second: measured.read_bytes_per_second,
+            flops_per_second: match self.network.activations {
+                DType::BF16 => measured.bf16_flops_per_second,
+                _ => measured.f32_flops_per_second,
+            },
+        }
+    }
+
+    /// Elements of the matrices that one token is multiplied with: `[within the blocks, output]`.
+    fn multiplied(&self) -> [f64; 2] {
+        let graph = &self.network.graph;
+        let mut inside = 0.0;
+        for node in &graph.nodes {
+            if let Run::Layer { spec, .. } = &node.run {
+                let wanted = spec.weights(graph.widths[node.inputs[0]]);
+                let matrices = wanted.iter().filter(|w| w.role == Role::Matrix);
+                let share = |w: &WeightSpec| w.elements() as f64 * spec.share_used(w);
+                inside += matrices.map(share).sum::<f64>();
+            }
+        }
+        [inside, (graph.vocab * graph.d_model) as f64]
+    }
+
+    /// Bytes of the matrices that decoding one token reads.
+    pub fn decode_bytes(&self) -> u64 {
+        let elements: f64 = self.multiplied().iter().sum();
+        let all: f64 = self
+            .network
+            .graph
+            .weights()
+            .iter()
+            .filter(|w| w.spec.role != Role::Vector)
+            .map(|w| w.spec.elements() as f64)
+            .sum();
+        (self.weights_bytes as f64 * elements / all) as u64
+    }
+
+    /// Floating-point operations of the matrix products that a prompt token goes through.
+    pub fn flops_per_token(&self) -> f64 {
+        2.0 * self.multiplied()[0]
+    }
+}

@@ -1,0 +1,142 @@
+//! A checkpoint's weights on a device.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use strata_converters::mapping::{self, Mapping};
+use strata_converters::{Config, transforms};
+use strata_kernels::{Backend, DType, HostTensor, Matrix};
+use strata_layers::{WeightSource, WeightSpec};
+
+use super::LoadProgress;
+
+/// The element type that a config.json names.
+pub(super) fn declared_dtype(config: &Config) -> Option<DType> {
+    let word = ["dtype", "torch_dtype"]
+        .iter()
+        .flat_map(|key| config.texts(key))
+        .next()?;
+    match word {
+        "bfloat16" => Some(DType::BF16),
+        "float16" => Some(DType::F16),
+        _ => Some(DType::F32),
+    }
+}
+
+/// The element type that most bytes of a checkpoint's matrices have.
+pub(super) fn main_dtype(mapping: &Mapping) -> DType {
+    let mut bytes: HashMap<DType, usize> = HashMap::new();
+    for row in mapping.rows().iter().filter(|r| r.shape.len() == 2) {
+        *bytes.entry(row.dtype).or_default() += row.bytes;
+    }
+    let most = bytes
+        .into_iter()
+        .max_by_key(|(dtype, bytes)| (*bytes, *dtype));
+    most.map_or(DType::F32, |(dtype, _)| dtype)
+}
+
+/// Checkpoints up to this size are scanned whole for numbers that are none; of larger ones, the small
+/// weights are. It takes a few hundredths of a second.
+pub(super) const SCANNED_BYTES: usize = 256 << 20;
+
+/// A warning for each weight with numbers that are none.
+pub(super) fn non_finite(mapping: &Mapping, up_to: usize) -> Vec<String> {
+    let total: usize = mapping.rows().iter().map(|r| r.bytes).sum();
+    let rows = mapping
+        .rows()
+        .iter()
+        .filter(|r| total <= up_to || r.shape.len() < 2);
+    let warning = |row: &mapping::Row| {
+        let count = transforms::non_finite(&mapping.load(&row.path).ok()?);
+        let elements: usize = row.shape.iter().product();
+        (count > 0).then(|| {
+            format!(
+                "warning: {count} of the {elements} elements of {} ({}) are not finite: the checkpoint is damaged, or its training failed",
+                row.path, row.source
+            )
+        })
+    };
+    rows.filter_map(warning).collect()
+}
+
+/// A checkpoint's weights on a device.
+pub(super) struct Stored<'a> {
+    mapping: &'a Mapping,
+    convert: Option<DType>,
+    backend: Arc<dyn Backend>,
+    ready: RefCell<HashMap<String, Matrix>>,
+    progress: RefCell<&'a mut dyn LoadProgress>,
+}
+
+impl<'a> Stored<'a> {
+    /// Matrices are converted to `convert`, if there is one; else they run as they are stored.
+    pub(super) fn new(
+        mapping: &'a Mapping,
+        convert: Option<DType>,
+        backend: Arc<dyn Backend>,
+        progress: &'a mut dyn LoadProgress,
+    ) -> Self {
+        let (ready, progress) = (RefCell::default(), RefCell::new(progress));
+        Stored {
+            mapping,
+            convert,
+            backend,
+            ready,
+            progress,
+        }
+    }
+
+    /// Everything that was wanted is loaded.
+    pub(super) fn finish(&self) {
+        self.progress.borrow_mut().finish();
+    }
+
+    fn host(&self, path: &str) -> strata_kernels::Result<HostTensor> {
+        let host = self
+            .mapping
+            .load(path)
+            .map_err(|error| strata_kernels::Error::Value {
+                op: "load",
+                why: error.to_string(),
+            })?;
+        self.progress
+            .borrow_mut()
+            .advance(host.bytes().len() as u64);
+        Ok(host)
+    }
+}
+
+impl WeightSource for Stored<'_> {
+    fn matrix(&self, path: &str, spec: &WeightSpec) -> strata_kernels::Result<Matrix> {
+        if let Some(ready) = self.ready.borrow().get(path) {
+            return Ok(ready.clone());
+        }
+        let host = self.host(path)?;
+        let [rows, cols] = spec.shape[..] else {
+            panic!("{path}: a matrix has two dimensions, not {:?}", spec.shape);
+        };
+        let data = match self.convert {
+            Some(dtype) if dtype != host.dtype() => {
+                let data = self.backend.alloc(dtype, rows, cols)?;
+                // By rows, so that no f32 copy of a large matrix is made.
+                const ROWS: usize = 64;
+                for first in (0..rows).step_by(ROWS) {
+                    let range = first..(first + ROWS).min(rows);
+                    let part = host.reshape(&[rows, cols])?.slice(range.clone())?;
+                    self.backend
+                        .write(&part.to_f32(), &mut data.row_range(range))?;
+                }
+                data
+            }
+            _ => self.backend.upload(&host, rows, cols)?,
+        };
+        let matrix = Matrix::dense(data);
+        self.ready.borrow_mut().insert(path.into(), matrix.clone());
+        Ok(matrix)
+    }
+
+    fn vector(&self, path: &str, _spec: &WeightSpec) -> strata_kernels::Result<Vec<f32>> {
+        Ok(self.host(path)?.to_f32())
+    }
+}

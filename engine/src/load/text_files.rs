@@ -1,0 +1,72 @@
+//! A model's text files: its tokenizer, and how it asks to be sampled.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use strata_converters::ModelFiles;
+
+use super::{Error, Result};
+use crate::generation_config::GenerationConfig;
+use crate::text::{self, Bytes, TextFiles, Tokenizer};
+
+/// The files of a model, as those who read text see them.
+struct Files<'a>(&'a ModelFiles);
+
+impl TextFiles for Files<'_> {
+    fn read(&self, name: &str) -> std::result::Result<Option<String>, text::Error> {
+        self.0.text(name).map_err(|error| text::Error::File {
+            path: self.path(name),
+            found: error.to_string(),
+            expected: "UTF-8 text".into(),
+            help: "Fetch the file again.".into(),
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.label(name).into()
+    }
+
+    fn list(&self, folder: &str) -> Vec<String> {
+        self.0
+            .folder()
+            .map(|f| TextFiles::list(f, folder))
+            .unwrap_or_default()
+    }
+}
+
+/// The tokenizer, if the files have one, and how the model asks to be sampled.
+pub(super) fn text_of(files: &ModelFiles) -> Result<(Option<Arc<Tokenizer>>, GenerationConfig)> {
+    let files = Files(files);
+    let generation = GenerationConfig::open(&files)?;
+    let bytes = byte_offset(&files)?.map(|offset| Bytes {
+        offset,
+        bos: None,
+        eos: generation.eos_token_ids.first().copied(),
+        pad: generation.pad_token_id,
+    });
+    let tokenizer = match bytes {
+        None if !files.0.exists("tokenizer.json") => None,
+        bytes => Some(Arc::new(Tokenizer::open(&files, bytes)?)),
+    };
+    Ok((tokenizer, generation))
+}
+
+/// The `byte_offset` of tokenizer_config.json: the id of byte 0 in a model that reads bytes.
+fn byte_offset(files: &Files<'_>) -> Result<Option<u32>> {
+    let name = "tokenizer_config.json";
+    let config = text::read_object(files, name)?.unwrap_or_default();
+    let Some(offset) = config.get("byte_offset") else {
+        return Ok(None);
+    };
+    let narrow = offset
+        .as_u64()
+        .and_then(|o| u32::try_from(o).ok())
+        .filter(|o| *o < 1 << 16);
+    narrow.map(Some).ok_or_else(|| {
+        let path = files.path(name);
+        Error::Input(format!(
+            "{}: byte_offset is {offset}, expected 0 to 65535",
+            path.display()
+        ))
+    })
+}
