@@ -1200,6 +1200,8 @@ fn attention_follows_the_reference_and_no_cut_changes_a_bit() {
             Some((20, true)),
         ),
         (vec![1100, 40], (8, 1), 16, None, [F32, F32], None),
+        // Some rows of a tile see nothing of the first 512 positions.
+        (vec![700, 9], (4, 2), 8, Some(150), [F32, F32], None),
         (vec![620, 7], (3, 3), 17, Some(530), [BF16, F16], None),
     ];
     for (lengths, heads, dim, window, pages, rope) in cases {
