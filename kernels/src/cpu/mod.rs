@@ -1,6 +1,6 @@
 //! The fast CPU backend.
 //!
-//! Every kernel is written once over [`simd::Simd`] and runs on the widest instruction set that the
+//! Every kernel is written once over `simd::Simd` and runs on the widest instruction set that the
 //! machine has. What a row of a batch comes out as depends on that row alone, to the bit: not on the
 //! rows beside it, on how its sequence is cut into chunks, on page numbers or on the number of
 //! threads. Instruction sets may differ from each other.
