@@ -322,63 +322,70 @@ where
         // Columns that are not there repeat the last one; what comes out of them is dropped.
         let w: [*const P::W; COLUMNS] =
             std::array::from_fn(|c| dot.w.row((n + c).min(columns.end - 1)).as_ptr());
-        let mut first = 0;
-        while first < dot.rows {
-            let r = (dot.rows - first).min(S::ROWS);
-            // SAFETY: rows of x and of the weight have `k` elements.
-            unsafe {
-                match r {
-                    1 => stream_tile::<S, P, 1>(s, &dot, first, w, columns.clone(), k),
-                    2 => stream_tile::<S, P, 2>(s, &dot, first, w, columns.clone(), k),
-                    3 => stream_tile::<S, P, 3>(s, &dot, first, w, columns.clone(), k),
-                    _ => stream_tile::<S, P, 4>(s, &dot, first, w, columns.clone(), k),
+        let mut sums = [[0.0f32; COLUMNS]; STREAMED_ROWS];
+        for block in blocks::<S, P>(k) {
+            let mut first = 0;
+            while first < dot.rows {
+                let r = (dot.rows - first).min(S::ROWS);
+                let (block, sums) = (block.clone(), &mut sums[first..]);
+                // SAFETY: rows of x and of the weight have the elements of the block.
+                unsafe {
+                    match r {
+                        1 => stream_tile::<S, P, 1>(s, &dot, first, w, block, sums),
+                        2 => stream_tile::<S, P, 2>(s, &dot, first, w, block, sums),
+                        3 => stream_tile::<S, P, 3>(s, &dot, first, w, block, sums),
+                        _ => stream_tile::<S, P, 4>(s, &dot, first, w, block, sums),
+                    }
                 }
+                first += r;
             }
-            first += r;
+        }
+        for (r, sums) in sums.iter().enumerate().take(dot.rows) {
+            // SAFETY: these columns of the row belong to this kernel, one slice at a time.
+            let y = unsafe { dot.y.columns(dot.place.at(r).1, columns.clone()) };
+            for (c, y) in y.iter_mut().enumerate() {
+                *y = match dot.bias {
+                    Some(bias) => sums[c] + bias.row(0)[columns.start + c],
+                    None => sums[c],
+                };
+            }
         }
     }
 }
 
+/// Adds the products of a block to `sums`.
+///
 /// # Safety
-/// Rows `first..first + R` exist, and rows of x and w have `k` elements.
+/// Rows `first..first + R` exist, and rows of x and w have the elements of the block.
 #[inline(always)]
 unsafe fn stream_tile<S: Simd, P: Product<S>, const R: usize>(
     s: S,
     dot: &Dot<'_, P::X, P::W>,
     first: usize,
     w: [*const P::W; COLUMNS],
-    columns: Range<usize>,
-    k: usize,
-) {
-    let places: [(usize, usize); R] = std::array::from_fn(|r| dot.place.at(first + r));
-    let mut sums = [[0.0f32; COLUMNS]; R];
-    for block in blocks::<S, P>(k) {
-        // SAFETY: the block lies within the `k` elements that the caller promises.
-        let part = unsafe {
-            let x = places.map(|(x, _)| dot.x.pointer.add(x * dot.x.pitch + block.start));
-            let w = w.map(|w| w.add(block.start));
-            // The same place in the next tile: the machine's own prefetching stops where a row ends.
-            let ahead = if first == 0 { COLUMNS * k } else { 0 };
-            tile::<S, P, R>(s, x, w, (P::STEP, ahead), block.len())
-        };
-        for r in 0..R {
-            for c in 0..COLUMNS {
-                sums[r][c] = if block.start == 0 {
-                    part[r][c]
-                } else {
-                    sums[r][c] + part[r][c]
-                };
-            }
+    block: Range<usize>,
+    sums: &mut [[f32; COLUMNS]],
+) where
+    P::W: crate::tensor::Element,
+{
+    // SAFETY: the caller's promise.
+    let part = unsafe {
+        let mut x = [dot.x.pointer; R];
+        for (r, x) in x.iter_mut().enumerate() {
+            *x = x.add(dot.place.at(first + r).0 * dot.x.pitch + block.start);
         }
-    }
-    for r in 0..R {
-        // SAFETY: these columns of the row belong to this kernel, one slice at a time.
-        let y = unsafe { dot.y.columns(places[r].1, columns.clone()) };
-        for (c, y) in y.iter_mut().enumerate() {
-            *y = match dot.bias {
-                Some(bias) => sums[r][c] + bias.row(0)[columns.start + c],
-                None => sums[r][c],
-            };
+        let w = w.map(|w| w.add(block.start));
+        // The same place in the next tile: the machine's own prefetching stops where a row ends.
+        let ahead = if first == 0 {
+            COLUMNS * dot.w.cols()
+        } else {
+            0
+        };
+        tile::<S, P, R>(s, x, w, (P::STEP, ahead), block.len())
+    };
+    for (sums, part) in sums.iter_mut().zip(part) {
+        for (sum, part) in sums.iter_mut().zip(part) {
+            *sum = if block.start == 0 { part } else { *sum + part };
         }
     }
 }
