@@ -174,6 +174,7 @@ impl Layer for Ready {
                     head_dim,
                     frequencies,
                     interleaved,
+                    scale: 1.0,
                     ragged,
                 })?;
             }
@@ -194,8 +195,10 @@ impl Layer for Ready {
             heads,
             kv_heads,
             head_dim,
+            v_head_dim: head_dim,
             scale: self.scale,
             window,
+            keep_first: 0,
             ragged,
             y: &mut seen,
         })?;

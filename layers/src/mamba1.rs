@@ -182,6 +182,7 @@ impl Ready {
             x: &x,
             weight,
             eps,
+            groups: 1,
             y: &mut y,
         })?;
         Ok(y)
@@ -227,6 +228,7 @@ impl Layer for Ready {
             a: &self.a,
             b: &b,
             c: &c,
+            groups: 1,
             d: &self.d,
             z: Some(&z),
             ssm_state: &mut ssm_state,
