@@ -220,6 +220,58 @@ VARIANTS = {
         torch.float16, seed=403, sequences=2, tokens=45, shard_size="50KB",
         wrong_keys=({"time_step_limit": (0.0, math.inf)},),
     ),
+    "granite-moe-hybrid/dense-nope": Variant(
+        GraniteMoeHybridConfig(
+            vocab_size=125, hidden_size=40, num_hidden_layers=5, num_attention_heads=5, num_key_value_heads=1,
+            layer_types=["mamba", "mamba", "attention", "mamba", "attention"], position_embedding_type="nope",
+            num_local_experts=0, num_experts_per_tok=0, intermediate_size=56, shared_intermediate_size=72,
+            mamba_n_heads=10, mamba_d_head="auto", mamba_n_groups=1, mamba_d_state=12, mamba_chunk_size=16,
+            embedding_multiplier=1.3, attention_multiplier=0.17, residual_multiplier=0.61, logits_scaling=0.83,
+            rms_norm_eps=1e-5, tie_word_embeddings=True,
+        ),
+        torch.float16, seed=501, sequences=2, tokens=49,
+        set_keys={
+            "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"], "model_type": "granite",
+            "mamba_d_head": "auto", "rope_theta": 10000, "rope_scaling": None, "torch_dtype": "float16",
+            "normalization_function": "rmsnorm", "init_method": "mup", "router_aux_loss_coef": 0.01,
+        },
+        drop_keys=("dtype", "rope_parameters", "time_step_limit"),
+        wrong_keys=(
+            {"position_embedding_type": "rope"}, {"embedding_multiplier": 1.0}, {"attention_multiplier": 8**-0.5},
+            {"residual_multiplier": 1.0}, {"logits_scaling": 1.0},
+        ),
+    ),
+    "granite-moe-hybrid/moe-rope-shards": Variant(
+        GraniteMoeHybridConfig(
+            vocab_size=110, hidden_size=36, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+            layer_types=["mamba", "attention", "mamba", "mamba"], position_embedding_type="rope",
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            num_local_experts=6, num_experts_per_tok=3, intermediate_size=20, shared_intermediate_size=28,
+            mamba_n_heads=6, mamba_d_head=12, mamba_n_groups=3, mamba_d_state=9, mamba_d_conv=3, mamba_chunk_size=8,
+            mamba_conv_bias=False, mamba_proj_bias=True, attention_bias=True,
+            embedding_multiplier=7.3, attention_multiplier=0.29, residual_multiplier=0.37, logits_scaling=3.1,
+            rms_norm_eps=1e-5, tie_word_embeddings=False,
+        ),
+        torch.float32, seed=502, sequences=2, tokens=43, shard_size="150KB",
+        wrong_keys=(
+            {"position_embedding_type": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {"embedding_multiplier": 1.0}, {"attention_multiplier": 6**-0.5}, {"residual_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+        ),
+    ),
+    "granite-moe-hybrid/attention-only": Variant(
+        GraniteMoeHybridConfig(
+            vocab_size=115, hidden_size=42, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=3,
+            layer_types=["attention"] * 4, position_embedding_type="rope",
+            num_local_experts=0, num_experts_per_tok=0, intermediate_size=11, shared_intermediate_size=60,
+            mamba_n_heads=4, mamba_d_state=8, residual_multiplier=0.22, attention_multiplier=0.4,
+            rms_norm_eps=1e-4, tie_word_embeddings=True,
+        ),
+        torch.bfloat16, seed=503, sequences=2, tokens=40, embedding_std=0.2,
+        set_keys={"layer_types": ["attention"] * 4, "rope_theta": 700.0},
+        drop_keys=("embedding_multiplier", "logits_scaling", "num_key_value_heads", "rope_parameters"),
+        wrong_keys=({"rms_norm_eps": 1e-6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    ),
 }
 
 
