@@ -105,6 +105,17 @@ MAMBA_DEAD_KEYS = {
     "transformers_version": "4.39.0.dev0",
 }
 
+# Keys that the published Nemotron-H files carry, and that say nothing of what is computed.
+NEMOTRON_DEAD_KEYS = {
+    "mamba_ssm_cache_dtype": "float32",
+    "num_logits_to_keep": 1,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "use_mamba_kernels": True,
+}
+
 VARIANTS = {
     "jamba/moe-shards": Variant(
         JambaConfig(
@@ -272,6 +283,203 @@ VARIANTS = {
         drop_keys=("embedding_multiplier", "logits_scaling", "num_key_value_heads", "rope_parameters"),
         wrong_keys=({"rms_norm_eps": 1e-6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     ),
+    "nemotron-h/dense": Variant(
+        NemotronHConfig(
+            vocab_size=118, hidden_size=40, hybrid_override_pattern="M-M*-MM-*M-", num_attention_heads=4,
+            num_key_value_heads=2, head_dim=12, intermediate_size=56, ssm_state_size=8, mamba_num_heads=9,
+            mamba_head_dim=8, n_groups=3, conv_kernel=4, expand=2, chunk_size=8, time_step_min=0.05,
+            layer_norm_epsilon=1e-4, attention_bias=True, mlp_bias=True, use_bias=True,
+        ),
+        torch.bfloat16, seed=601, sequences=2, tokens=47, free_dt=True, embedding_std=0.04,
+        set_keys=NEMOTRON_DEAD_KEYS | {
+            "hybrid_override_pattern": "M-M*-MM-*M-", "num_hidden_layers": 11, "time_step_limit": [0.0, math.inf],
+        },
+        drop_keys=(
+            "dtype", "layers_block_type", "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_overlap",
+            "moe_shared_expert_intermediate_size", "mtp_layers_block_type", "n_group", "n_routed_experts",
+            "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_nextn_predict_layers",
+            "routed_scaling_factor", "topk_group",
+        ),
+        wrong_keys=({"layer_norm_epsilon": 1e-5}, {"mlp_hidden_act": "silu"}),
+    ),
+    "nemotron-h/moe-groups-shards": Variant(
+        NemotronHConfig(
+            vocab_size=112, hidden_size=32, hybrid_override_pattern="MEM*EME", num_attention_heads=4,
+            num_key_value_heads=1, head_dim=10, ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=6, n_groups=2,
+            chunk_size=16, time_step_min=0.05, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2,
+            moe_intermediate_size=20, moe_shared_expert_intermediate_size=36, routed_scaling_factor=2.5,
+            num_nextn_predict_layers=1, intermediate_size=1856,
+        ),
+        torch.float32, seed=602, sequences=2, tokens=41, shard_size="150KB", free_dt=True, router_margin=0.001,
+        set_keys={
+            "layers_block_type": ["mamba", "moe", "mamba", "attention", "moe", "mamba", "moe"],
+            "mtp_layers_block_type": ["attention", "moe"], "torch_dtype": "float32",
+        },
+        drop_keys=("dtype",),
+        extra_tensors={
+            "mtp.layers.0.eh_proj.weight": (32, 64),
+            "mtp.layers.0.enorm.weight": (32,),
+            "mtp.layers.0.norm.weight": (32,),
+            "mtp.layers.0.mixer.q_proj.weight": (40, 32),
+            "mtp.layers.1.final_layernorm.weight": (32,),
+            "mtp.layers.1.mixer.gate.e_score_correction_bias": (8,),
+            "mtp.layers.1.mixer.experts.0.up_proj.weight": (20, 32),
+        },
+        wrong_keys=(
+            {"n_group": 1, "topk_group": 1}, {"routed_scaling_factor": 1.0}, {"norm_topk_prob": False},
+        ),
+    ),
+    "nemotron-h/latent-experts": Variant(
+        NemotronHConfig(
+            vocab_size=108, hidden_size=36, hybrid_override_pattern="MEM*E-ME", num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, ssm_state_size=10, mamba_num_heads=6, mamba_head_dim=10, n_groups=2,
+            chunk_size=16, time_step_min=0.05, n_routed_experts=5, num_experts_per_tok=2, moe_latent_size=13,
+            moe_intermediate_size=24, moe_shared_expert_intermediate_size=28, routed_scaling_factor=5.0,
+            intermediate_size=44, norm_topk_prob=False, use_conv_bias=False,
+        ),
+        torch.bfloat16, seed=605, sequences=3, tokens=45, free_dt=True, router_margin=0.001,
+        set_keys=NEMOTRON_DEAD_KEYS | {
+            "hybrid_override_pattern": "MEM*E-ME", "mtp_hybrid_override_pattern": "*E", "num_hidden_layers": 8,
+        },
+        drop_keys=("dtype", "layers_block_type", "mtp_layers_block_type", "n_group", "topk_group"),
+        wrong_keys=({"routed_scaling_factor": 1.0}, {"norm_topk_prob": True}),
+    ),
+    "bamba/half-rotary-shards": Variant(
+        BambaConfig(
+            vocab_size=122, hidden_size=32, intermediate_size=44, num_hidden_layers=5, num_attention_heads=4,
+            num_key_value_heads=2, attn_layer_indices=[1, 4], mamba_n_heads=8, mamba_n_groups=1, mamba_d_state=10,
+            mamba_chunk_size=16, rope_parameters={"rope_type": "default", "rope_theta": 800.0},
+            tie_word_embeddings=False,
+        ),
+        torch.float32, seed=701, sequences=2, tokens=48, shard_size="120KB",
+        set_keys={"attn_rotary_emb": 4, "mamba_d_head": "auto", "rope_theta": 800.0, "torch_dtype": "float32"},
+        drop_keys=("dtype", "rope_parameters", "time_step_limit"),
+        wrong_keys=({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},),
+    ),
+    "bamba/groups-biases": Variant(
+        BambaConfig(
+            vocab_size=116, hidden_size=35, intermediate_size=50, num_hidden_layers=6, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=12, attn_layer_indices=[0, 3], mamba_n_heads=6, mamba_n_groups=3,
+            mamba_d_head=35, mamba_expand=6, mamba_d_state=6, mamba_d_conv=3, mamba_chunk_size=8,
+            mamba_conv_bias=False, mamba_proj_bias=True, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-6,
+            time_step_limit=(0.02, 0.3), tie_word_embeddings=True,
+        ),
+        torch.bfloat16, seed=702, sequences=2, tokens=44,
+        wrong_keys=(
+            {"time_step_limit": (0.0, math.inf)},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5}},
+        ),
+    ),
+    "falcon-h1/norm-groups-shards": Variant(
+        FalconH1Config(
+            vocab_size=114, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=16, mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_n_groups=2,
+            mamba_d_state=10, mamba_expand=2, mamba_chunk_size=16, mamba_norm_before_gate=False,
+            mamba_rms_norm=True, rope_parameters={"rope_type": "default", "rope_theta": 1e11},
+            embedding_multiplier=5.656854249492381, lm_head_multiplier=0.0390625, attention_in_multiplier=0.83,
+            attention_out_multiplier=0.9375, key_multiplier=0.390625, ssm_in_multiplier=1.25,
+            ssm_out_multiplier=0.23570226039551587, ssm_multipliers=[0.35, 0.27, 0.41, 0.53, 0.73],
+            mlp_multipliers=[0.8838834764831845, 0.5859375], tie_word_embeddings=False,
+        ),
+        torch.float32, seed=801, sequences=2, tokens=46, shard_size="130KB",
+        set_keys={
+            "rope_theta": 100000000000.0, "rope_scaling": None, "mamba_use_mlp": True, "num_logits_to_keep": 1,
+            "attn_layer_indices": None, "torch_dtype": "float32",
+        },
+        drop_keys=("dtype", "rope_parameters", "time_step_limit"),
+        wrong_keys=(
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"embedding_multiplier": 1.0},
+            {"lm_head_multiplier": 1.0}, {"attention_in_multiplier": 1.0}, {"attention_out_multiplier": 1.0},
+            {"key_multiplier": 1.0}, {"ssm_in_multiplier": 1.0}, {"ssm_out_multiplier": 1.0},
+            *({"ssm_multipliers": [1.0 if i == k else m for i, m in enumerate([0.35, 0.27, 0.41, 0.53, 0.73])]}
+              for k in range(5)),
+            {"mlp_multipliers": [1.0, 0.5859375]}, {"mlp_multipliers": [0.8838834764831845, 1.0]},
+        ),
+    ),
+    "falcon-h1/plain-gate": Variant(
+        FalconH1Config(
+            vocab_size=106, hidden_size=40, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, mamba_d_ssm=54, mamba_n_heads=6, mamba_d_head="auto", mamba_n_groups=3,
+            mamba_d_state=7, mamba_d_conv=3, mamba_chunk_size=8, mamba_rms_norm=False, projectors_bias=True,
+            mamba_proj_bias=True, mamba_conv_bias=False, attention_bias=True, mlp_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e11}, key_multiplier=0.57,
+            ssm_multipliers=[1.3, 0.9, 0.7, 1.7, 0.6], mlp_multipliers=[1.4, 0.7], tie_word_embeddings=False,
+        ),
+        torch.bfloat16, seed=802, sequences=2, tokens=50,
+        wrong_keys=({"mlp_multipliers": [1.0, 0.7]},),
+    ),
+    "falcon-h1/norm-first": Variant(
+        FalconH1Config(
+            vocab_size=110, hidden_size=36, intermediate_size=52, num_hidden_layers=4, num_attention_heads=6,
+            num_key_value_heads=3, mamba_d_ssm=40, mamba_n_heads=4, mamba_d_head=10, mamba_n_groups=2,
+            mamba_d_state=12, mamba_chunk_size=16, mamba_rms_norm=True, mamba_norm_before_gate=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-4,
+            embedding_multiplier=1.7, lm_head_multiplier=1.3, attention_out_multiplier=0.7, ssm_in_multiplier=0.9,
+            tie_word_embeddings=True,
+        ),
+        torch.float16, seed=803, sequences=2, tokens=45, embedding_std=0.2,
+        drop_keys=("mamba_norm_before_gate", "mlp_multipliers", "ssm_multipliers", "attention_in_multiplier"),
+        wrong_keys=({"rms_norm_eps": 1e-5}, {"mamba_norm_before_gate": False}),
+    ),
+    # With an output matrix of its own the reference would not share the transformer blocks either.
+    "zamba/shared": Variant(
+        ZambaConfig(
+            vocab_size=104, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+            num_key_value_heads=2, n_mamba_heads=2, attn_layer_period=4, attn_layer_offset=2, mamba_d_state=8,
+            tie_word_embeddings=True,
+        ),
+        torch.float32, seed=901, sequences=2, tokens=47,
+        drop_keys=("layers_block_type", "attention_hidden_size", "attention_head_dim", "dtype"),
+        set_keys={"mamba_dt_rank": "auto", "torch_dtype": "float32"},
+    ),
+    "zamba/list-shards": Variant(
+        ZambaConfig(
+            vocab_size=111, hidden_size=36, intermediate_size=60, num_hidden_layers=6, num_attention_heads=6,
+            num_key_value_heads=6, n_mamba_heads=2, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3, mamba_dt_rank=3,
+            mamba_proj_bias=True, mamba_conv_bias=False, rms_norm_eps=1e-4,
+            layers_block_type=["hybrid", "mamba", "hybrid", "mamba", "mamba", "hybrid"], tie_word_embeddings=True,
+        ),
+        torch.bfloat16, seed=902, sequences=2, tokens=42, embedding_std=0.2, shard_size="70KB",
+        set_keys={"layers_block_type": ["hybrid", "mamba", "hybrid", "mamba", "mamba", "hybrid"]},
+        wrong_keys=({"rms_norm_eps": 1e-5},),
+    ),
+    "zamba2/one-block-adapters": Variant(
+        Zamba2Config(
+            vocab_size=109, hidden_size=32, intermediate_size=40, num_hidden_layers=6, num_attention_heads=4,
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"], n_mamba_heads=8,
+            mamba_ngroups=1, mamba_d_state=9, chunk_size=16, num_mem_blocks=1, use_shared_attention_adapter=True,
+            adapter_rank=5, use_mem_rope=True, rope_parameters={"rope_type": "default", "rope_theta": 900.0},
+            time_step_min=0.05, tie_word_embeddings=True,
+        ),
+        torch.bfloat16, seed=1001, sequences=2, tokens=46, free_dt=True,
+        set_keys={
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba", "hybrid"], "rope_theta": 900.0,
+        },
+        drop_keys=("rope_parameters",),
+        wrong_keys=({"use_mem_rope": False},),
+    ),
+    "zamba2/two-blocks-shards": Variant(
+        Zamba2Config(
+            vocab_size=107, hidden_size=30, intermediate_size=36, num_hidden_layers=7, num_attention_heads=5,
+            layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+            n_mamba_heads=6, mamba_ngroups=2, mamba_d_state=8, mamba_d_conv=3, chunk_size=8, num_mem_blocks=2,
+            use_shared_attention_adapter=False, adapter_rank=4, use_mem_rope=False, time_step_min=0.05,
+            rms_norm_eps=1e-2, tie_word_embeddings=True,
+        ),
+        torch.bfloat16, seed=1002, sequences=2, tokens=43, shard_size="100KB", free_dt=True, embedding_std=0.2,
+        drop_keys=("hybrid_layer_ids", "attention_hidden_size", "attention_head_dim", "kv_channels", "mamba_headdim"),
+        wrong_keys=({"rms_norm_eps": 1e-5},),
+    ),
+    "zamba2/two-blocks-rope": Variant(
+        Zamba2Config(
+            vocab_size=103, hidden_size=24, num_hidden_layers=7, num_attention_heads=3, num_key_value_heads=3,
+            layers_block_type=["hybrid", "mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"], n_mamba_heads=4,
+            mamba_ngroups=2, mamba_d_state=8, chunk_size=16, num_mem_blocks=2, use_shared_attention_adapter=True,
+            adapter_rank=3, use_mem_rope=True, time_step_min=0.05, tie_word_embeddings=True,
+        ),
+        torch.float16, seed=1003, sequences=2, tokens=44, free_dt=True,
+        wrong_keys=({"use_mem_rope": False},),
+    ),
 }
 
 
@@ -325,6 +533,8 @@ def randomise(model, variant: Variant, rng: torch.Generator):
                 gain = 2.0 / scaled
             elif name.endswith("router.weight"):
                 gain = 3.0
+            elif name.endswith("mixer.gate.weight"):  # a router whose sigmoids should not be near 0 or 1
+                gain = 1.5
             elif name.endswith(("x_proj.weight", "x_proj_weight")):
                 gain = variant.x_proj_std
             elif name.endswith(("dt_proj.weight", "dt_proj_weight")):
@@ -381,7 +591,11 @@ def write_model(variant: Variant, folder: Path):
     randomise(model, variant, rng)
     model.tie_weights()
     balance(model, torch.randint(variant.config.vocab_size, (4, 64), generator=rng))
-    model.to(variant.dtype).save_pretrained(
+    model.to(variant.dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # in f32 in every published file
+            buffer.data = buffer.data.float()
+    model.save_pretrained(
         folder, max_shard_size=variant.shard_size, save_original_format=not variant.fused_experts
     )
     if variant.extra_tensors:
