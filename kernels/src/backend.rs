@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, Linear,
-    RmsNorm, Rope, Route, Scale, SelectiveScan,
+    Mamba3Scan, RmsNorm, Rope, Route, Scale, SelectiveScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -57,6 +57,8 @@ pub trait Backend: Send + Sync {
     fn conv1d(&self, op: Conv1d<'_>) -> Result<()>;
     /// See [`SelectiveScan`].
     fn selective_scan(&self, op: SelectiveScan<'_>) -> Result<()>;
+    /// See [`Mamba3Scan`].
+    fn mamba3_scan(&self, op: Mamba3Scan<'_>) -> Result<()>;
     /// See [`Rope`].
     fn rope(&self, op: Rope<'_>) -> Result<()>;
     /// See [`KvWrite`].

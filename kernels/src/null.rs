@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, Linear,
-    RmsNorm, Rope, Route, Scale, SelectiveScan,
+    Mamba3Scan, RmsNorm, Rope, Route, Scale, SelectiveScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -70,7 +70,7 @@ impl Backend for Null {
 
     check_only! {
         linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, add: Add, scale: Scale,
-        activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan, rope: Rope,
+        activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan, mamba3_scan: Mamba3Scan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine,
     }

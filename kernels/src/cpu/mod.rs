@@ -23,6 +23,7 @@ mod gather;
 mod kv_write;
 mod limits;
 mod linear;
+mod mamba3_scan;
 mod math;
 mod memory;
 mod pool;
@@ -47,7 +48,7 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, Linear,
-    RmsNorm, Rope, Route, Scale, SelectiveScan,
+    Mamba3Scan, RmsNorm, Rope, Route, Scale, SelectiveScan,
 };
 use crate::reference;
 use crate::tensor::{DType, HostTensor, Tensor};
@@ -205,7 +206,7 @@ impl Backend for Cpu {
         linear, do_linear: Linear, embed, do_embed: Embed, gather, do_gather: Gather,
         rms_norm, do_rms_norm: RmsNorm, add, do_add: Add, scale, do_scale: Scale,
         activate, do_activate: Activate, conv1d, do_conv1d: Conv1d,
-        selective_scan, do_selective_scan: SelectiveScan, rope, do_rope: Rope,
+        selective_scan, do_selective_scan: SelectiveScan, mamba3_scan, do_mamba3_scan: Mamba3Scan, rope, do_rope: Rope,
         kv_write, do_kv_write: KvWrite, attention, do_attention: Attention, route, do_route: Route,
         expert_linear, do_expert_linear: ExpertLinear, combine, do_combine: Combine,
     }
