@@ -44,15 +44,14 @@ impl Network {
             let Run::Layer { spec, weights } = &node.run else {
                 return Ok(None);
             };
-            let d_in = graph.widths[node.inputs[0]];
-            let specs = spec.weights(d_in);
+            let specs = spec.weights(&graph.widths_of(node));
             let weights = Weights {
                 source,
                 backend: &*backend,
                 path: weights,
                 specs: &specs,
             };
-            spec.build(d_in, &weights).map(Some)
+            spec.build(&weights).map(Some)
         };
         let layers = Arc::new(graph.nodes.iter().map(build).collect::<Result<_>>()?);
         Ok(Network {
@@ -100,6 +99,8 @@ pub struct Runner {
     /// The buffer that holds each value.
     buffer_of: Vec<usize>,
     scratch: Scratch,
+    /// What the layer that runs reads beside the stream.
+    operands: Vec<Tensor>,
     empty: LayerState,
     picked: Tensor,
     logits: Tensor,
@@ -121,6 +122,7 @@ impl Runner {
             buffers,
             buffer_of,
             scratch: Scratch::default(),
+            operands: Vec::new(),
             empty: LayerState::default(),
             picked: backend.alloc(DType::F32, LOGIT_ROWS, graph.d_model)?,
             logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
@@ -202,7 +204,13 @@ impl Runner {
                     let layer = network.layers[i]
                         .as_ref()
                         .expect("every layer node was built");
-                    layer.forward(&x, &mut y, &mut self.context(backend, step, i))?;
+                    self.operands.clear();
+                    for operand in &node.inputs[1..] {
+                        let operand = self.value(*operand, rows);
+                        self.operands.push(operand);
+                    }
+                    let state = node.pages_of.unwrap_or(i);
+                    layer.forward(&x, &mut y, &mut self.context(backend, step, state))?;
                 }
                 Run::Add => {
                     let b = self.value(node.inputs[1], rows);
@@ -267,13 +275,18 @@ impl Runner {
         &'a mut self,
         backend: &'a dyn Backend,
         step: &Step<'a>,
-        node: usize,
+        state_of: usize,
     ) -> Context<'a> {
-        let state = self.state.layers.get_mut(node).unwrap_or(&mut self.empty);
+        let state = self
+            .state
+            .layers
+            .get_mut(state_of)
+            .unwrap_or(&mut self.empty);
         let activations = self.network.activations;
         Context {
             backend,
             ragged: step.ragged,
+            operands: &self.operands,
             state,
             scratch: &mut self.scratch,
             activations,

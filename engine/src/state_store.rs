@@ -36,7 +36,7 @@ impl StateStore {
             let rows = size.pages * size.page_size;
             let page = |cols| backend.alloc(size.kv_dtype, rows, cols);
             let pages = match spec.pages {
-                Some(p) => Some([page(p.cols)?, page(p.cols)?]),
+                Some(p) => Some([page(p.keys)?, page(p.values)?]),
                 None => None,
             };
             let part =

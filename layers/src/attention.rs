@@ -100,7 +100,8 @@ impl LayerSpec for Attention {
         Param::write(self)
     }
 
-    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
+        let d_in = widths[0];
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let mut specs = projection("q", q, d_in, self.bias);
         specs.extend(projection("k", kv, d_in, self.bias));
@@ -110,8 +111,10 @@ impl LayerSpec for Attention {
     }
 
     fn state(&self) -> StateSpec {
+        let width = self.kv_heads * self.head_dim;
         let pages = Some(Pages {
-            cols: self.kv_heads * self.head_dim,
+            keys: width,
+            values: width,
         });
         StateSpec {
             pages,
@@ -119,7 +122,7 @@ impl LayerSpec for Attention {
         }
     }
 
-    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let frequencies = match &self.rope {
             Some(rope) => {
                 let dims = rope.dims.unwrap_or(self.head_dim / 2 * 2);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::layer::LayerSpec;
 use crate::param::{MAX_SIZE, list_of};
 use crate::plan::{Named, Plan, Step, StepKind};
-use crate::state::StateSpec;
+use crate::state::{Pages, StateSpec};
 use crate::weights::{Role, WeightSpec};
 use crate::yaml::{Faults, Mark};
 
@@ -47,10 +47,12 @@ pub struct Node {
     pub name: String,
     /// What it does.
     pub run: Run,
-    /// The values it reads.
+    /// The values it reads: the stream, then a layer's operands.
     pub inputs: Vec<ValueId>,
     /// The value it writes.
     pub output: ValueId,
+    /// The earlier node whose keys and values it reads, when they are not its own.
+    pub pages_of: Option<NodeId>,
 }
 
 /// What a node does.
@@ -115,6 +117,8 @@ impl Graph {
             wanted: 0,
             elements: 2 * plan.vocab as u128 * plan.d_model as u128,
             walked: 0,
+            kept: BTreeMap::new(),
+            pages: BTreeMap::new(),
         };
         let last = lower.stack();
         let Lower {
@@ -154,7 +158,7 @@ impl Graph {
         );
         for node in &self.nodes {
             if let Run::Layer { spec, weights } = &node.run {
-                for want in spec.weights(self.widths[node.inputs[0]]) {
+                for want in spec.weights(&self.widths_of(node)) {
                     add(want.path(weights), want);
                 }
             }
@@ -168,6 +172,11 @@ impl Graph {
         list
     }
 
+    /// The widths of a node's inputs.
+    pub fn widths_of(&self, node: &Node) -> Vec<usize> {
+        node.inputs.iter().map(|v| self.widths[*v]).collect()
+    }
+
     /// Bytes of fixed-size state that one sequence has.
     pub fn slot_bytes(&self) -> usize {
         let parts = self.nodes.iter().flat_map(|n| n.state().slot);
@@ -179,7 +188,7 @@ impl Graph {
         self.nodes
             .iter()
             .filter_map(|n| n.state().pages)
-            .map(|p| 2 * p.cols)
+            .map(|p| p.elements())
             .sum()
     }
 
@@ -208,7 +217,9 @@ impl Graph {
         for node in &self.nodes {
             let inputs: Vec<String> = node.inputs.iter().map(|v| format!("%{v}")).collect();
             let weights = match &node.run {
-                Run::Layer { spec, weights } if !spec.weights(1).is_empty() => weights.as_str(),
+                Run::Layer { spec, weights } if !spec.weights(&self.widths_of(node)).is_empty() => {
+                    weights.as_str()
+                }
                 _ => "",
             };
             let state = node.state();
@@ -217,7 +228,13 @@ impl Graph {
                 .iter()
                 .map(|p| format!("{}({}, {})", p.name, p.rows, p.cols))
                 .collect();
-            kept.extend(state.pages.map(|p| format!("pages(2, {})", p.cols)));
+            kept.extend(state.pages.map(|p| match p.keys == p.values {
+                true => format!("pages(2, {})", p.keys),
+                false => format!("pages({} + {})", p.keys, p.values),
+            }));
+            if let Some(from) = node.pages_of {
+                kept.push(format!("pages of {}", self.nodes[from].name));
+            }
             line(
                 node.output,
                 kind(node),
@@ -251,6 +268,10 @@ struct Lower<'a> {
     elements: u128,
     /// Number of steps so far.
     walked: usize,
+    /// Values that all later blocks may name.
+    kept: BTreeMap<&'a str, ValueId>,
+    /// Nodes whose keys and values later layers may read, and the widths of those.
+    pages: BTreeMap<String, (NodeId, Pages)>,
 }
 
 /// A chain of steps that is being lowered.
@@ -259,9 +280,11 @@ struct Chain<'a> {
     state: String,
     /// Where its weights are.
     weights: String,
+    /// Where the weights of `own` steps are: with the block, also in a shared chain.
+    own: String,
     /// Names in reach.
     names: BTreeMap<String, ValueId>,
-    /// The layers so far, by name, to find two of one name.
+    /// The layers so far, by the path of their weights, to find two of one name.
     layers: BTreeMap<String, Mark>,
     /// Joints and uses so far, for their nodes' names.
     counts: BTreeMap<&'static str, usize>,
@@ -320,6 +343,7 @@ impl<'a> Lower<'a> {
             let mut chain = Chain {
                 state: format!("blocks.{i}"),
                 weights: format!("blocks.{}", place.weights),
+                own: format!("blocks.{}", place.weights),
                 names: BTreeMap::from([("x0".into(), 0)]),
                 layers: BTreeMap::new(),
                 counts: BTreeMap::new(),
@@ -370,6 +394,7 @@ impl<'a> Lower<'a> {
             run,
             inputs: vec![x?],
             output,
+            pages_of: None,
         });
         Some(output)
     }
@@ -420,6 +445,18 @@ impl<'a> Lower<'a> {
                 chain.names.insert(name.clone(), value.unwrap_or(x));
                 value.and(Some(x))
             }
+            StepKind::Keep(name, steps) => {
+                let value = self.steps(steps, x, chain);
+                self.kept.insert(name, value.unwrap_or(x));
+                value.and(Some(x))
+            }
+            StepKind::Own(steps) => {
+                let own = chain.own.clone();
+                let shared = std::mem::replace(&mut chain.weights, own);
+                let value = self.steps(steps, x, chain);
+                chain.weights = shared;
+                value
+            }
             StepKind::Concat(names) => {
                 let inputs: Vec<_> = names
                     .iter()
@@ -440,6 +477,7 @@ impl<'a> Lower<'a> {
                     run: Run::Concat,
                     inputs,
                     output,
+                    pages_of: None,
                 });
                 Some(output)
             }
@@ -456,9 +494,14 @@ impl<'a> Lower<'a> {
         if name == "x" {
             return Some(x);
         }
-        let found = chain.names.get(name).copied();
+        let found = chain.names.get(name).or(self.kept.get(name)).copied();
         if found.is_none() {
-            let known = list_of(std::iter::once("x").chain(chain.names.keys().map(String::as_str)));
+            let local = chain.names.keys().map(String::as_str);
+            let known = list_of(
+                std::iter::once("x")
+                    .chain(local)
+                    .chain(self.kept.keys().copied()),
+            );
             self.faults.add(
                 at,
                 format!("nothing is named `{name}` here; there are {known}"),
@@ -488,6 +531,7 @@ impl<'a> Lower<'a> {
             run: Run::Add,
             inputs: vec![a, b],
             output,
+            pages_of: None,
         });
         Some(output)
     }
@@ -518,6 +562,7 @@ impl<'a> Lower<'a> {
         let mut inner = Chain {
             state: chain.node_name("use"),
             weights: format!("shared.{name}"),
+            own: chain.own.clone(),
             names: BTreeMap::from([("x0".into(), 0)]),
             layers: BTreeMap::new(),
             counts: BTreeMap::new(),
@@ -538,8 +583,24 @@ impl<'a> Lower<'a> {
         x: ValueId,
         chain: &mut Chain<'a>,
     ) -> Option<ValueId> {
-        let d_in = self.widths[x];
-        let wanted = spec.weights(d_in);
+        let operands = spec.operands();
+        let operands: Vec<_> = operands
+            .into_iter()
+            .map(|name| self.named(at, name, x, chain))
+            .collect();
+        let operands: Vec<ValueId> = operands.into_iter().collect::<Option<_>>()?;
+        let inputs: Vec<ValueId> = std::iter::once(x).chain(operands).collect();
+        let widths: Vec<usize> = inputs.iter().map(|v| self.widths[*v]).collect();
+        let d_in = widths[0];
+        if let Err(why) = spec.check_widths(&widths) {
+            self.faults.add(at, format!("`{}`: {why}", spec.kind()));
+            return None;
+        }
+        let pages_of = match spec.reads_pages() {
+            None => None,
+            Some((name, pages)) => Some(self.pages_of(at, name, pages)?),
+        };
+        let wanted = spec.weights(&widths);
         self.wanted += wanted.len();
         if self.wanted > MAX_WEIGHTS {
             let message = format!("with this layer the plan has more than {MAX_WEIGHTS} weights");
@@ -560,10 +621,11 @@ impl<'a> Lower<'a> {
             return None;
         }
         let name = spec.name();
+        let weights = format!("{}.{name}", chain.weights);
         let state = if wanted.is_empty() {
             chain.node_name(spec.kind())
         } else {
-            if let Some(first) = chain.layers.insert(name.into(), at) {
+            if let Some(first) = chain.layers.insert(weights.clone(), at) {
                 let message = format!(
                     "a second layer of this block is named `{name}` (the first is in line {}): give it a `name`, by which its weights are found",
                     first.line
@@ -573,7 +635,6 @@ impl<'a> Lower<'a> {
             }
             format!("{}.{name}", chain.state)
         };
-        let weights = format!("{}.{name}", chain.weights);
         if !wanted.is_empty() {
             let before = self
                 .specs
@@ -592,13 +653,34 @@ impl<'a> Lower<'a> {
             spec: spec.clone(),
             weights,
         };
+        if let (Some(kept), Some(pages)) = (spec.keeps_pages(), spec.state().pages) {
+            self.pages.insert(kept.into(), (self.nodes.len(), pages));
+        }
         self.nodes.push(Node {
             name: state,
             run,
-            inputs: vec![x],
+            inputs,
             output,
+            pages_of,
         });
         Some(output)
+    }
+
+    /// The node that keeps keys and values under a name, if they have the widths that are wanted.
+    fn pages_of(&mut self, at: Mark, name: &str, wanted: Pages) -> Option<NodeId> {
+        let message = match self.pages.get(name) {
+            Some((node, pages)) if *pages == wanted => return Some(*node),
+            Some((node, pages)) => format!(
+                "the keys and values kept as `{name}` by {} have widths {} and {}, not {} and {}",
+                self.nodes[*node].name, pages.keys, pages.values, wanted.keys, wanted.values
+            ),
+            None => format!(
+                "no earlier layer keeps keys and values as `{name}`; kept are {}",
+                list_of(self.pages.keys().map(String::as_str))
+            ),
+        };
+        self.faults.add(at, message);
+        None
     }
 }
 
@@ -610,10 +692,10 @@ fn too_large(weights: &[WeightSpec], state: &StateSpec) -> Option<String> {
     };
     let weight = weights.iter().find(|w| !fits(&w.shape));
     let part = state.slot.iter().find(|p| !fits(&[p.rows, p.cols]));
-    let pages = state.pages.filter(|p| !fits(&[2, p.cols]));
+    let pages = state.pages.filter(|p| !fits(&[p.elements()]));
     None.or(weight.map(|w| format!("its weight `{}` has {:?} elements", w.name, w.shape)))
         .or(part.map(|p| format!("its `{}` has {} × {} elements", p.name, p.rows, p.cols)))
-        .or(pages.map(|p| format!("keys and values of a token have 2 × {} elements", p.cols)))
+        .or(pages.map(|p| format!("keys and values of a token have {} elements", p.elements())))
 }
 
 #[cfg(test)]

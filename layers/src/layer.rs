@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use strata_kernels::{Backend, DType, Ragged, Result, Tensor};
 
-use crate::state::{LayerState, StateSpec};
+use crate::state::{LayerState, Pages, StateSpec};
 use crate::weights::{WeightSpec, Weights};
 use crate::yaml::Value;
 
@@ -24,12 +24,33 @@ pub trait LayerSpec: Debug + Send + Sync {
         d_in
     }
 
-    /// The weights it wants.
-    fn weights(&self, d_in: usize) -> Vec<WeightSpec>;
+    /// The names of the values that it reads beside the stream.
+    fn operands(&self) -> Vec<&str> {
+        Vec::new()
+    }
+
+    /// What is wrong with the widths of its inputs: the stream's first, then those of its operands.
+    fn check_widths(&self, _widths: &[usize]) -> std::result::Result<(), String> {
+        Ok(())
+    }
+
+    /// The weights it wants, for inputs of these widths: the stream's first, then those of its operands.
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec>;
 
     /// The state it keeps for every sequence.
     fn state(&self) -> StateSpec {
         StateSpec::default()
+    }
+
+    /// The name under which later layers may read its keys and values.
+    fn keeps_pages(&self) -> Option<&str> {
+        None
+    }
+
+    /// The name under which an earlier layer keeps the keys and values that this one reads, and their
+    /// widths.
+    fn reads_pages(&self) -> Option<(&str, Pages)> {
+        None
     }
 
     /// How much of a matrix one token is multiplied with: 1, but for experts.
@@ -38,7 +59,7 @@ pub trait LayerSpec: Debug + Send + Sync {
     }
 
     /// The layer with its weights on a device.
-    fn build(&self, d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>>;
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>>;
 }
 
 /// A layer with its weights on a device.
@@ -53,7 +74,9 @@ pub struct Context<'a> {
     pub backend: &'a dyn Backend,
     /// Which rows belong to which sequence.
     pub ragged: Ragged<'a>,
-    /// This layer's pages and slots, no one else's.
+    /// The values that the layer reads beside `x`, in the order of [`LayerSpec::operands`].
+    pub operands: &'a [Tensor],
+    /// This layer's pages and slots, no one else's; of a layer that reads another's pages, those.
     pub state: &'a mut LayerState,
     /// Memory until the end of the layer.
     pub scratch: &'a mut Scratch,

@@ -44,11 +44,12 @@ impl LayerSpec for Linear {
         self.d_out.unwrap_or(d_in)
     }
 
-    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
+        let d_in = widths[0];
         projection("", self.d_out(d_in), d_in, self.bias)
     }
 
-    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         Ok(Box::new(Projection::build("", weights)?))
     }
 }

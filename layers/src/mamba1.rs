@@ -87,7 +87,8 @@ impl LayerSpec for Mamba1 {
         Param::write(self)
     }
 
-    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
+        let d_in = widths[0];
         let (inner, states) = (self.d_inner, self.d_state);
         let mut specs = projection("in_proj", 2 * inner, d_in, self.bias);
         let taps = Init::Uniform(self.d_conv);
@@ -131,7 +132,7 @@ impl LayerSpec for Mamba1 {
         StateSpec { pages: None, slot }
     }
 
-    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let (inner, taps, states) = (self.d_inner, self.d_conv, self.d_state);
         // Channels last, so that neighbouring channels are computed together.
         let conv = transpose(inner, taps, &weights.values("conv")?);

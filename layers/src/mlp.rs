@@ -54,7 +54,8 @@ impl LayerSpec for Mlp {
         Param::write(self)
     }
 
-    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
+        let d_in = widths[0];
         let mut specs = projection("up", self.d_ff, d_in, self.bias);
         specs.extend(projection("down", d_in, self.d_ff, self.bias));
         if self.gated {
@@ -63,7 +64,7 @@ impl LayerSpec for Mlp {
         specs
     }
 
-    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let gate = self
             .gated
             .then(|| Projection::build("gate", weights))

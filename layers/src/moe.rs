@@ -86,7 +86,8 @@ impl LayerSpec for Moe {
         Param::write(self)
     }
 
-    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
+        let d_in = widths[0];
         let expert = |e| {
             [
                 ("gate", self.d_ff, d_in),
@@ -109,7 +110,7 @@ impl LayerSpec for Moe {
         }
     }
 
-    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let experts = |name: &str| -> Result<Vec<Matrix>> {
             (0..self.experts)
                 .map(|e| weights.matrix(&format!("{name}.{e}")))

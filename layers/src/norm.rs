@@ -50,12 +50,13 @@ impl LayerSpec for Norm {
         Param::write(self)
     }
 
-    fn weights(&self, d_in: usize) -> Vec<WeightSpec> {
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
+        let d_in = widths[0];
         let weight = WeightSpec::vector("", &[d_in], Init::Constant(1.0));
         self.weight.then_some(weight).into_iter().collect()
     }
 
-    fn build(&self, _d_in: usize, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         Ok(Box::new(Ready {
             eps: self.eps as f32,
             weight: weights.optional_vector("")?,

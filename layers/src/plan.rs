@@ -1,6 +1,6 @@
 //! The layer plan: a model as data, all numbers literal.
 //!
-//! A model is a *stack* of *blocks*; a block is a list of *steps*; a step is a layer or one of six
+//! A model is a *stack* of *blocks*; a block is a list of *steps*; a step is a layer or one of eight
 //! joints. See `model-cards/README.md` for the language on a page.
 
 use std::sync::Arc;
@@ -107,6 +107,10 @@ pub enum StepKind {
     Parallel(Vec<Vec<Step>>),
     /// Computes from `x`, keeps the result under a name; `x` is unchanged.
     Let(String, Vec<Step>),
+    /// As `Let`, and all later blocks see the name too.
+    Keep(String, Vec<Step>),
+    /// Steps whose weights belong to the block, though the chain be shared.
+    Own(Vec<Step>),
     /// Joins named values side by side; `x` is the stream and `x0` the embedding.
     Concat(Vec<String>),
     /// Adds a named value to `x`.
@@ -152,7 +156,9 @@ const LAYERS: [(&str, ReadLayer); 7] = [
     ("linear", layer::<Linear>),
     ("scale", layer::<Scale>),
 ];
-const JOINTS: [&str; 6] = ["residual", "parallel", "let", "concat", "add", "use"];
+const JOINTS: [&str; 8] = [
+    "residual", "parallel", "let", "keep", "concat", "add", "use", "own",
+];
 
 fn layer<L: Param + LayerSpec + 'static>(
     node: &Node,
@@ -345,13 +351,17 @@ fn read_kind(entry: &Entry, faults: &mut Faults) -> Option<Vec<Step>> {
             }
             step(StepKind::Parallel(branches))
         }
-        "let" => {
-            let read: Vec<_> = read_named(node, "let", faults)?;
+        "own" => step(StepKind::Own(read_steps(node, faults)?)),
+        key @ ("let" | "keep") => {
+            let read: Vec<_> = read_named(node, key, faults)?;
             let taken = read.iter().filter(|n| n.name == "x" || n.name == "x0");
             taken.for_each(|n| faults.add(n.at, format!("`{}` has a meaning already", n.name)));
             let each = |n: Named| Step {
                 at: n.at,
-                kind: StepKind::Let(n.name, n.steps),
+                kind: match key {
+                    "let" => StepKind::Let(n.name, n.steps),
+                    _ => StepKind::Keep(n.name, n.steps),
+                },
             };
             read.into_iter().map(each).collect()
         }
@@ -449,6 +459,8 @@ fn write_step(step: &Step) -> Value {
             Value::List(branches.iter().map(|b| write_steps(b).into()).collect()),
         ),
         StepKind::Let(name, steps) => ("let", Node::map([(name.as_str(), write_steps(steps))])),
+        StepKind::Keep(name, steps) => ("keep", Node::map([(name.as_str(), write_steps(steps))])),
+        StepKind::Own(steps) => ("own", write_steps(steps)),
         StepKind::Concat(of) => ("concat", names(of)),
         StepKind::Add(name) => ("add", name.write()),
         StepKind::Use(name) => ("use", name.write()),

@@ -32,11 +32,11 @@ impl LayerSpec for Scale {
         Param::write(self)
     }
 
-    fn weights(&self, _d_in: usize) -> Vec<WeightSpec> {
+    fn weights(&self, _widths: &[usize]) -> Vec<WeightSpec> {
         Vec::new()
     }
 
-    fn build(&self, _d_in: usize, _weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+    fn build(&self, _weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         Ok(Box::new(Ready { by: self.by as f32 }))
     }
 }

@@ -11,11 +11,20 @@ pub struct StateSpec {
     pub slot: Vec<Part>,
 }
 
-/// Elements of one token's keys, and of its values.
+/// Elements that one token adds to the pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pages {
-    /// kv_heads · head_dim.
-    pub cols: usize,
+    /// Of its keys: kv_heads · head_dim.
+    pub keys: usize,
+    /// Of its values: kv_heads · v_head_dim.
+    pub values: usize,
+}
+
+impl Pages {
+    /// Of both.
+    pub fn elements(&self) -> usize {
+        self.keys + self.values
+    }
 }
 
 /// A part of a slot: f32, `rows` × `cols` of them.
@@ -39,7 +48,7 @@ impl Part {
 /// One layer's state for all sequences.
 #[derive(Debug, Clone, Default)]
 pub struct LayerState {
-    /// (pages · page_size, cols): keys, values.
+    /// (pages · page_size, keys), (pages · page_size, values).
     pub pages: Option<[Tensor; 2]>,
     /// (slots, elements) of each part, in the order of the spec.
     pub slot: Vec<Tensor>,

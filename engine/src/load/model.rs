@@ -211,7 +211,7 @@ impl Model {
         let mut inside = 0.0;
         for node in &graph.nodes {
             if let Run::Layer { spec, .. } = &node.run {
-                let wanted = spec.weights(graph.widths[node.inputs[0]]);
+                let wanted = spec.weights(&graph.widths_of(node));
                 let matrices = wanted.iter().filter(|w| w.role == Role::Matrix);
                 let share = |w: &WeightSpec| w.elements() as f64 * spec.share_used(w);
                 inside += matrices.map(share).sum::<f64>();
