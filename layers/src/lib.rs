@@ -14,6 +14,7 @@ pub mod yaml;
 mod attention;
 mod linear;
 mod mamba1;
+mod mamba3;
 mod mlp;
 mod moe;
 mod norm;

@@ -9,6 +9,7 @@ use crate::attention::Attention;
 use crate::layer::LayerSpec;
 use crate::linear::Linear;
 use crate::mamba1::Mamba1;
+use crate::mamba3::Mamba3;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::Norm;
@@ -147,10 +148,11 @@ impl Check for Head {}
 
 /// The kinds of layers: a new one adds a line here.
 type ReadLayer = fn(&Node, &mut Faults) -> Option<Arc<dyn LayerSpec>>;
-const LAYERS: [(&str, ReadLayer); 7] = [
+const LAYERS: [(&str, ReadLayer); 8] = [
     ("norm", layer::<Norm>),
     ("attention", layer::<Attention>),
     ("mamba1", layer::<Mamba1>),
+    ("mamba3", layer::<Mamba3>),
     ("mlp", layer::<Mlp>),
     ("moe", layer::<Moe>),
     ("linear", layer::<Linear>),
