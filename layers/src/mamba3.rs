@@ -19,20 +19,6 @@ use crate::{params, words};
 words!(Decay as "a decay" { HeavyTail = "heavy_tail", Softplus = "softplus", });
 
 params! {
-    /// Normalisation of each head's output before the gate.
-    pub struct OutNorm as "out_norm" {
-        /// Added to the mean square before the root.
-        eps: f64,
-    }
-}
-
-impl Check for OutNorm {
-    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
-        check_eps("eps", self.eps, fields, faults);
-    }
-}
-
-params! {
     /// Parameters of `mamba3`.
     pub struct Mamba3 as "mamba3" {
         /// Name of its weights within the block.
@@ -56,10 +42,10 @@ params! {
         decay: Decay,
         /// The least rate of decay.
         a_floor: f64 = 1e-4,
-        /// Added to the mean square of B and of C before the root.
+        /// Added to the mean squares of the norms before the root.
         norm_eps: f64,
-        /// Normalisation of the outputs; none if left out.
-        out_norm: Option<OutNorm> = None,
+        /// Whether each head's output is normalised before the gate, as B and C always are.
+        out_norm: bool = false,
         /// Whether the input projection has a bias.
         bias: bool = false,
         /// Whether the output projection has a bias.
@@ -170,7 +156,7 @@ impl LayerSpec for Mamba3 {
             vector("mimo_z", &each, one);
             vector("mimo_o", &each, share);
         }
-        if self.out_norm.is_some() {
+        if self.out_norm {
             vector("norm", &[self.inner()], one);
         }
         specs.extend(projection(
@@ -264,7 +250,7 @@ impl Layer for Ready {
             [Some(x_in), Some(z_in), Some(y_out)] => Some(Mimo { x_in, z_in, y_out }),
             _ => None,
         };
-        let eps = spec.out_norm.as_ref().map_or(0.0, |n| n.eps) as f32;
+        let eps = spec.norm_eps as f32;
         let norm = self.norm.as_ref().map(|weight| HeadNorm { weight, eps });
         let mut scanned = cx.take(tokens, spec.inner())?;
         let [angle_state, ssm_state, b_state, x_state] = &mut cx.state.slot[..] else {
