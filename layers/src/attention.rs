@@ -177,6 +177,7 @@ impl Layer for Ready {
                     head_dim,
                     frequencies,
                     interleaved,
+                    scale: 1.0,
                     ragged,
                 })?;
             }
@@ -197,8 +198,10 @@ impl Layer for Ready {
             heads,
             kv_heads,
             head_dim,
+            v_head_dim: head_dim,
             scale: self.scale,
             window,
+            keep_first: 0,
             ragged,
             y: &mut seen,
         })?;

@@ -183,6 +183,7 @@ impl Ready {
             x: &x,
             weight,
             eps,
+            groups: 1,
             y: &mut y,
         })?;
         Ok(y)
@@ -228,6 +229,7 @@ impl Layer for Ready {
             a: &self.a,
             b: &b,
             c: &c,
+            groups: 1,
             d: &self.d,
             z: Some(&z),
             ssm_state: &mut ssm_state,

@@ -221,15 +221,13 @@ struct Ready {
 impl Ready {
     /// B or C, each rank and group normalised by itself.
     fn normed(&self, x: &Tensor, weight: &Tensor, cx: &mut Context<'_>) -> Result<Tensor> {
-        let (rows, cols, width) = (x.rows(), x.cols(), self.spec.d_state);
-        let mut copy = cx.take(rows, cols)?;
-        cx.backend.copy(x, &mut copy)?;
-        let y = cx.take(rows, cols)?;
+        let mut y = cx.take(x.rows(), x.cols())?;
         cx.backend.rms_norm(RmsNorm {
-            x: &copy.reshape(rows * (cols / width), width),
+            x,
             weight: Some(weight),
             eps: self.spec.norm_eps as f32,
-            y: &mut y.reshape(rows * (cols / width), width),
+            groups: x.cols() / self.spec.d_state,
+            y: &mut y,
         })?;
         Ok(y)
     }

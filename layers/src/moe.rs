@@ -148,7 +148,10 @@ impl Layer for Ready {
         cx.backend.route(Route {
             logits: &logits,
             score,
+            choice_bias: None,
+            groups: None,
             normalize,
+            scale: 1.0,
             experts: &mut experts,
             weights: &mut weights,
         })?;

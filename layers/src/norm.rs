@@ -75,6 +75,7 @@ impl Layer for Ready {
             x,
             weight: self.weight.as_ref(),
             eps: self.eps,
+            groups: 1,
             y,
         })
     }
