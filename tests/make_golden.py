@@ -541,6 +541,10 @@ def randomise(model, variant: Variant, rng: torch.Generator):
                 gain = 0.5
             elif name.endswith(("q_proj.weight", "k_proj.weight")):
                 gain = 1.5
+                if hasattr(config, "attention_hidden_size"):  # scores that are not divided by all of head_dim
+                    gain = 1.2
+            elif "adapter_list" in name:
+                gain = 0.7
             w = normal(p.shape, gain / math.sqrt(p.shape[-1]))
         p.data.copy_(w)
 
