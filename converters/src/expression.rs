@@ -80,7 +80,7 @@ impl Scope {
         let expression = self
             .environment
             .compile_expression(text)
-            .map_err(|e| format!("`={}`: {}", text.trim(), reason(&e)))?;
+            .map_err(|e| unreadable(text, &e))?;
         let names = self.reads(text);
         let (known, missing): (Vec<_>, Vec<_>) = names.iter().partition(|n| self.has(n));
         let known = list_of(
@@ -108,6 +108,18 @@ impl Scope {
             Err(e) => Err(format!("{told}: {}", reason(&e))),
         }
     }
+}
+
+/// Whether a text is an expression at all; else what is wrong with it.
+pub(crate) fn check(text: &str) -> Result<(), String> {
+    match Environment::new().compile_expression(text) {
+        Ok(_) => Ok(()),
+        Err(e) => Err(unreadable(text, &e)),
+    }
+}
+
+fn unreadable(text: &str, error: &minijinja::Error) -> String {
+    format!("`={}`: {}", text.trim(), reason(error))
 }
 
 fn reason(error: &minijinja::Error) -> String {

@@ -14,6 +14,7 @@ use crate::layer::LayerSpec;
 use crate::linear::Linear;
 use crate::mamba1::Mamba1;
 use crate::mamba2::Mamba2;
+use crate::mamba3::Mamba3;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::Norm;
@@ -162,6 +163,7 @@ const LAYERS: &[(&str, ReadLayer)] = &[
     ("attention", layer::<Attention>),
     ("mamba1", layer::<Mamba1>),
     ("mamba2", layer::<Mamba2>),
+    ("mamba3", layer::<Mamba3>),
     ("mlp", layer::<Mlp>),
     ("moe", layer::<Moe>),
     ("linear", layer::<Linear>),
