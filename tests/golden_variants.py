@@ -37,6 +37,10 @@ class Variant:
     # The reference bounds dt from below by time_step_min, in prompts only, and the trained models do not:
     # here it is free.
     free_dt: bool = False
+    # Keys of the config that block i has values of its own for.
+    block_keys: dict = field(default_factory=dict)
+    # Beginnings of tensor names to write in place of others.
+    rename: dict = field(default_factory=dict)
     # Tensors to add that a runtime has to leave alone: names and shapes.
     extra_tensors: dict = field(default_factory=dict)
 
@@ -310,6 +314,35 @@ VARIANTS = {
         },
         drop_keys=("dtype", "layers_block_type", "mtp_layers_block_type", "n_group", "topk_group"),
         wrong_keys=({"routed_scaling_factor": 1.0}, {"norm_topk_prob": True}),
+    ),
+    # The reference has no class for Puzzle, which is Nemotron-H with sizes of each block.
+    "nemotron-h/puzzle": Variant(
+        NemotronHConfig(
+            vocab_size=102, hidden_size=32, hybrid_override_pattern="EM*EME", num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, ssm_state_size=11, mamba_num_heads=6, mamba_head_dim=8, n_groups=3,
+            chunk_size=8, time_step_min=0.05, n_routed_experts=5, moe_latent_size=14, num_experts_per_tok=2,
+            moe_intermediate_size=18, moe_shared_expert_intermediate_size=26, routed_scaling_factor=3.0,
+        ),
+        torch.float16, seed=606, sequences=3, tokens=43, free_dt=True, router_margin=0.001,
+        block_keys={
+            0: {"moe_intermediate_size": 12, "num_experts_per_tok": 1},
+            3: {"moe_intermediate_size": 30, "num_experts_per_tok": 3},
+            5: {"moe_intermediate_size": 18, "num_experts_per_tok": 2},
+        },
+        rename={"backbone.": "model."},
+        set_keys={
+            "architectures": ["NemotronHPuzzleForCausalLM"], "model_type": "nemotron_h_puzzle",
+            "block_configs": [
+                {"block_type": "moe", "moe_intermediate_size": 12, "num_experts_per_tok": 1},
+                {"block_type": "mamba"},
+                {"block_type": "attention"},
+                {"block_type": "moe", "moe_intermediate_size": 30, "num_experts_per_tok": 3},
+                {"block_type": "mamba"},
+                {"block_type": "moe", "moe_intermediate_size": 18, "num_experts_per_tok": 2},
+            ],
+            "layers_block_type": ["moe", "mamba", "attention", "moe", "mamba", "moe"],
+        },
+        drop_keys=("moe_intermediate_size", "num_experts_per_tok"),
     ),
     "bamba/half-rotary-shards": Variant(
         BambaConfig(

@@ -14,6 +14,7 @@ tensor, the long memory of the state and the variant's own traps do move the log
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -149,7 +150,8 @@ def balance(model, token_ids, branch_std=0.7):
 def write_model(variant: Variant, folder: Path):
     """The folder as a published checkpoint: config.json, generation_config.json, weights."""
     rng = torch.Generator().manual_seed(variant.seed)
-    model = AutoModelForCausalLM.from_config(variant.config, dtype=torch.float32, **PLAIN).eval()
+    with blocks_of_their_own(variant):
+        model = AutoModelForCausalLM.from_config(variant.config, dtype=torch.float32, **PLAIN).eval()
     if variant.free_dt:
         free_dt(model)
     randomise(model, variant, rng)
@@ -162,6 +164,11 @@ def write_model(variant: Variant, folder: Path):
     model.save_pretrained(
         folder, max_shard_size=variant.shard_size, save_original_format=not variant.fused_experts
     )
+    for path in folder.glob("model*.safetensors") if variant.rename else ():
+        tensors = load_file(path)
+        for old, new in variant.rename.items():
+            tensors = {name.replace(old, new, 1) if name.startswith(old) else name: t for name, t in tensors.items()}
+        save_file(tensors, path, {"format": "pt"})
     if variant.extra_tensors:
         add_tensors(folder, {n: torch.randn(s, generator=rng) for n, s in variant.extra_tensors.items()})
     path = folder / "config.json"
@@ -188,10 +195,37 @@ def load(variant: Variant, folder: Path, clamped=False, **changed):
     """The reference in f32 throughout, whatever the files hold, with plain attention and experts. Its class
     is that of the variant's config, as published files may say another `model_type`."""
     config = type(variant.config).from_pretrained(folder, **changed)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **PLAIN).eval()
+    config.model_type = variant.config.model_type  # by which tensors get their names
+    with blocks_of_their_own(variant):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **PLAIN
+        )
+    model.eval()
+    assert not found["missing_keys"] | found["mismatched_keys"], f"{folder}: {found}"
     if variant.free_dt and not clamped:
         free_dt(model)
     return model
+
+
+@contextlib.contextmanager
+def blocks_of_their_own(variant: Variant):
+    """Models are made with `block_keys`: the mixers of such a block see a config of their own."""
+    module = sys.modules[AutoModelForCausalLM._model_mapping[type(variant.config)].__module__]
+    types = getattr(module, "MIXER_TYPES", {})
+    kept = dict(types)
+
+    def own(mixer):
+        def make(config, layer_idx):
+            config = copy.deepcopy(config)
+            for key, value in variant.block_keys.get(layer_idx, {}).items():
+                setattr(config, key, value)
+            return mixer(config, layer_idx=layer_idx)
+
+        return make
+
+    types.update({name: own(mixer) for name, mixer in kept.items()} if variant.block_keys else {})
+    yield
+    types.update(kept)
 
 
 def free_dt(model):
@@ -240,7 +274,7 @@ def router_gaps(model, top_k):
     gaps = []
 
     def measure(router, _inputs, output):
-        gaps.append(router_gap(router, output[0], top_k))
+        gaps.append(router_gap(router, output[0], getattr(router, "top_k", top_k)))
 
     hooks = [m.register_forward_hook(measure) for m in routers(model)]
     yield gaps
