@@ -474,6 +474,9 @@ impl<'a> Lower<'a> {
                     .map(|n| self.named(step.at, n, x, chain))
                     .collect();
                 let inputs: Vec<ValueId> = inputs.into_iter().collect::<Option<_>>()?;
+                if let [one] = inputs[..] {
+                    return Some(one);
+                }
                 // No sum overflows: each width is at most MAX_SIZE, and a file holds few names.
                 let width: usize = inputs.iter().map(|v| self.widths[*v]).sum();
                 if width > MAX_SIZE {
