@@ -168,7 +168,7 @@ impl LayerSpec for Mamba3 {
         specs
     }
 
-    fn state(&self) -> StateSpec {
+    fn state(&self, _widths: &[usize]) -> StateSpec {
         let part = |name, rows, cols| Part { name, rows, cols };
         let slot = vec![
             part("angle_state", self.heads, self.angles),
