@@ -401,6 +401,14 @@ unsafe fn prepare<S: Simd>(
                 }
                 s.store(inputs.as_mut_ptr().add(i * STRIP + p), input);
             }
+            // The next strip, and what will be written of this one: rows are too far apart for the
+            // machine to guess.
+            let y = scan.y.row_pointer(t);
+            let y = y.wrapping_add(head * scan.width + strip.first);
+            for line in (0..strip.channels).step_by(16) {
+                s.prefetch(x.wrapping_add(STRIP + line));
+                s.prefetch(y.wrapping_add(line));
+            }
         }
     }
 }
