@@ -453,6 +453,28 @@ fn every_card_has_a_golden_and_small_sizes() {
 }
 
 #[test]
+fn model_cards_holds_cards_bundled_models_and_example_configs() {
+    let listed = files();
+    let mut faults = Vec::new();
+    for path in listed.iter().filter_map(|f| f.strip_prefix("model-cards/")) {
+        let good = match path.split_once('/') {
+            None => path == "README.md" || path.ends_with(".yaml"),
+            Some(("configs", name)) => name.ends_with(".json") && !name.contains('/'),
+            // What the build script takes for a model.
+            Some((model, _)) => listed.contains(&format!("model-cards/{model}/config.json")),
+        };
+        if !good {
+            faults.push(format!("model-cards/{path}"));
+        }
+    }
+    assert!(!strata_converters::bundled::names().any(|name| name == "configs"));
+    none(
+        faults,
+        "model-cards/ holds its guide, a card a family, folders of bundled models, and in configs/ the configs of published models",
+    );
+}
+
+#[test]
 fn every_op_has_a_fast_version_and_rows_in_parity() {
     let parity = std::fs::read_to_string(root().join("tests/parity.rs")).unwrap();
     let mut count = 0;
