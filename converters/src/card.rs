@@ -26,7 +26,7 @@ const PLAN_KEYS: [&str; 6] = ["vocab", "d_model", "context", "init_std", "embed"
 const PLACE: [&str; 2] = ["i", "use"];
 
 /// One family of models.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Card {
     file: String,
     family: String,
@@ -76,21 +76,32 @@ impl Card {
         &self.tiny
     }
 
-    /// What the family's tensors are called.
+    /// What the family's tensors are called. Names with numbers that a config decides are known after
+    /// [`Card::bound`].
     pub fn tensors(&self) -> &TensorMap {
         &self.tensors
+    }
+
+    /// The card for checkpoints with this config: the numbers in its tensors' names are computed.
+    pub fn bound(&self, config: &Config) -> Result<Card, Faults> {
+        let mut resolver = Resolver::new(self, config);
+        let mut tensors = self.tensors.clone();
+        if tensors.has_numbers() {
+            resolver.defaults();
+            let blocks = resolver.names().len();
+            tensors.compute_numbers(&mut resolver.scope, blocks, &mut resolver.faults);
+        }
+        let bound = Card {
+            tensors,
+            ..self.clone()
+        };
+        resolver.faults.or(Some(bound))
     }
 
     /// The plan of a model with this config. Faults stand at the card's lines, and say which keys of
     /// config.json they come from. A plan that is returned can be lowered.
     pub fn plan(&self, config: &Config, name: &str) -> Result<Plan, Faults> {
-        let mut resolver = Resolver {
-            card: self,
-            scope: Scope::new(config),
-            faults: Faults::new(&self.file),
-            told: BTreeMap::new(),
-            failed: BTreeSet::new(),
-        };
+        let mut resolver = Resolver::new(self, config);
         let node = resolver.plan(name);
         let plan = Plan::from_node(&node, &self.file)
             .and_then(|plan| Graph::lower(&plan, &self.file).map(|_| plan));
@@ -164,13 +175,14 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let shared = fields.node("shared").cloned();
     let tensors = fields.node("tensors");
     let ignore = fields.node("ignore");
+    let numbers = fields.node("numbers");
     for (key, there) in [("stack", stack.is_some()), ("tensors", tensors.is_some())] {
         if !there {
             faults.add(node.at, format!("a card needs `{key}`"));
         }
     }
     fields.finish(faults);
-    let tensors = TensorMap::read(tensors?, ignore, faults);
+    let tensors = TensorMap::read(tensors?, numbers, ignore, faults);
     let tiny = Node {
         value: Value::Map(tiny?),
         at: fields.at("tiny"),
@@ -202,7 +214,17 @@ struct Resolver<'a> {
     failed: BTreeSet<Mark>,
 }
 
-impl Resolver<'_> {
+impl<'a> Resolver<'a> {
+    fn new(card: &'a Card, config: &Config) -> Self {
+        Resolver {
+            card,
+            scope: Scope::new(config),
+            faults: Faults::new(&card.file),
+            told: BTreeMap::new(),
+            failed: BTreeSet::new(),
+        }
+    }
+
     fn plan(&mut self, name: &str) -> Node {
         let card = self.card;
         self.defaults();
@@ -274,24 +296,74 @@ impl Resolver<'_> {
         }
     }
 
-    /// The tree with every expression computed. Those without a value are null, and have failed.
+    /// The tree with every expression computed and every choice made. Expressions without a value are
+    /// null, and have failed.
     fn node(&mut self, node: &Node) -> Node {
         let value = match &node.value {
             Value::Text(text) => match text.strip_prefix('=') {
                 Some(expression) => self.compute(expression, node.at),
                 None => node.value.clone(),
             },
-            Value::List(list) => Value::List(list.iter().map(|n| self.node(n)).collect()),
+            Value::List(list) => Value::List(list.iter().flat_map(|n| self.items(n)).collect()),
+            Value::Map(_) if is_choice(node) => {
+                return self.chosen(node).unwrap_or(Node {
+                    value: Value::Null,
+                    at: node.at,
+                });
+            }
             Value::Map(entries) => {
-                let entry = |e: &Entry| Entry {
-                    value: self.node(&e.value),
-                    ..e.clone()
+                let entry = |e: &Entry| {
+                    let value = match is_choice(&e.value) {
+                        true => self.chosen(&e.value)?,
+                        false => self.node(&e.value),
+                    };
+                    Some(Entry { value, ..e.clone() })
                 };
-                Value::Map(entries.iter().map(entry).collect())
+                Value::Map(entries.iter().filter_map(entry).collect())
             }
             plain => plain.clone(),
         };
         Node { value, at: node.at }
+    }
+
+    /// What an item of a list becomes: itself, or the items of the list that it chooses.
+    fn items(&mut self, node: &Node) -> Vec<Node> {
+        if !is_choice(node) {
+            return vec![self.node(node)];
+        }
+        match self.chosen(node) {
+            Some(Node {
+                value: Value::List(list),
+                ..
+            }) => list,
+            one => one.into_iter().collect(),
+        }
+    }
+
+    /// The branch of a choice, computed; the other one is not looked at.
+    fn chosen(&mut self, node: &Node) -> Option<Node> {
+        let mut fields = Fields::of(node, "a choice", &mut self.faults)?;
+        let (condition, then) = (fields.node("if"), fields.node("then"));
+        let other = fields.node("else");
+        fields.finish(&mut self.faults);
+        let Some(condition) = condition else {
+            self.faults.add(node.at, "a choice needs a condition");
+            return None;
+        };
+        let value = self.node(condition).value;
+        let branch = match value {
+            Value::Bool(true) => then,
+            Value::Bool(false) => other,
+            _ if self.failed.contains(&condition.at) => None,
+            other => {
+                let told = self.told.get(&condition.at).cloned();
+                let told = told.unwrap_or_else(|| other.describe());
+                let message = format!("a condition must be true or false: {told}");
+                self.faults.add(condition.at, message);
+                None
+            }
+        };
+        branch.map(|b| self.node(b))
     }
 
     fn compute(&mut self, expression: &str, at: Mark) -> Value {
@@ -308,8 +380,8 @@ impl Resolver<'_> {
         }
     }
 
-    /// The blocks that the stack uses, and the stack.
-    fn blocks(&mut self) -> (Vec<Entry>, Vec<Node>) {
+    /// The names of the stack's blocks in order, and the places in the card that put them there.
+    fn names(&mut self) -> Vec<stack::Name> {
         let card = self.card;
         let node = self.node(&card.stack);
         let mut found = Faults::new(&card.file);
@@ -324,9 +396,13 @@ impl Resolver<'_> {
                 .add(fault.at, format!("{}{told}", fault.message));
         }
         // Without a stack every block is checked once.
-        let names =
-            names.unwrap_or_else(|| card.blocks.iter().map(|e| (e.key.clone(), e.at)).collect());
+        names.unwrap_or_else(|| card.blocks.iter().map(|e| (e.key.clone(), e.at)).collect())
+    }
 
+    /// The blocks that the stack uses, and the stack.
+    fn blocks(&mut self) -> (Vec<Entry>, Vec<Node>) {
+        let card = self.card;
+        let names = self.names();
         let known: BTreeMap<&str, &Entry> =
             card.blocks.iter().map(|e| (e.key.as_str(), e)).collect();
         let mut blocks = Variants::default();
@@ -413,6 +489,11 @@ impl Variants {
         });
         key
     }
+}
+
+/// `{if: =…, then: …, else: …}` stands for one of its branches.
+fn is_choice(node: &Node) -> bool {
+    matches!(&node.value, Value::Map(entries) if entries.iter().any(|e| e.key == "if"))
 }
 
 /// A computed value stands where its expression does, with all that is in it.

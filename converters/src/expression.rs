@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use minijinja::value::ValueKind;
+use minijinja::value::{Rest, ValueKind};
 use minijinja::{Environment, UndefinedBehavior, Value as Jinja};
 use strata_layers::param::list_of;
 use strata_layers::yaml::Value;
@@ -32,6 +32,7 @@ impl Scope {
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_fuel(Some(FUEL));
         environment.add_function("ceil_div", ceil_div);
+        environment.add_function("places", places);
         let mut scope = Scope {
             environment,
             values: BTreeMap::new(),
@@ -128,6 +129,13 @@ fn ceil_div(a: i64, b: i64) -> Result<i64, minijinja::Error> {
     quotient.checked_neg().ok_or_else(fault)
 }
 
+/// Where in a list some values stand, from 0.
+fn places(list: Vec<Jinja>, values: Rest<Jinja>) -> Vec<usize> {
+    let places = list.iter().enumerate();
+    let found = places.filter(|(_, item)| values.contains(item));
+    found.map(|(place, _)| place).collect()
+}
+
 fn jinja(value: &Value) -> Jinja {
     match value {
         Value::Null => Jinja::from(()),
@@ -203,6 +211,16 @@ mod tests {
         check("h // z", "with h = 64 (line 1 of config.json) and z = 0");
         check("ceil_div(h, 0)", "has no result");
         check("h * n", "n = nothing");
+        check("places(l, 'b', 'q')|length", "1");
+        check("places(l, 'b')[0]", "1");
+        check("places([2, 5, 8], h // 8)[0]", "2");
+        check("places([2, 5], h)[0]", "places([2, 5], h)[0]");
+        check("places(h, 'b')", "places(h, 'b')");
+        check("([2] + range(5, 12, 3)|list)[3]", "11");
+        check("'M-E'|list == ['M', '-', 'E']", "true");
+        check("(['m'] * h)|length", "64");
+        check("h ** -0.5", "0.125");
+        check("(n or q|default(none) or l)[0]", "\"a\"");
         check("h +", "`=h +`: ");
         check("range(1000000)|list|length", "range(1000000)");
         check("s * 1000000000000", "out of fuel");

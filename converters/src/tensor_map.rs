@@ -2,7 +2,8 @@
 //!
 //! A pattern is a name with holes: `{i}` and `{e}` stand for a number (of a block, of an expert), any
 //! other letter for a word without dots. An expression is a pattern, or a transform of one:
-//! `part(index(model.layers.{i}.experts.gate_up_proj, {e}), 0, 2)`.
+//! `part(index(model.layers.{i}.experts.gate_up_proj, {e}), 0, 2)`. Letters under `numbers` are computed
+//! from the config, and perhaps from `i` or `e`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,6 +14,7 @@ use strata_layers::yaml::Value;
 use strata_layers::{Faults, Mark, Node};
 
 use crate::error::Result;
+use crate::expression::Scope;
 use crate::safetensors::Checkpoint;
 use crate::transforms::{TRANSFORMS, Transform};
 
@@ -27,6 +29,8 @@ pub struct Pattern(Vec<Piece>);
 enum Piece {
     Text(String),
     Hole(char),
+    /// Whatever follows: at the end of what is ignored.
+    Rest,
 }
 
 /// Holes that stand for numbers.
@@ -56,12 +60,24 @@ impl Pattern {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
         let plain = pieces.iter().all(|p| match p {
             Piece::Text(text) => text.chars().all(allowed),
-            Piece::Hole(_) => true,
+            Piece::Hole(_) | Piece::Rest => true,
         });
         if pieces.is_empty() || !plain {
             return Err(fault());
         }
         Ok(Pattern(pieces))
+    }
+
+    /// Reads a name, or how names begin: `mtp.*`.
+    fn ignored(text: &str) -> std::result::Result<Self, String> {
+        match text.strip_suffix('*') {
+            Some(start) => {
+                let mut pattern = Pattern::parse(start)?;
+                pattern.0.push(Piece::Rest);
+                Ok(pattern)
+            }
+            None => Pattern::parse(text),
+        }
     }
 
     /// What the holes stand for if this is the pattern of `name`.
@@ -77,6 +93,7 @@ impl Pattern {
             match piece {
                 Piece::Text(text) => name.push_str(text),
                 Piece::Hole(hole) => name.push_str(captures.get(hole)?),
+                Piece::Rest => return None,
             }
         }
         Some(name)
@@ -90,7 +107,7 @@ impl Pattern {
         };
         let rest = before.iter().try_fold(name, |rest, piece| match piece {
             Piece::Text(text) => rest.strip_prefix(text.as_str()),
-            Piece::Hole(_) => None,
+            Piece::Hole(_) | Piece::Rest => None,
         })?;
         let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
         let after = rest[digits..].chars().next();
@@ -100,7 +117,7 @@ impl Pattern {
     fn holes(&self) -> impl Iterator<Item = char> {
         self.0.iter().filter_map(|p| match p {
             Piece::Hole(hole) => Some(*hole),
-            Piece::Text(_) => None,
+            Piece::Text(_) | Piece::Rest => None,
         })
     }
 }
@@ -113,6 +130,7 @@ fn matches(pieces: &[Piece], name: &str, captures: &mut Captures) -> bool {
         Piece::Text(text) => name
             .strip_prefix(text.as_str())
             .is_some_and(|name| matches(rest, name, captures)),
+        Piece::Rest => true,
         Piece::Hole(hole) if captures.contains_key(hole) => {
             let known = captures[hole].clone();
             name.strip_prefix(known.as_str())
@@ -144,6 +162,7 @@ impl fmt::Display for Pattern {
         self.0.iter().try_for_each(|piece| match piece {
             Piece::Text(text) => f.write_str(text),
             Piece::Hole(hole) => write!(f, "{{{hole}}}"),
+            Piece::Rest => f.write_str("*"),
         })
     }
 }
@@ -152,11 +171,11 @@ impl fmt::Display for Pattern {
 #[derive(Debug, Clone)]
 enum Expression {
     Tensor(Pattern),
-    Call(&'static Transform, Box<Expression>, Vec<Number>),
+    Call(&'static Transform, Box<Expression>, Vec<Argument>),
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Number {
+enum Argument {
     Literal(usize),
     Hole(char),
 }
@@ -192,9 +211,9 @@ impl Expression {
             return Err(usage());
         }
         let number = |text: &&str| match text.trim() {
-            "{e}" => Ok(Number::Hole('e')),
-            "{i}" => Ok(Number::Hole('i')),
-            digits => digits.parse().map(Number::Literal).map_err(|_| usage()),
+            "{e}" => Ok(Argument::Hole('e')),
+            "{i}" => Ok(Argument::Hole('i')),
+            digits => digits.parse().map(Argument::Literal).map_err(|_| usage()),
         };
         let numbers = numbers
             .iter()
@@ -217,8 +236,8 @@ impl Expression {
             Expression::Call(_, of, numbers) => {
                 let mut holes = of.holes();
                 holes.extend(numbers.iter().filter_map(|n| match n {
-                    Number::Hole(hole) => Some(*hole),
-                    Number::Literal(_) => None,
+                    Argument::Hole(hole) => Some(*hole),
+                    Argument::Literal(_) => None,
                 }));
                 holes
             }
@@ -229,9 +248,9 @@ impl Expression {
         Some(match self {
             Expression::Tensor(pattern) => Source::Tensor(pattern.fill(captures)?),
             Expression::Call(transform, of, numbers) => {
-                let number = |n: &Number| match n {
-                    Number::Literal(n) => Some(*n),
-                    Number::Hole(hole) => captures.get(hole)?.parse().ok(),
+                let number = |n: &Argument| match n {
+                    Argument::Literal(n) => Some(*n),
+                    Argument::Hole(hole) => captures.get(hole)?.parse().ok(),
                 };
                 let numbers: Option<Vec<usize>> = numbers.iter().map(number).collect();
                 Source::Call(transform, Box::new(of.fill(captures)?), numbers?)
@@ -313,10 +332,32 @@ struct Rule {
     at: Mark,
 }
 
+/// A letter that stands for a computed number.
+#[derive(Debug, Clone)]
+struct Number {
+    letter: char,
+    /// Without its `=`.
+    expression: String,
+    at: Mark,
+    values: Values,
+}
+
+/// What a computed number is.
+#[derive(Debug, Clone)]
+enum Values {
+    /// No config is known yet.
+    Unknown,
+    /// The same everywhere.
+    One(String),
+    /// Another for every value of a hole. Where there is none, no tensor has such a name.
+    By(char, Vec<Option<String>>),
+}
+
 /// Our names to expressions over theirs, and what of theirs is knowingly dropped.
 #[derive(Debug, Clone, Default)]
 pub struct TensorMap {
     rules: Vec<Rule>,
+    numbers: Vec<Number>,
     ignore: Vec<Pattern>,
 }
 
@@ -331,8 +372,16 @@ pub struct Found {
 
 impl TensorMap {
     /// Reads the map of a card.
-    pub fn read(tensors: &Node, ignore: Option<&Node>, faults: &mut Faults) -> Self {
-        let mut map = TensorMap::default();
+    pub fn read(
+        tensors: &Node,
+        numbers: Option<&Node>,
+        ignore: Option<&Node>,
+        faults: &mut Faults,
+    ) -> Self {
+        let mut map = TensorMap {
+            numbers: numbers.map_or_else(Vec::new, |n| read_numbers(n, faults)),
+            ..TensorMap::default()
+        };
         let Value::Map(entries) = &tensors.value else {
             let found = tensors.value.describe();
             faults.add(
@@ -349,7 +398,8 @@ impl TensorMap {
                     continue;
                 }
             };
-            let known: Vec<char> = ours.holes().collect();
+            let computed = map.numbers.iter().map(|n| n.letter);
+            let known: Vec<char> = ours.holes().chain(computed).collect();
             let mut theirs = Vec::new();
             for (text, at) in texts(&entry.value, faults) {
                 match Expression::parse(text, 0) {
@@ -367,7 +417,7 @@ impl TensorMap {
             map.rules.push(Rule { ours, theirs, at });
         }
         for (text, at) in ignore.map(|n| texts(n, faults)).unwrap_or_default() {
-            match Pattern::parse(text) {
+            match Pattern::ignored(text) {
                 Ok(pattern) => map.ignore.push(pattern),
                 Err(why) => faults.add(at, why),
             }
@@ -393,19 +443,75 @@ impl TensorMap {
             .iter()
             .find_map(|r| Some((r, r.ours.captures(path)?)));
         match rule {
-            Some((rule, captures)) => Found {
-                sources: rule
-                    .theirs
-                    .iter()
-                    .filter_map(|e| e.fill(&captures))
-                    .collect(),
-                at: rule.at,
-            },
+            Some((rule, mut captures)) => {
+                self.add_numbers(&mut captures);
+                let theirs = rule.theirs.iter();
+                Found {
+                    sources: theirs.filter_map(|e| e.fill(&captures)).collect(),
+                    at: rule.at,
+                }
+            }
             None => Found {
                 sources: Vec::new(),
                 at: Mark::default(),
             },
         }
+    }
+
+    /// Whether some numbers depend on the config.
+    pub(crate) fn has_numbers(&self) -> bool {
+        !self.numbers.is_empty()
+    }
+
+    /// Computes them, with what expressions see and the number of blocks.
+    pub(crate) fn compute_numbers(
+        &mut self,
+        scope: &mut Scope,
+        blocks: usize,
+        faults: &mut Faults,
+    ) {
+        let mut done: Vec<Number> = Vec::new();
+        for number in &mut self.numbers {
+            match values(number, &done, scope, blocks) {
+                Ok(values) => number.values = values,
+                Err(why) => faults.add(number.at, why),
+            }
+            done.push(number.clone());
+        }
+    }
+
+    /// The computed numbers that belong to these holes.
+    fn add_numbers(&self, captures: &mut Captures) {
+        for number in &self.numbers {
+            if let Some(value) = number.value(captures) {
+                captures.insert(number.letter, value.into());
+            }
+        }
+    }
+
+    /// The holes that have led to these numbers, if any have.
+    fn with_holes(&self, mut captures: Captures) -> Option<Captures> {
+        let fits = |captures: &Captures| {
+            let known = |n: &Number| match captures.get(&n.letter) {
+                Some(found) => n.value(captures) == Some(found),
+                None => true,
+            };
+            self.numbers.iter().all(known)
+        };
+        for number in &self.numbers {
+            if let Values::By(hole, values) = &number.values
+                && captures.contains_key(&number.letter)
+                && !captures.contains_key(hole)
+            {
+                let with = |place: usize| {
+                    let mut captures = captures.clone();
+                    captures.insert(*hole, place.to_string());
+                    fits(&captures).then_some(captures)
+                };
+                captures = (0..values.len()).find_map(with)?;
+            }
+        }
+        fits(&captures).then_some(captures)
     }
 
     /// Whether a tensor of theirs is knowingly dropped.
@@ -420,7 +526,7 @@ impl TensorMap {
         }
         self.rules.iter().find_map(|rule| {
             rule.theirs.iter().find_map(|expression| {
-                let mut captures = expression.pattern().captures(tensor)?;
+                let mut captures = self.with_holes(expression.pattern().captures(tensor)?)?;
                 // One tensor of all experts: the first stands for them.
                 captures.entry('e').or_insert_with(|| "0".into());
                 Some((rule.ours.fill(&captures)?, rule.at))
@@ -439,6 +545,109 @@ impl TensorMap {
             .iter()
             .flat_map(|r| r.theirs.iter().map(Expression::pattern));
         patterns.into_iter().find_map(|p| p.block(tensor))
+    }
+}
+
+impl Number {
+    fn value(&self, captures: &Captures) -> Option<&String> {
+        match &self.values {
+            Values::Unknown => None,
+            Values::One(value) => Some(value),
+            Values::By(hole, values) => {
+                let place: usize = captures.get(hole)?.parse().ok()?;
+                values.get(place)?.as_ref()
+            }
+        }
+    }
+}
+
+/// `{j: =places(hybrids, i)[0]}`.
+fn read_numbers(node: &Node, faults: &mut Faults) -> Vec<Number> {
+    let Value::Map(entries) = &node.value else {
+        let found = node.value.describe();
+        let message = format!("found {found}, expected a mapping of letters to expressions");
+        faults.add(node.at, message);
+        return Vec::new();
+    };
+    let mut numbers = Vec::new();
+    for entry in entries {
+        let mut letters = entry.key.chars();
+        let letter = match (letters.next(), letters.next()) {
+            (Some(c), None) if c.is_ascii_lowercase() && !NUMBERS.contains(&c) => c,
+            _ => {
+                let message = format!("{:?} is no letter; i and e have a meaning", entry.key);
+                faults.add(entry.at, message);
+                continue;
+            }
+        };
+        match &entry.value.value {
+            Value::Text(text) if text.starts_with('=') => numbers.push(Number {
+                letter,
+                expression: text[1..].into(),
+                at: entry.value.at,
+                values: Values::Unknown,
+            }),
+            other => faults.add(
+                entry.value.at,
+                format!("found {}, expected an expression", other.describe()),
+            ),
+        }
+    }
+    numbers
+}
+
+/// What a number is, with those before it.
+fn values(
+    number: &Number,
+    before: &[Number],
+    scope: &mut Scope,
+    blocks: usize,
+) -> std::result::Result<Values, String> {
+    let reads: Vec<String> = scope.reads(&number.expression);
+    let reads = |letter: char| reads.iter().any(|r| r.chars().eq([letter]));
+    let others: Vec<&Number> = before.iter().filter(|n| reads(n.letter)).collect();
+    let by_others = others.iter().filter_map(|n| match &n.values {
+        Values::By(hole, _) => Some(*hole),
+        _ => None,
+    });
+    let read = NUMBERS.into_iter().filter(|hole| reads(*hole));
+    let mut holes: Vec<char> = read.chain(by_others).collect();
+    holes.sort_unstable();
+    holes.dedup();
+    let set = |letter: char, value: &str, scope: &mut Scope| {
+        let value = value.parse().unwrap_or_default();
+        scope.set(&letter.to_string(), &Value::Int(value), "of a name");
+    };
+    let compute = |captures: &Captures, scope: &mut Scope| {
+        for (letter, value) in captures {
+            set(*letter, value, scope);
+        }
+        for other in &others {
+            let value = other
+                .value(captures)
+                .ok_or("a number that it reads is none")?;
+            set(other.letter, value, scope);
+        }
+        let computed = scope.evaluate(&number.expression)?;
+        match computed.value {
+            Value::Int(n) if n >= 0 => Ok(n.to_string()),
+            _ => Err(format!("a name holds whole numbers: {}", computed.told)),
+        }
+    };
+    match holes[..] {
+        [] => Ok(Values::One(compute(&Captures::new(), scope)?)),
+        [hole] => {
+            let mut at = |n: usize| compute(&Captures::from([(hole, n.to_string())]), scope);
+            let all: Vec<_> = (0..blocks).map(&mut at).collect();
+            match all.iter().find_map(|v| v.as_ref().err()) {
+                Some(why) if all.iter().all(std::result::Result::is_err) => Err(why.clone()),
+                _ => Ok(Values::By(
+                    hole,
+                    all.into_iter().map(std::result::Result::ok).collect(),
+                )),
+            }
+        }
+        _ => Err("a number in a name may depend on {i} or on {e}, not on both".into()),
     }
 }
 
@@ -509,7 +718,7 @@ mod tests {
         check("a.{z}", "unknown hole");
         check(
             "exp(a)",
-            "there is no transform `exp`; there are neg_exp, squeeze, index and part",
+            "there is no transform `exp`; there are neg_exp, squeeze, index, flatten, every and part",
         );
         check("index(a)", "should read index(tensor, entry)");
         check("index(a, b)", "should read index(tensor, entry)");

@@ -1,7 +1,9 @@
 //! What a card may do to a tensor on its way into a plan: pure functions, named from cards.
 //!
 //! Most are views. Those that compute make a small tensor of their own in f32, so none is meant for
-//! large matrices.
+//! large matrices; `every` copies.
+
+use std::sync::Arc;
 
 use strata_kernels::{DType, HostTensor};
 
@@ -63,6 +65,44 @@ pub const TRANSFORMS: &[Transform] = &[
             Ok(entry.reshape(entry.shape().get(1..).unwrap_or_default())?)
         },
     },
+    // The two outermost dimensions as one: the rows of all heads.
+    Transform {
+        name: "flatten",
+        numbers: &[],
+        widens: false,
+        shape: |shape, _| flattened(shape),
+        apply: |x, _| {
+            let shape = flattened(x.shape()).unwrap_or_else(|_| x.shape().to_vec());
+            Ok(x.reshape(&shape)?)
+        },
+    },
+    // Rows k, k + n, k + 2n and so on, copied: two matrices whose rows take turns.
+    Transform {
+        name: "every",
+        numbers: &["first", "step"],
+        widens: false,
+        shape: |shape, numbers| match (shape.split_first(), numbers) {
+            (Some((&rows, rest)), &[first, step]) if first < step && rows % step == 0 => {
+                Ok([&[rows / step], rest].concat())
+            }
+            _ => Err(format!(
+                "there is no row {} of every {} in {shape:?}",
+                numbers[0], numbers[1]
+            )),
+        },
+        apply: |x, numbers| {
+            let rows = x.shape().first().copied().unwrap_or_default();
+            let row = x.bytes().len() / rows.max(1);
+            let mut shape = x.shape().to_vec();
+            shape[0] = rows / numbers[1];
+            let mut bytes = Vec::with_capacity(shape[0] * row);
+            for at in (numbers[0]..rows).step_by(numbers[1]) {
+                bytes.extend_from_slice(&x.bytes()[at * row..(at + 1) * row]);
+            }
+            let range = 0..bytes.len();
+            Ok(HostTensor::new(x.dtype(), &shape, Arc::new(bytes), range)?)
+        },
+    },
     // The k-th of n equal parts of the rows: gate and up that are stored as one.
     Transform {
         name: "part",
@@ -84,6 +124,13 @@ pub const TRANSFORMS: &[Transform] = &[
         },
     },
 ];
+
+fn flattened(shape: &[usize]) -> Shaped {
+    match shape {
+        [a, b, rest @ ..] => Ok([&[a * b], rest].concat()),
+        _ => Err(format!("{shape:?} has no two dimensions to make one of")),
+    }
+}
 
 fn squeezed(shape: &[usize], dimension: usize) -> Shaped {
     if shape.get(dimension) != Some(&1) {
@@ -149,6 +196,13 @@ mod tests {
             assert!(run("part", &[4, 1], &bad).is_err(), "{bad:?}");
         }
         assert_eq!(run("neg_exp", &[1], &[]).unwrap().to_f32(), [-1.0]);
+        assert_eq!(run("flatten", &[3, 2, 4], &[]).unwrap().shape(), [6, 4]);
+        assert!(run("flatten", &[3], &[]).is_err());
+        let odd = run("every", &[4, 2], &[1, 2]).unwrap();
+        assert_eq!(odd.to_f32(), [2.0, 3.0, 6.0, 7.0]);
+        for bad in [[2, 2], [0, 3], [0, 0]] {
+            assert!(run("every", &[4, 1], &bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]
@@ -156,7 +210,7 @@ mod tests {
         let x = HostTensor::from_f32(&[2, 4], &[0.0; 8]).unwrap();
         let views = TRANSFORMS
             .iter()
-            .filter(|t| !t.widens && t.name != "squeeze");
+            .filter(|t| !t.widens && !["squeeze", "every"].contains(&t.name));
         for t in views {
             let numbers = [1, 2];
             let y = (t.apply)(&x, &numbers[..t.numbers.len()]).unwrap();

@@ -55,6 +55,7 @@ impl RandomWeights {
                 let states = spec.shape.last().copied().unwrap_or(1);
                 (0..elements).map(|i| -((i % states + 1) as f32)).collect()
             }
+            Init::HeadDecay => (0..elements).map(|i| -1.0 - 15.0 * uniform(i)).collect(),
             Init::StepBias => {
                 let step = |i| {
                     let (low, high) = (1e-3f32.ln(), 1e-1f32.ln());

@@ -31,7 +31,7 @@ pub struct StateStore {
 impl StateStore {
     /// Zeroed state for a graph. Memory is committed as it is first written.
     pub fn new(graph: &Graph, size: StateSize, backend: Arc<dyn Backend>) -> Result<Self> {
-        let specs: Vec<StateSpec> = graph.nodes.iter().map(|n| n.state()).collect();
+        let specs: Vec<StateSpec> = graph.nodes.iter().map(|n| n.state.clone()).collect();
         let layer = |spec: &StateSpec| {
             let rows = size.pages * size.page_size;
             let page = |cols| backend.alloc(size.kv_dtype, rows, cols);

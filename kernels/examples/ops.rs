@@ -176,6 +176,7 @@ impl Bench {
                     a: &a,
                     b: &b,
                     c: &c,
+                    groups: 1,
                     d: &d,
                     z: Some(&z),
                     ssm_state: &mut state,
@@ -238,8 +239,10 @@ impl Bench {
                 heads: heads.0,
                 kv_heads: heads.1,
                 head_dim: dim,
+                v_head_dim: dim,
                 scale: 0.1,
                 window: None,
+                keep_first: 0,
                 ragged,
                 y: &mut y,
             };
@@ -256,6 +259,7 @@ impl Bench {
                 x: &a,
                 weight: Some(&w),
                 eps: 1e-6,
+                groups: 1,
                 y: &mut y,
             };
             self.cpu.rms_norm(op).expect("a norm");
@@ -299,6 +303,7 @@ impl Bench {
                 head_dim: 64,
                 frequencies,
                 interleaved: false,
+                scale: 1.0,
                 ragged,
             };
             self.cpu.rope(op).expect("a rotation");

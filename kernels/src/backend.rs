@@ -2,8 +2,8 @@
 
 use crate::error::Result;
 use crate::ops::{
-    Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, Linear,
-    RmsNorm, Rope, Route, Scale, SelectiveScan,
+    Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
+    Linear, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -47,6 +47,8 @@ pub trait Backend: Send + Sync {
     fn gather(&self, op: Gather<'_>) -> Result<()>;
     /// See [`RmsNorm`].
     fn rms_norm(&self, op: RmsNorm<'_>) -> Result<()>;
+    /// See [`LayerNorm`].
+    fn layer_norm(&self, op: LayerNorm<'_>) -> Result<()>;
     /// See [`Add`].
     fn add(&self, op: Add<'_>) -> Result<()>;
     /// See [`Scale`].
@@ -57,6 +59,10 @@ pub trait Backend: Send + Sync {
     fn conv1d(&self, op: Conv1d<'_>) -> Result<()>;
     /// See [`SelectiveScan`].
     fn selective_scan(&self, op: SelectiveScan<'_>) -> Result<()>;
+    /// See [`SsdScan`].
+    fn ssd_scan(&self, op: SsdScan<'_>) -> Result<()>;
+    /// See [`S4dScan`].
+    fn s4d_scan(&self, op: S4dScan<'_>) -> Result<()>;
     /// See [`Rope`].
     fn rope(&self, op: Rope<'_>) -> Result<()>;
     /// See [`KvWrite`].

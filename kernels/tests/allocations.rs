@@ -97,6 +97,7 @@ fn operations_allocate_nothing_after_the_first_time() {
             a: &a,
             b: &b,
             c: &b,
+            groups: 1,
             d: &vector,
             z: Some(&x),
             ssm_state: &mut state,
@@ -110,6 +111,7 @@ fn operations_allocate_nothing_after_the_first_time() {
             head_dim: 16,
             frequencies,
             interleaved: false,
+            scale: 1.0,
             ragged,
         };
         cpu.rope(op).unwrap();
@@ -129,8 +131,10 @@ fn operations_allocate_nothing_after_the_first_time() {
             heads: 8,
             kv_heads: 8,
             head_dim: 16,
+            v_head_dim: 16,
             scale: 0.25,
             window: None,
+            keep_first: 0,
             ragged,
             y: &mut y,
         };

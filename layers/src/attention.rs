@@ -1,37 +1,33 @@
 //! Attention with grouped queries (Ainslie et al., 2023), with or without rotary positions, over all
 //! earlier tokens or a window of them.
 
-use strata_kernels::ops::{self, KvWrite};
+use strata_kernels::ops::RmsNorm;
 use strata_kernels::{Result, Tensor};
 
+use crate::attend::Shape;
 use crate::layer::{Context, Layer, LayerSpec};
 use crate::linear::{Projection, projection};
+use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
 use crate::params;
-use crate::state::{Pages, StateSpec};
-use crate::weights::{WeightSpec, Weights};
+use crate::rope::{Rope, Rotation};
+use crate::state::StateSpec;
+use crate::weights::{Init, WeightSpec, Weights};
 use crate::yaml::{Faults, Value};
 
 params! {
-    /// Rotary positions.
-    pub struct Rope as "rope" {
-        /// Base of the frequencies: pair f turns by theta^(-2f / dims) radians a token.
-        theta: f64,
-        /// How many elements of a head turn; all if left out.
-        dims: Option<usize> = None,
-        /// Whether neighbours form a pair, rather than the halves.
-        interleaved: bool = false,
+    /// RMS normalisation of every head of queries and keys, before they are turned.
+    pub struct QkNorm as "qk_norm" {
+        /// Added to the mean square before the root.
+        eps: f64,
+        /// Whether each head has a weight of its own, rather than all the same.
+        per_head: bool = false,
     }
 }
 
-impl Check for Rope {
+impl Check for QkNorm {
     fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
-        if self.theta <= 0.0 {
-            faults.add(
-                fields.at("theta"),
-                format!("`theta` is {}; it must be positive", self.theta),
-            );
-        }
+        check_eps("eps", self.eps, fields, faults);
     }
 }
 
@@ -48,6 +44,8 @@ params! {
         head_dim: usize,
         /// Rotary positions; none if left out.
         rope: Option<Rope> = None,
+        /// Normalisation of queries and keys; none if left out.
+        qk_norm: Option<QkNorm> = None,
         /// How many tokens each sees, itself included; all if left out.
         window: Option<usize> = None,
         /// Multiplies the scores; 1/√head_dim if left out.
@@ -59,30 +57,25 @@ params! {
     }
 }
 
+impl Attention {
+    fn shape(&self) -> Shape {
+        Shape {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            v_head_dim: self.head_dim,
+            window: self.window,
+            keep_first: 0,
+            scale: self.scale.unwrap_or((self.head_dim as f64).powf(-0.5)) as f32,
+        }
+    }
+}
+
 impl Check for Attention {
     fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
-        let (heads, kv_heads) = (self.heads, self.kv_heads);
-        let sizes = [
-            ("heads", heads),
-            ("kv_heads", kv_heads),
-            ("head_dim", self.head_dim),
-        ];
-        fields.positive(&sizes, faults);
-        if kv_heads > 0 && heads % kv_heads != 0 {
-            let message = format!("`heads` is {heads}, no multiple of the {kv_heads} `kv_heads`");
-            faults.add(fields.at("heads"), message);
-        }
-        if self.window == Some(0) {
-            faults.add(fields.at("window"), "a `window` must hold at least 1 token");
-        }
-        if let Some(dims) = self.rope.as_ref().and_then(|r| r.dims)
-            && (dims > self.head_dim || dims % 2 != 0)
-        {
-            let message = format!(
-                "`dims` of rope is {dims}; it must be even and at most {}",
-                self.head_dim
-            );
-            faults.add(fields.at("rope"), message);
+        self.shape().check(fields, faults);
+        if let Some(Err(why)) = self.rope.as_ref().map(|r| r.check_dims(self.head_dim)) {
+            faults.add(fields.at("rope"), why);
         }
     }
 }
@@ -107,101 +100,90 @@ impl LayerSpec for Attention {
         specs.extend(projection("k", kv, d_in, self.bias));
         specs.extend(projection("v", kv, d_in, self.bias));
         specs.extend(projection("o", d_in, q, self.out_bias));
+        if let Some(norm) = &self.qk_norm {
+            let head = |heads: usize| self.head_dim * if norm.per_head { heads } else { 1 };
+            for (name, heads) in [("q_norm", self.heads), ("k_norm", self.kv_heads)] {
+                specs.push(WeightSpec::vector(
+                    name,
+                    &[head(heads)],
+                    Init::Constant(1.0),
+                ));
+            }
+        }
         specs
     }
 
-    fn state(&self) -> StateSpec {
-        let width = self.kv_heads * self.head_dim;
-        let pages = Some(Pages {
-            keys: width,
-            values: width,
-        });
+    fn state(&self, _widths: &[usize]) -> StateSpec {
         StateSpec {
-            pages,
+            pages: Some(self.shape().pages()),
             slot: Vec::new(),
         }
     }
 
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
-        let frequencies = match &self.rope {
-            Some(rope) => {
-                let dims = rope.dims.unwrap_or(self.head_dim / 2 * 2);
-                // f64 until the end, as `theta` reaches 1e11 and beyond.
-                let turn = |f| rope.theta.powf(-2.0 * f as f64 / dims as f64) as f32;
-                let turns: Vec<f32> = (0..dims / 2).map(turn).collect();
-                Some(weights.upload(1, turns.len(), &turns)?)
-            }
-            None => None,
-        };
-        let scale = self.scale.unwrap_or((self.head_dim as f64).powf(-0.5)) as f32;
+        let rope = self.rope.as_ref();
+        let rotation = rope.map(|r| r.build(self.head_dim, weights)).transpose()?;
         Ok(Box::new(Ready {
-            scale,
-            frequencies,
+            shape: self.shape(),
+            rotation,
+            norm_eps: self.qk_norm.as_ref().map_or(0.0, |n| n.eps as f32),
+            q_norm: weights.optional_vector("q_norm")?,
+            k_norm: weights.optional_vector("k_norm")?,
             q: Projection::build("q", weights)?,
             k: Projection::build("k", weights)?,
             v: Projection::build("v", weights)?,
             o: Projection::build("o", weights)?,
-            spec: self.clone(),
         }))
     }
 }
 
 struct Ready {
-    spec: Attention,
-    scale: f32,
-    frequencies: Option<Tensor>,
+    shape: Shape,
+    rotation: Option<Rotation>,
+    norm_eps: f32,
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
     q: Projection,
     k: Projection,
     v: Projection,
     o: Projection,
 }
 
+impl Ready {
+    /// Heads of queries or keys, normalised and turned.
+    fn placed(
+        &self,
+        x: &Tensor,
+        projection: &Projection,
+        norm: Option<&Tensor>,
+        cx: &mut Context<'_>,
+    ) -> Result<Tensor> {
+        let mut y = projection.apply(x, cx)?; // (T, heads · head_dim)
+        if let Some(weight) = norm {
+            let x = y;
+            y = cx.take(x.rows(), x.cols())?;
+            cx.backend.rms_norm(RmsNorm {
+                x: &x,
+                weight: Some(weight),
+                eps: self.norm_eps,
+                groups: x.cols() / self.shape.head_dim,
+                y: &mut y,
+            })?;
+        }
+        if let Some(rotation) = &self.rotation {
+            rotation.apply(&mut y, cx)?;
+        }
+        Ok(y)
+    }
+}
+
 impl Layer for Ready {
     fn forward(&self, x: &Tensor, y: &mut Tensor, cx: &mut Context<'_>) -> Result<()> {
-        let Attention {
-            heads,
-            kv_heads,
-            head_dim,
-            window,
-            ..
-        } = self.spec;
-        let mut q = self.q.apply(x, cx)?; // (T, heads · head_dim)
-        let mut k = self.k.apply(x, cx)?; // (T, kv_heads · head_dim)
+        let q = self.placed(x, &self.q, self.q_norm.as_ref(), cx)?;
+        let k = self.placed(x, &self.k, self.k_norm.as_ref(), cx)?;
         let v = self.v.apply(x, cx)?;
-        let ragged = cx.ragged;
-        if let (Some(frequencies), Some(rope)) = (&self.frequencies, &self.spec.rope) {
-            let interleaved = rope.interleaved;
-            for x in [&mut q, &mut k] {
-                cx.backend.rope(ops::Rope {
-                    x,
-                    head_dim,
-                    frequencies,
-                    interleaved,
-                    ragged,
-                })?;
-            }
-        }
         let mut seen = cx.take(q.rows(), q.cols())?;
-        let [k_pages, v_pages] = cx.state.pages.as_mut().expect("attention asks for pages");
-        cx.backend.kv_write(KvWrite {
-            k: &k,
-            v: &v,
-            k_pages,
-            v_pages,
-            ragged,
-        })?;
-        cx.backend.attention(ops::Attention {
-            q: &q,
-            k_pages,
-            v_pages,
-            heads,
-            kv_heads,
-            head_dim,
-            scale: self.scale,
-            window,
-            ragged,
-            y: &mut seen,
-        })?;
+        self.shape.run(&q, Some((&k, &v)), &mut seen, cx)?;
         self.o.forward(&seen, y, cx)
     }
 }

@@ -51,6 +51,8 @@ pub struct Node {
     pub inputs: Vec<ValueId>,
     /// The value it writes.
     pub output: ValueId,
+    /// The state it keeps for every sequence.
+    pub state: StateSpec,
     /// The earlier node whose keys and values it reads, when they are not its own.
     pub pages_of: Option<NodeId>,
 }
@@ -69,16 +71,6 @@ pub enum Run {
     Add,
     /// All inputs side by side.
     Concat,
-}
-
-impl Node {
-    /// The state it keeps for every sequence.
-    pub fn state(&self) -> StateSpec {
-        match &self.run {
-            Run::Layer { spec, .. } => spec.state(),
-            Run::Add | Run::Concat => StateSpec::default(),
-        }
-    }
 }
 
 /// One weight of a graph: its path and what it is.
@@ -179,7 +171,7 @@ impl Graph {
 
     /// Bytes of fixed-size state that one sequence has.
     pub fn slot_bytes(&self) -> usize {
-        let parts = self.nodes.iter().flat_map(|n| n.state().slot);
+        let parts = self.nodes.iter().flat_map(|n| &n.state.slot);
         parts.map(|p| p.elements() * 4).sum()
     }
 
@@ -187,7 +179,7 @@ impl Graph {
     pub fn page_elements_per_token(&self) -> usize {
         self.nodes
             .iter()
-            .filter_map(|n| n.state().pages)
+            .filter_map(|n| n.state.pages)
             .map(|p| p.elements())
             .sum()
     }
@@ -222,7 +214,7 @@ impl Graph {
                 }
                 _ => "",
             };
-            let state = node.state();
+            let state = &node.state;
             let mut kept: Vec<String> = state
                 .slot
                 .iter()
@@ -394,6 +386,7 @@ impl<'a> Lower<'a> {
             run,
             inputs: vec![x?],
             output,
+            state: StateSpec::default(),
             pages_of: None,
         });
         Some(output)
@@ -477,6 +470,7 @@ impl<'a> Lower<'a> {
                     run: Run::Concat,
                     inputs,
                     output,
+                    state: StateSpec::default(),
                     pages_of: None,
                 });
                 Some(output)
@@ -531,6 +525,7 @@ impl<'a> Lower<'a> {
             run: Run::Add,
             inputs: vec![a, b],
             output,
+            state: StateSpec::default(),
             pages_of: None,
         });
         Some(output)
@@ -607,7 +602,8 @@ impl<'a> Lower<'a> {
             self.faults.add(at, message);
             return None;
         }
-        if let Some(what) = too_large(&wanted, &spec.state()) {
+        let kept = spec.state(&widths);
+        if let Some(what) = too_large(&wanted, &kept) {
             let message = format!("{what}, more than {MAX_ELEMENTS}");
             self.faults.add(at, message);
             return None;
@@ -653,7 +649,7 @@ impl<'a> Lower<'a> {
             spec: spec.clone(),
             weights,
         };
-        if let (Some(kept), Some(pages)) = (spec.keeps_pages(), spec.state().pages) {
+        if let (Some(kept), Some(pages)) = (spec.keeps_pages(), kept.pages) {
             self.pages.insert(kept.into(), (self.nodes.len(), pages));
         }
         self.nodes.push(Node {
@@ -661,6 +657,7 @@ impl<'a> Lower<'a> {
             run,
             inputs,
             output,
+            state: kept,
             pages_of,
         });
         Some(output)

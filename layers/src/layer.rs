@@ -37,8 +37,8 @@ pub trait LayerSpec: Debug + Send + Sync {
     /// The weights it wants, for inputs of these widths: the stream's first, then those of its operands.
     fn weights(&self, widths: &[usize]) -> Vec<WeightSpec>;
 
-    /// The state it keeps for every sequence.
-    fn state(&self) -> StateSpec {
+    /// The state it keeps for every sequence, for inputs of these widths.
+    fn state(&self, _widths: &[usize]) -> StateSpec {
         StateSpec::default()
     }
 

@@ -11,13 +11,23 @@ pub mod state;
 pub mod weights;
 pub mod yaml;
 
+mod attend;
 mod attention;
+mod conv1d;
+mod differential;
+mod gate;
 mod linear;
 mod mamba1;
+mod mamba2;
 mod mlp;
 mod moe;
 mod norm;
+mod repeat;
+mod rope;
 mod scale;
+mod selective_scan;
+mod slice;
+mod ssd_scan;
 
 pub use graph::{Graph, NodeId, ValueId};
 pub use layer::{Context, Layer, LayerSpec, Scratch};

@@ -3,9 +3,10 @@
 //! Some families normalise the three inputs of the scan (dt, B, C) by RMS before use, with learned
 //! weights or without.
 
-use strata_kernels::ops::{Activation, Conv1d, RmsNorm, SelectiveScan};
+use strata_kernels::ops::{Activation, RmsNorm, SelectiveScan};
 use strata_kernels::{Result, Tensor};
 
+use crate::conv1d::{Convolution, conv_state, conv_weights, taps_first};
 use crate::layer::{Context, Layer, LayerSpec};
 use crate::linear::{Projection, projection};
 use crate::norm::check_eps;
@@ -91,11 +92,7 @@ impl LayerSpec for Mamba1 {
         let d_in = widths[0];
         let (inner, states) = (self.d_inner, self.d_state);
         let mut specs = projection("in_proj", 2 * inner, d_in, self.bias);
-        let taps = Init::Uniform(self.d_conv);
-        specs.push(WeightSpec::vector("conv", &[inner, self.d_conv], taps));
-        if self.conv_bias {
-            specs.push(WeightSpec::vector("conv.bias", &[inner], taps));
-        }
+        specs.extend(conv_weights("conv", inner, self.d_conv, self.conv_bias));
         specs.extend(projection(
             "x_proj",
             self.dt_rank + 2 * states,
@@ -119,15 +116,14 @@ impl LayerSpec for Mamba1 {
         specs
     }
 
-    fn state(&self) -> StateSpec {
-        let part = |name, rows| Part {
-            name,
-            rows,
-            cols: self.d_inner,
-        };
+    fn state(&self, _widths: &[usize]) -> StateSpec {
         let slot = vec![
-            part("conv_state", self.d_conv - 1),
-            part("ssm_state", self.d_state),
+            conv_state(self.d_conv, self.d_inner),
+            Part {
+                name: "ssm_state",
+                rows: self.d_state,
+                cols: self.d_inner,
+            },
         ];
         StateSpec { pages: None, slot }
     }
@@ -135,7 +131,6 @@ impl LayerSpec for Mamba1 {
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let (inner, taps, states) = (self.d_inner, self.d_conv, self.d_state);
         // Channels last, so that neighbouring channels are computed together.
-        let conv = transpose(inner, taps, &weights.values("conv")?);
         let a = transpose(inner, states, &weights.values("a")?);
         let mut norms = [None, None, None];
         for (norm, name) in norms.iter_mut().zip(INPUTS) {
@@ -143,8 +138,11 @@ impl LayerSpec for Mamba1 {
         }
         Ok(Box::new(Ready {
             in_proj: Projection::build("in_proj", weights)?,
-            conv: weights.upload(taps, inner, &conv)?,
-            conv_bias: weights.optional_vector("conv.bias")?,
+            conv: Convolution {
+                w: taps_first("conv", inner, taps, weights)?,
+                bias: weights.optional_vector("conv.bias")?,
+                act: Activation::Silu,
+            },
             x_proj: Projection::build("x_proj", weights)?,
             norms,
             dt_proj: Projection::build("dt_proj", weights)?,
@@ -160,8 +158,7 @@ impl LayerSpec for Mamba1 {
 struct Ready {
     spec: Mamba1,
     in_proj: Projection,
-    conv: Tensor, // (K, I)
-    conv_bias: Option<Tensor>,
+    conv: Convolution,
     x_proj: Projection,
     norms: [Option<Tensor>; 3],
     dt_proj: Projection,
@@ -183,6 +180,7 @@ impl Ready {
             x: &x,
             weight,
             eps,
+            groups: 1,
             y: &mut y,
         })?;
         Ok(y)
@@ -196,22 +194,8 @@ impl Layer for Ready {
         let (x, z) = (xz.columns(0..inner), xz.columns(inner..2 * inner));
 
         let mut u = cx.take(tokens, inner)?;
-        let [conv_state, ssm_state] = &mut cx.state.slot[..] else {
-            panic!(
-                "mamba1 asks for two parts of a slot, and got {}",
-                cx.state.slot.len()
-            );
-        };
-        cx.backend.conv1d(Conv1d {
-            x: &x,
-            w: &self.conv,
-            bias: self.conv_bias.as_ref(),
-            act: Activation::Silu,
-            conv_state,
-            ragged,
-            y: &mut u,
-        })?;
-        let mut ssm_state = ssm_state.clone();
+        self.conv.forward(&x, &mut u, cx)?;
+        let mut ssm_state = cx.state.slot[1].clone();
 
         let inputs = self.x_proj.apply(&u, cx)?; // (T, R + 2N)
         let (rank, states) = (self.spec.dt_rank, self.spec.d_state);
@@ -230,6 +214,7 @@ impl Layer for Ready {
             c: &c,
             d: &self.d,
             z: Some(&z),
+            groups: 1,
             ssm_state: &mut ssm_state,
             ragged,
             y: &mut scanned,

@@ -1,6 +1,6 @@
 //! The feed-forward network: down(act(gate x) · up x), or down(act(up x)) without a gate.
 
-use strata_kernels::ops::{Activate, Activation};
+use strata_kernels::ops::{Activate, Activation, Scale};
 use strata_kernels::{Result, Tensor};
 
 use crate::layer::{Context, Layer, LayerSpec};
@@ -32,12 +32,18 @@ params! {
         gated: bool = true,
         /// Whether the projections have biases.
         bias: bool = false,
+        /// Multiplies what goes through the function; 1 if left out.
+        gate_scale: Option<f64> = None,
     }
 }
 
 impl Check for Mlp {
     fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
         fields.positive(&[("d_ff", self.d_ff)], faults);
+        if self.gate_scale.is_some() && !self.gated {
+            let message = "`gate_scale` is for a gate; here `gated` is false";
+            faults.add(fields.at("gate_scale"), message);
+        }
     }
 }
 
@@ -75,6 +81,7 @@ impl LayerSpec for Mlp {
         );
         Ok(Box::new(Ready {
             act: self.act,
+            gate_scale: self.gate_scale.map(|s| s as f32),
             gate,
             up,
             down,
@@ -84,6 +91,7 @@ impl LayerSpec for Mlp {
 
 struct Ready {
     act: Activation,
+    gate_scale: Option<f32>,
     gate: Option<Projection>,
     up: Projection,
     down: Projection,
@@ -91,7 +99,16 @@ struct Ready {
 
 impl Layer for Ready {
     fn forward(&self, x: &Tensor, y: &mut Tensor, cx: &mut Context<'_>) -> Result<()> {
-        let gate = self.gate.as_ref().map(|g| g.apply(x, cx)).transpose()?; // (T, F)
+        let mut gate = self.gate.as_ref().map(|g| g.apply(x, cx)).transpose()?; // (T, F)
+        if let (Some(raw), Some(by)) = (&gate, self.gate_scale) {
+            let mut y = cx.take(raw.rows(), raw.cols())?;
+            cx.backend.scale(Scale {
+                x: raw,
+                by,
+                y: &mut y,
+            })?;
+            gate = Some(y);
+        }
         let up = self.up.apply(x, cx)?; // (T, F)
         let mut inner = cx.take(up.rows(), up.cols())?;
         let (gate, y_inner) = (gate.as_ref(), &mut inner);

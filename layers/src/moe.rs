@@ -5,9 +5,9 @@ use strata_kernels::ops::{Activate, Activation, Combine, ExpertLinear, Route, Sc
 use strata_kernels::{Matrix, Result, Tensor};
 
 use crate::layer::{Context, Layer, LayerSpec};
-use crate::linear::Projection;
+use crate::linear::{Projection, projection};
 use crate::param::{Check, Fields, Param};
-use crate::weights::{WeightSpec, Weights};
+use crate::weights::{Init, WeightSpec, Weights};
 use crate::yaml::{Faults, Value};
 use crate::{params, words};
 
@@ -24,10 +24,40 @@ params! {
         score: Score,
         /// Whether the weights of the chosen are made to sum to one.
         normalize: bool,
+        /// Multiplies the weights at last.
+        scale: f64 = 1.0,
+        /// Whether the logits have a bias.
+        bias: bool = false,
+        /// Whether a learned bias is added to the scores by which experts are chosen, though not to
+        /// their weights.
+        choice_bias: bool = false,
+        /// Experts of some groups only are chosen; of all if left out.
+        groups: Option<Groups> = None,
     }
 }
 
 impl Check for Router {}
+
+params! {
+    /// Experts in groups, of which the best may be chosen from: those whose two best experts have the
+    /// largest sum.
+    pub struct Groups as "groups" {
+        /// Number of equal groups.
+        count: usize,
+        /// How many may be chosen from.
+        top: usize,
+    }
+}
+
+impl Check for Groups {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        fields.positive(&[("count", self.count), ("top", self.top)], faults);
+        if self.top > self.count {
+            let message = format!("`top` is {}, but there are {} groups", self.top, self.count);
+            faults.add(fields.at("top"), message);
+        }
+    }
+}
 
 params! {
     /// Parameters of `moe`.
@@ -42,6 +72,10 @@ params! {
         d_ff: usize,
         /// The function in the middle.
         act: Activation,
+        /// Whether a second projection is multiplied by the activated one.
+        gated: bool = true,
+        /// The value that the router reads; the stream if left out.
+        route_by: Option<String> = None,
         /// How experts are chosen.
         router: Router,
     }
@@ -66,6 +100,21 @@ impl Check for Moe {
                 format!("`top_k` is {k}, but there are {e} experts"),
             );
         }
+        if let Some(groups) = &self.router.groups {
+            let (count, experts) = (groups.count, self.experts);
+            if experts % count != 0 {
+                let message = format!("{experts} experts have no {count} equal groups");
+                faults.add(fields.at("router"), message);
+            } else if groups.top * (experts / count) < self.top_k {
+                let message = format!(
+                    "`top_k` is {}, but {} groups have {} experts",
+                    self.top_k,
+                    groups.top,
+                    groups.top * (experts / count)
+                );
+                faults.add(fields.at("top_k"), message);
+            }
+        }
         if self.experts > MAX_EXPERTS {
             let message = format!("{} experts are more than {MAX_EXPERTS}", self.experts);
             faults.add(fields.at("experts"), message);
@@ -89,21 +138,34 @@ impl LayerSpec for Moe {
     fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
         let d_in = widths[0];
         let expert = |e| {
-            [
-                ("gate", self.d_ff, d_in),
-                ("up", self.d_ff, d_in),
-                ("down", d_in, self.d_ff),
-            ]
-            .map(|(name, rows, cols)| WeightSpec::matrix(format!("{name}.{e}"), rows, cols))
+            let gate = self.gated.then_some(("gate", self.d_ff, d_in));
+            let others = [("up", self.d_ff, d_in), ("down", d_in, self.d_ff)];
+            gate.into_iter()
+                .chain(others)
+                .map(move |(name, rows, cols)| {
+                    WeightSpec::matrix(format!("{name}.{e}"), rows, cols)
+                })
         };
-        let router = WeightSpec::matrix("router", self.experts, d_in);
-        std::iter::once(router)
-            .chain((0..self.experts).flat_map(expert))
-            .collect()
+        let d_route = widths.get(1).copied().unwrap_or(d_in);
+        let mut specs = projection("router", self.experts, d_route, self.router.bias);
+        if self.router.choice_bias {
+            let name = "router.choice_bias";
+            specs.push(WeightSpec::vector(
+                name,
+                &[self.experts],
+                Init::Constant(0.0),
+            ));
+        }
+        specs.extend((0..self.experts).flat_map(expert));
+        specs
+    }
+
+    fn operands(&self) -> Vec<&str> {
+        self.route_by.as_deref().into_iter().collect()
     }
 
     fn share_used(&self, weight: &WeightSpec) -> f64 {
-        if weight.name == "router" {
+        if weight.name.starts_with("router") {
             1.0
         } else {
             self.top_k as f64 / self.experts as f64
@@ -119,7 +181,12 @@ impl LayerSpec for Moe {
         Ok(Box::new(Ready {
             spec: self.clone(),
             router: Projection::build("router", weights)?,
-            gate: experts("gate")?,
+            choice_bias: weights.optional_vector("router.choice_bias")?,
+            gate: if self.gated {
+                Some(experts("gate")?)
+            } else {
+                None
+            },
             up: experts("up")?,
             down: experts("down")?,
         }))
@@ -129,7 +196,8 @@ impl LayerSpec for Moe {
 struct Ready {
     spec: Moe,
     router: Projection,
-    gate: Vec<Matrix>,
+    choice_bias: Option<Tensor>,
+    gate: Option<Vec<Matrix>>,
     up: Vec<Matrix>,
     down: Vec<Matrix>,
 }
@@ -139,16 +207,20 @@ impl Layer for Ready {
         let (tokens, top_k) = (x.rows(), self.spec.top_k);
         // Router logits stay f32 in every reference: a rounded input can flip a choice.
         let rounding = std::mem::replace(&mut cx.activations, strata_kernels::DType::F32);
-        let logits = self.router.apply(x, cx); // (T, E)
+        let routed_by = cx.operands.first().unwrap_or(x);
+        let logits = self.router.apply(routed_by, cx); // (T, E)
         cx.activations = rounding;
         let logits = logits?;
         let mut experts = cx.take_i32(tokens, top_k)?;
         let mut weights = cx.take(tokens, top_k)?;
-        let Router { score, normalize } = self.spec.router;
+        let router = &self.spec.router;
         cx.backend.route(Route {
             logits: &logits,
-            score,
-            normalize,
+            score: router.score,
+            normalize: router.normalize,
+            scale: router.scale as f32,
+            choice_bias: self.choice_bias.as_ref(),
+            groups: router.groups.as_ref().map(|g| (g.count, g.top)),
             experts: &mut experts,
             weights: &mut weights,
         })?;
@@ -165,13 +237,14 @@ impl Layer for Ready {
             })?;
             Ok(y)
         };
-        let gate = product(x, &self.gate, cx)?; // (T·k, F)
+        let gate = self.gate.as_ref();
+        let gate = gate.map(|w| product(x, w, cx)).transpose()?; // (T·k, F)
         let up = product(x, &self.up, cx)?;
         let mut inner = cx.take(up.rows(), up.cols())?;
         let act = self.spec.act;
         cx.backend.activate(Activate {
             x: &up,
-            gate: Some(&gate),
+            gate: gate.as_ref(),
             act,
             y: &mut inner,
         })?;

@@ -207,7 +207,7 @@ pub fn list_of<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
 }
 
 /// Declares a struct of parameters and how it is read and written, from one list of fields.
-/// A field without `= default` must be given. `check` may add faults once all fields are read.
+/// A field without `= default` must be given; one that has its default is not written. `check` may add faults once all fields are read.
 #[macro_export]
 macro_rules! params {
     ($(#[$meta:meta])* pub struct $name:ident as $what:literal {
@@ -232,11 +232,27 @@ macro_rules! params {
 
             fn write(&self) -> $crate::yaml::Value {
                 $crate::yaml::Node::map([
-                    $((stringify!($field), $crate::param::Param::write(&self.$field)),)*
+                    $((
+                        stringify!($field),
+                        $crate::params!(@write &self.$field, $type $(, $default)?),
+                    ),)*
                 ])
             }
         }
     };
+    (@write $value:expr, $type:ty) => {
+        $crate::param::Param::write($value)
+    };
+    (@write $value:expr, $type:ty, $default:expr) => {{
+        // What is as by default is left out, so that a printed plan is as short as a written one.
+        let default: $type = $default;
+        let value = $crate::param::Param::write($value);
+        if value == $crate::param::Param::write(&default) {
+            $crate::yaml::Value::Null
+        } else {
+            value
+        }
+    }};
     (@read $fields:ident, $faults:ident, $field:ident, $type:ty) => {
         $fields.required::<$type>(stringify!($field), $faults)
     };

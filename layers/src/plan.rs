@@ -5,16 +5,26 @@
 
 use std::sync::Arc;
 
+use crate::attend::Attend;
 use crate::attention::Attention;
+use crate::conv1d::Conv1d;
+use crate::differential::Differential;
+use crate::gate::{Activate, Gate};
 use crate::layer::LayerSpec;
 use crate::linear::Linear;
 use crate::mamba1::Mamba1;
+use crate::mamba2::Mamba2;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::Norm;
 use crate::param::{Check, Fields, Param, list_of, mismatch};
 use crate::params;
+use crate::repeat::Repeat;
+use crate::rope::RopeLayer;
 use crate::scale::Scale;
+use crate::selective_scan::SelectiveScan;
+use crate::slice::Slice;
+use crate::ssd_scan::SsdScan;
 use crate::yaml::{self, Entry, Faults, Mark, Node, Value};
 
 /// The version of the plan language.
@@ -147,14 +157,25 @@ impl Check for Head {}
 
 /// The kinds of layers: a new one adds a line here.
 type ReadLayer = fn(&Node, &mut Faults) -> Option<Arc<dyn LayerSpec>>;
-const LAYERS: [(&str, ReadLayer); 7] = [
+const LAYERS: &[(&str, ReadLayer)] = &[
     ("norm", layer::<Norm>),
     ("attention", layer::<Attention>),
     ("mamba1", layer::<Mamba1>),
+    ("mamba2", layer::<Mamba2>),
     ("mlp", layer::<Mlp>),
     ("moe", layer::<Moe>),
     ("linear", layer::<Linear>),
     ("scale", layer::<Scale>),
+    ("slice", layer::<Slice>),
+    ("repeat", layer::<Repeat>),
+    ("activate", layer::<Activate>),
+    ("gate", layer::<Gate>),
+    ("conv1d", layer::<Conv1d>),
+    ("selective_scan", layer::<SelectiveScan>),
+    ("ssd_scan", layer::<SsdScan>),
+    ("rope", layer::<RopeLayer>),
+    ("attend", layer::<Attend>),
+    ("differential", layer::<Differential>),
 ];
 const JOINTS: [&str; 8] = [
     "residual", "parallel", "let", "keep", "concat", "add", "use", "own",

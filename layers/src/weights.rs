@@ -75,6 +75,8 @@ pub enum Init {
     Constant(f32),
     /// A of Mamba: -(1, 2, …, N) in every channel (S4D-real).
     StateDecay,
+    /// A of Mamba-2, one a head: minus a draw that is uniform between 1 and 16.
+    HeadDecay,
     /// Bias of the step size: the inverse softplus of a draw that is uniform in the logarithm
     /// between 0.001 and 0.1.
     StepBias,

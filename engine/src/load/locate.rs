@@ -31,23 +31,8 @@ pub struct Planned {
     pub graph: Graph,
     pub(super) label: String,
     origin: Origin,
-    card: Option<CardOf>,
+    card: Option<Card>,
     pub(super) config: Option<Config>,
-}
-
-/// A card that lives in the binary, or one of the user's.
-enum CardOf {
-    BuiltIn(&'static Card),
-    Own(Box<Card>),
-}
-
-impl CardOf {
-    fn card(&self) -> &Card {
-        match self {
-            CardOf::BuiltIn(card) => card,
-            CardOf::Own(card) => card,
-        }
-    }
 }
 
 /// Finds the model, downloading it if it is a Hub id.
@@ -111,13 +96,11 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
     let card = match (&options.card, &config) {
         (Some(path), _) => {
             let card = Card::parse(&read(path)?, &path.display().to_string())?;
-            Some(CardOf::Own(Box::new(card)))
+            Some(card)
         }
         // With a plan of one's own a model may do without a family: its tensors then have our names.
-        (None, Some(config)) if options.plan.is_some() => {
-            cards::find(config).ok().map(CardOf::BuiltIn)
-        }
-        (None, Some(config)) => Some(CardOf::BuiltIn(cards::find(config)?)),
+        (None, Some(config)) if options.plan.is_some() => cards::find(config).ok().cloned(),
+        (None, Some(config)) => Some(cards::find(config)?.clone()),
         (None, None) => None,
     };
     let own = match located {
@@ -137,8 +120,8 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
                 }
                 Located::Plan(_) => unreachable!("a plan was found above"),
             };
-            let plan = card.card().plan(config, &name)?;
-            (plan, card.card().file().to_string(), Origin::Card)
+            let plan = card.plan(config, &name)?;
+            (plan, card.file().to_string(), Origin::Card)
         }
         (None, _, _) => {
             let name = match located {
@@ -151,6 +134,10 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         }
     };
     let graph = Graph::lower(&plan, &label)?;
+    let card = match (card, &config) {
+        (Some(card), Some(config)) => Some(card.bound(config)?),
+        (card, _) => card,
+    };
     Ok(Planned {
         plan,
         graph,
@@ -176,7 +163,7 @@ fn short_name(folder: &str) -> String {
 /// Opens the checkpoint and finds every weight of the plan in it.
 pub(super) fn mapped(planned: &mut Planned, files: &ModelFiles) -> Result<Mapping> {
     let checkpoint = Arc::new(Checkpoint::open(files)?);
-    let card = planned.card.as_ref().map(CardOf::card);
+    let card = planned.card.as_ref();
     let mut notes = Vec::new();
     if planned.origin == Origin::Card
         && let Some(note) = mapping::untie(card, &mut planned.plan, &checkpoint)
@@ -199,8 +186,7 @@ pub fn plan(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Pl
         && planned.origin == Origin::Card
         && let Ok(checkpoint) = Checkpoint::open(files)
     {
-        let card = planned.card.as_ref().map(CardOf::card);
-        mapping::untie(card, &mut planned.plan, &checkpoint);
+        mapping::untie(planned.card.as_ref(), &mut planned.plan, &checkpoint);
         planned.graph = Graph::lower(&planned.plan, &planned.label)?;
     }
     Ok(planned)

@@ -128,7 +128,11 @@ const LARGEST: usize = 0;
 const WEIGHTS: usize = 1;
 
 impl Cpu {
-    pub(super) fn do_attention(&self, op: Attention<'_>) {
+    pub(super) fn do_attention(&self, mut op: Attention<'_>) {
+        if op.v_head_dim != op.head_dim || op.keep_first > 0 {
+            op.reference();
+            return;
+        }
         let group = op.heads / op.kv_heads;
         let longest = op.ragged.spans.iter().map(|s| s.len).max().unwrap_or(0);
         let task = Task {

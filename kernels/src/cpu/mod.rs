@@ -21,6 +21,7 @@ mod embed;
 mod expert_linear;
 mod gather;
 mod kv_write;
+mod layer_norm;
 mod limits;
 mod linear;
 mod math;
@@ -30,10 +31,12 @@ mod portable;
 mod rms_norm;
 mod rope;
 mod route;
+mod s4d_scan;
 mod scale;
 mod scratch;
 mod selective_scan;
 mod simd;
+mod ssd_scan;
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -46,8 +49,8 @@ use self::scratch::Scratch;
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::ops::{
-    Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, Linear,
-    RmsNorm, Rope, Route, Scale, SelectiveScan,
+    Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
+    Linear, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
 };
 use crate::reference;
 use crate::tensor::{DType, HostTensor, Tensor};
@@ -203,9 +206,11 @@ impl Backend for Cpu {
 
     checked! {
         linear, do_linear: Linear, embed, do_embed: Embed, gather, do_gather: Gather,
-        rms_norm, do_rms_norm: RmsNorm, add, do_add: Add, scale, do_scale: Scale,
+        rms_norm, do_rms_norm: RmsNorm, layer_norm, do_layer_norm: LayerNorm,
+        add, do_add: Add, scale, do_scale: Scale,
         activate, do_activate: Activate, conv1d, do_conv1d: Conv1d,
-        selective_scan, do_selective_scan: SelectiveScan, rope, do_rope: Rope,
+        selective_scan, do_selective_scan: SelectiveScan, ssd_scan, do_ssd_scan: SsdScan,
+        s4d_scan, do_s4d_scan: S4dScan, rope, do_rope: Rope,
         kv_write, do_kv_write: KvWrite, attention, do_attention: Attention, route, do_route: Route,
         expert_linear, do_expert_linear: ExpertLinear, combine, do_combine: Combine,
     }

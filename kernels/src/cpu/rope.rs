@@ -6,7 +6,7 @@ use crate::ops::Rope;
 impl Cpu {
     pub(super) fn do_rope(&self, op: Rope<'_>) {
         let (dim, pairs) = (op.head_dim, op.frequencies.cols());
-        let (interleaved, spans) = (op.interleaved, op.ragged.spans);
+        let (interleaved, scale, spans) = (op.interleaved, op.scale, op.ragged.spans);
         let frequencies = op.frequencies.view::<f32>();
         let x = op.x.view_mut::<f32>();
         // A sine and a cosine cost like some tens of elements.
@@ -20,7 +20,8 @@ impl Cpu {
                 }
                 let position = (spans[at].position + t - spans[at].start) as f32;
                 for (f, frequency) in frequencies.row(0).iter().enumerate() {
-                    (sines[f], cosines[f]) = (position * frequency).sin_cos();
+                    let (sin, cos) = (position * frequency).sin_cos();
+                    (sines[f], cosines[f]) = (sin * scale, cos * scale);
                 }
                 // SAFETY: rows are shared out, and each is written by one part.
                 for head in unsafe { x.row(t) }.chunks_exact_mut(dim) {

@@ -18,6 +18,7 @@ impl Cpu {
             a: op.a.view(),
             b: op.b.view(),
             c: op.c.view(),
+            channels: op.x.cols() / op.groups,
             d: op.d.view(),
             z: op.z.map(|t| t.view()),
             state: op.ssm_state.view_mut(),
@@ -51,11 +52,26 @@ struct Scan<'a> {
     a: View<f32>,
     b: View<f32>,
     c: View<f32>,
+    /// Channels of a group.
+    channels: usize,
     d: View<f32>,
     z: Option<View<f32>>,
     state: ViewMut<f32>,
     ragged: Ragged<'a>,
     y: ViewMut<f32>,
+}
+
+impl Scan<'_> {
+    /// A group's b and c at row `t`.
+    #[inline(always)]
+    fn of_group(&self, t: usize, group: usize) -> (*const f32, *const f32) {
+        let states = self.a.rows();
+        let of = group * states..(group + 1) * states;
+        (
+            self.b.row(t)[of.clone()].as_ptr(),
+            self.c.row(t)[of].as_ptr(),
+        )
+    }
 }
 
 struct Block<'a> {
@@ -74,8 +90,14 @@ impl Kernel for Block<'_> {
             columns,
             rates,
         } = self;
-        for i in columns.clone().step_by(S::LANES) {
-            let n = (columns.end - i).min(S::LANES);
+        let mut next = columns.start;
+        while next < columns.end {
+            // A vector has channels of one group: what they read of b and c is the same.
+            let i = next;
+            let group = i / scan.channels;
+            let n = columns.end.min((group + 1) * scan.channels) - i;
+            let n = n.min(S::LANES);
+            next += n;
             for (state, rate) in rates
                 .chunks_exact_mut(S::LANES)
                 .take(scan.a.rows())
@@ -91,14 +113,14 @@ impl Kernel for Block<'_> {
                 }
             }
             for span in scan.ragged.spans {
-                let (rows, slot) = (span.rows(), span.slot);
+                let (rows, slot, at) = (span.rows(), span.slot, (group, i, n));
                 // SAFETY: a slot belongs to one span, and these channels to this kernel; vectors
                 // are masked to the `n` channels that are there.
                 unsafe {
                     match scan.a.rows() {
-                        8 => in_registers::<S, 8>(s, &scan, rates, rows, slot, i, n),
-                        16 => in_registers::<S, 16>(s, &scan, rates, rows, slot, i, n),
-                        _ => in_memory(s, &scan, rates, rows, slot, i, n),
+                        8 => in_registers::<S, 8>(s, &scan, rates, rows, slot, at),
+                        16 => in_registers::<S, 16>(s, &scan, rates, rows, slot, at),
+                        _ => in_memory(s, &scan, rates, rows, slot, at),
                     }
                 }
             }
@@ -192,7 +214,7 @@ fn prefetch<S: Simd>(s: S, scan: &Scan<'_>, t: usize, i: usize) {
 /// All `N` states of a vector of channels stay in registers.
 ///
 /// # Safety
-/// Channels `i..i + n` of the rows and of the slot belong to the caller.
+/// Channels `i..i + n`, which are of one group, of the rows and of the slot belong to the caller.
 #[inline(always)]
 unsafe fn in_registers<S: Simd, const N: usize>(
     s: S,
@@ -200,12 +222,11 @@ unsafe fn in_registers<S: Simd, const N: usize>(
     rates: &[f32],
     rows: Range<usize>,
     slot: usize,
-    i: usize,
-    n: usize,
+    (group, i, n): (usize, usize, usize),
 ) {
     let inner = scan.a.cols();
     assert!(rates.len() >= N * S::LANES);
-    // SAFETY: the caller's promise; `rates` holds N vectors, rows of b and c N elements.
+    // SAFETY: the caller's promise; `rates` holds N vectors, a group's b and c N elements.
     unsafe {
         let state = scan.state.row_pointer(slot).add(i);
         let mut h = [s.splat(0.0); N];
@@ -220,7 +241,7 @@ unsafe fn in_registers<S: Simd, const N: usize>(
                 prefetch(s, scan, t + TOKENS, i);
                 let delta = s.load(deltas[at].as_ptr());
                 let delta_x = s.mul(delta, load(s, scan.x.row(t).as_ptr().add(i), n));
-                let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
+                let (b, c) = scan.of_group(t, group);
                 let mut sum = [s.splat(0.0); 2];
                 for k in 0..N {
                     let rate = s.load(rates.as_ptr().add(k * S::LANES));
@@ -249,12 +270,11 @@ unsafe fn in_memory<S: Simd>(
     rates: &[f32],
     rows: Range<usize>,
     slot: usize,
-    i: usize,
-    n: usize,
+    (group, i, n): (usize, usize, usize),
 ) {
     let (states, inner) = (scan.a.rows(), scan.a.cols());
     assert!(rates.len() >= states * S::LANES);
-    // SAFETY: the caller's promise; `rates` holds a vector for each state, rows of b and c as many
+    // SAFETY: the caller's promise; `rates` holds a vector for each state, a group's b and c as many
     // elements.
     unsafe {
         let state = scan.state.row_pointer(slot).add(i);
@@ -266,7 +286,7 @@ unsafe fn in_memory<S: Simd>(
                 prefetch(s, scan, t + TOKENS, i);
                 let delta = s.load(deltas[at].as_ptr());
                 let delta_x = s.mul(delta, load(s, scan.x.row(t).as_ptr().add(i), n));
-                let (b, c) = (scan.b.row(t).as_ptr(), scan.c.row(t).as_ptr());
+                let (b, c) = scan.of_group(t, group);
                 let mut sum = s.splat(0.0);
                 for k in 0..states {
                     let at = state.add(k * inner);

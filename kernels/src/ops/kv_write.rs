@@ -9,11 +9,11 @@ use crate::tensor::Tensor;
 pub struct KvWrite<'a> {
     /// (T, kv_heads · head_dim) F32.
     pub k: &'a Tensor,
-    /// (T, kv_heads · head_dim) F32.
+    /// (T, kv_heads · v_head_dim) F32, of a width of its own.
     pub v: &'a Tensor,
     /// (pages · page_size, kv_heads · head_dim), floating point.
     pub k_pages: &'a mut Tensor,
-    /// As `k_pages`.
+    /// (pages · page_size, kv_heads · v_head_dim), floating point.
     pub v_pages: &'a mut Tensor,
     /// Which rows belong to which sequence and pages.
     pub ragged: Ragged<'a>,

@@ -1,7 +1,8 @@
 //! The operations: one file each, with the formula, the argument struct, the shape checks that every
 //! backend runs first, and the plain reference that defines the result.
 //!
-//! Letters: T rows of the batch, K inputs, N outputs or state size, I Mamba's inner width, E experts.
+//! Letters: T rows of the batch, K inputs, N outputs or state size, I Mamba's inner width, P the width of
+//! one of its heads, E experts.
 
 mod activate;
 mod add;
@@ -11,12 +12,15 @@ mod embed;
 mod expert_linear;
 mod gather;
 mod kv_write;
+mod layer_norm;
 pub(crate) mod linear;
 mod rms_norm;
 mod rope;
 mod route;
+mod s4d_scan;
 mod scale;
 mod selective_scan;
+mod ssd_scan;
 
 pub use activate::{Activate, Activation};
 pub use add::Add;
@@ -26,12 +30,15 @@ pub use embed::Embed;
 pub use expert_linear::{Combine, ExpertLinear};
 pub use gather::Gather;
 pub use kv_write::KvWrite;
+pub use layer_norm::LayerNorm;
 pub use linear::Linear;
 pub use rms_norm::RmsNorm;
 pub use rope::Rope;
 pub use route::{Route, Score};
+pub use s4d_scan::S4dScan;
 pub use scale::Scale;
 pub use selective_scan::SelectiveScan;
+pub use ssd_scan::SsdScan;
 
 use crate::error::{Error, Result};
 use crate::span::Ragged;

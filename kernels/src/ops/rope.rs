@@ -2,7 +2,8 @@
 //!
 //! In every head the first 2·F of its elements are rotated in F pairs by the angle
 //! position · frequencies[f]. Pairs are (f, f + F), or (2f, 2f + 1) when interleaved. The angle is a
-//! product of two f32 numbers, as in the reference implementations.
+//! product of two f32 numbers, as in the reference implementations. Sine and cosine are multiplied by
+//! `scale`, which some ways to reach beyond the trained context want (YaRN: Peng et al., 2023).
 
 use super::{Check, linear::write_row};
 use crate::error::Result;
@@ -19,6 +20,8 @@ pub struct Rope<'a> {
     pub frequencies: &'a Tensor,
     /// Pairs are neighbours.
     pub interleaved: bool,
+    /// Multiplies what is rotated; one for a rotation alone.
+    pub scale: f32,
     /// Gives each row its position.
     pub ragged: Ragged<'a>,
 }
@@ -51,6 +54,7 @@ impl Rope<'_> {
                 for head in row.chunks_exact_mut(self.head_dim) {
                     for (f, frequency) in frequencies.iter().enumerate() {
                         let (sin, cos) = (position * frequency).sin_cos();
+                        let (sin, cos) = (sin * self.scale, cos * self.scale);
                         let (i, j) = if self.interleaved {
                             (2 * f, 2 * f + 1)
                         } else {

@@ -1,11 +1,11 @@
 //! The selective scan of Mamba-1 (Gu and Dao, 2023, equation 2 with the simplified B).
 //!
-//! For each sequence, channel i and state n, over its rows in order:
+//! For each sequence, channel i with g = i / (I / groups) and state n, over its rows in order:
 //!
 //! ```text
 //! δ          = softplus(dt[t, i] + dt_bias[i])
-//! h[n, i]    = exp(δ · a[n, i]) · h[n, i] + δ · b[t, n] · x[t, i]
-//! y[t, i]    = Σₙ c[t, n] · h[n, i] + d[i] · x[t, i]
+//! h[n, i]    = exp(δ · a[n, i]) · h[n, i] + δ · b[t, g, n] · x[t, i]
+//! y[t, i]    = Σₙ c[t, g, n] · h[n, i] + d[i] · x[t, i]
 //! y[t, i]   *= silu(z[t, i])                                      (when there is a gate)
 //! ```
 //!
@@ -27,10 +27,12 @@ pub struct SelectiveScan<'a> {
     pub dt_bias: Option<&'a Tensor>,
     /// (N, I) F32, negative: A, with the state dimension first so that channels are adjacent.
     pub a: &'a Tensor,
-    /// (T, N) F32.
+    /// (T, groups · N) F32.
     pub b: &'a Tensor,
-    /// (T, N) F32.
+    /// (T, groups · N) F32.
     pub c: &'a Tensor,
+    /// How many b and c there are; channels share them evenly.
+    pub groups: usize,
     /// (1, I) F32.
     pub d: &'a Tensor,
     /// (T, I) F32.
@@ -60,9 +62,11 @@ impl SelectiveScan<'_> {
         c.equal("columns of dt", self.dt.cols(), inner)?;
         c.equal("columns of a", self.a.cols(), inner)?;
         c.equal("rows of b", self.b.rows(), rows)?;
-        c.equal("columns of b", self.b.cols(), states)?;
+        c.at_least("groups", self.groups, 1)?;
+        c.equal("channels beyond whole groups", inner % self.groups, 0)?;
+        c.equal("columns of b", self.b.cols(), self.groups * states)?;
         c.equal("rows of c", self.c.rows(), rows)?;
-        c.equal("columns of c", self.c.cols(), states)?;
+        c.equal("columns of c", self.c.cols(), self.groups * states)?;
         c.vector("d", self.d, inner)?;
         c.equal(
             "columns of ssm_state",
@@ -110,11 +114,13 @@ impl SelectiveScan<'_> {
             for t in span.rows() {
                 for i in 0..inner {
                     let delta = softplus(dt.row(t)[i] + dt_bias.map_or(0.0, |b| b.row(0)[i]));
+                    let group = i / (inner / self.groups) * states;
                     let mut sum = 0.0;
                     for n in 0..states {
+                        let (b, c) = (b.row(t)[group + n], c.row(t)[group + n]);
                         let h = &mut h[n * inner + i];
-                        *h = (delta * a.row(n)[i]).exp() * *h + delta * x.row(t)[i] * b.row(t)[n];
-                        sum += c.row(t)[n] * *h;
+                        *h = (delta * a.row(n)[i]).exp() * *h + delta * x.row(t)[i] * b;
+                        sum += c * *h;
                     }
                     sum += d.row(0)[i] * x.row(t)[i];
                     y[i] = sum * z.map_or(1.0, |z| silu(z.row(t)[i]));

@@ -1,0 +1,285 @@
+//! The Mamba-2 mixer (Dao and Gu, 2024): one projection makes gate, input, B, C and step sizes; a causal
+//! convolution; a scan with one decay a head; a gate and perhaps a norm of groups.
+
+use strata_kernels::ops::{self, Activation};
+use strata_kernels::{Result, Tensor};
+
+use crate::conv1d::{Convolution, conv_state, conv_weights, taps_first};
+use crate::layer::{Context, Layer, LayerSpec};
+use crate::linear::{Projection, projection};
+use crate::norm::check_eps;
+use crate::param::{Check, Fields, Param};
+use crate::params;
+use crate::ssd_scan::{Scan, check_groups, check_steps, scan_state, scan_weights, step_limit};
+use crate::state::StateSpec;
+use crate::weights::{Init, WeightSpec, Weights};
+use crate::yaml::{Faults, Value};
+
+params! {
+    /// RMS normalisation beside the gate.
+    pub struct GateNorm as "norm" {
+        /// Added to the mean square before the root.
+        eps: f64,
+        /// So many equal parts are normalised each by itself; as many as B and C have if left out.
+        groups: Option<usize> = None,
+        /// Whether the norm comes before the gate, rather than after it.
+        before_gate: bool = false,
+    }
+}
+
+impl Check for GateNorm {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        check_eps("eps", self.eps, fields, faults);
+        fields.positive(&[("groups", self.groups.unwrap_or(1))], faults);
+    }
+}
+
+params! {
+    /// Multipliers of the five parts that the first projection makes.
+    pub struct InScales as "in_scales" {
+        /// Of the gate.
+        z: f64 = 1.0,
+        /// Of the input.
+        x: f64 = 1.0,
+        /// Of B.
+        b: f64 = 1.0,
+        /// Of C.
+        c: f64 = 1.0,
+        /// Of the step sizes.
+        dt: f64 = 1.0,
+    }
+}
+
+impl Check for InScales {}
+
+params! {
+    /// Parameters of `mamba2`.
+    pub struct Mamba2 as "mamba2" {
+        /// Name of its weights within the block.
+        name: Option<String> = None,
+        /// Heads h.
+        heads: usize,
+        /// Channels of a head, P.
+        head_dim: usize,
+        /// So many equal runs of heads have a B and a C each.
+        groups: usize,
+        /// State elements of a channel, N.
+        d_state: usize,
+        /// Taps of the convolution, K.
+        d_conv: usize,
+        /// Whether the convolution has a bias.
+        conv_bias: bool = true,
+        /// Whether the first projection has a bias.
+        bias: bool = false,
+        /// Whether the last projection has one.
+        out_bias: bool = false,
+        /// The norm beside the gate; none if left out.
+        norm: Option<GateNorm> = None,
+        /// Smallest step size; no bound if left out.
+        dt_min: Option<f64> = None,
+        /// Largest step size; no bound if left out.
+        dt_max: Option<f64> = None,
+        /// Multipliers of what the first projection makes; none if left out.
+        in_scales: Option<InScales> = None,
+    }
+}
+
+impl Check for Mamba2 {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        let (heads, groups) = (self.heads, self.groups);
+        let sizes = [
+            ("heads", heads),
+            ("head_dim", self.head_dim),
+            ("groups", groups),
+            ("d_state", self.d_state),
+            ("d_conv", self.d_conv),
+        ];
+        fields.positive(&sizes, faults);
+        check_groups(heads, groups, fields, faults);
+        check_steps(self.dt_min, self.dt_max, fields, faults);
+        let inner = heads.saturating_mul(self.head_dim);
+        let parts = self.norm.as_ref().map_or(1, |n| n.groups.unwrap_or(groups));
+        if parts > 0 && inner % parts != 0 {
+            let message = format!("heads · head_dim is {inner}, which has no {parts} equal groups");
+            faults.add(fields.at("norm"), message);
+        }
+    }
+}
+
+impl Mamba2 {
+    /// I = h · P.
+    fn inner(&self) -> usize {
+        self.heads.saturating_mul(self.head_dim)
+    }
+
+    /// Width of B, and of C.
+    fn states(&self) -> usize {
+        self.groups.saturating_mul(self.d_state)
+    }
+
+    /// Width of what the convolution takes: x, B and C.
+    fn conv_width(&self) -> usize {
+        self.inner().saturating_add(self.states().saturating_mul(2))
+    }
+}
+
+impl LayerSpec for Mamba2 {
+    fn kind(&self) -> &'static str {
+        "mamba2"
+    }
+
+    fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or("mamba2")
+    }
+
+    fn write(&self) -> Value {
+        Param::write(self)
+    }
+
+    fn weights(&self, widths: &[usize]) -> Vec<WeightSpec> {
+        let (d_in, inner) = (widths[0], self.inner());
+        let made = inner
+            .saturating_add(self.conv_width())
+            .saturating_add(self.heads);
+        let mut specs = projection("in_proj", made, d_in, self.bias);
+        specs.extend(conv_weights(
+            "conv",
+            self.conv_width(),
+            self.d_conv,
+            self.conv_bias,
+        ));
+        specs.extend(scan_weights(self.heads));
+        if self.norm.is_some() {
+            specs.push(WeightSpec::vector("norm", &[inner], Init::Constant(1.0)));
+        }
+        specs.extend(projection("out_proj", d_in, inner, self.out_bias));
+        specs
+    }
+
+    fn state(&self, _widths: &[usize]) -> StateSpec {
+        let slot = vec![
+            conv_state(self.d_conv, self.conv_width()),
+            scan_state(self.inner(), self.d_state),
+        ];
+        StateSpec { pages: None, slot }
+    }
+
+    fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
+        let (inner, states) = (self.inner(), self.states());
+        let mut conv = taps_first("conv", self.conv_width(), self.d_conv, weights)?;
+        if let Some(by) = &self.in_scales {
+            // The convolution is linear up to its bias, so that its taps may carry the multipliers.
+            let mut taps = vec![0.0; conv.rows() * conv.cols()];
+            weights.backend.read(&conv, &mut taps)?;
+            let by = |i: usize| match i % (inner + 2 * states) {
+                i if i < inner => by.x,
+                i if i < inner + states => by.b,
+                _ => by.c,
+            };
+            for (i, tap) in taps.iter_mut().enumerate() {
+                *tap *= by(i) as f32;
+            }
+            conv = weights.upload(conv.rows(), conv.cols(), &taps)?;
+        }
+        Ok(Box::new(Ready {
+            in_proj: Projection::build("in_proj", weights)?,
+            conv: Convolution {
+                w: conv,
+                bias: weights.optional_vector("conv.bias")?,
+                act: Activation::Silu,
+            },
+            scan: Scan {
+                dt_bias: weights.vector("dt_bias")?,
+                dt_limit: step_limit(self.dt_min, self.dt_max),
+                a: weights.vector("a")?,
+                d: weights.vector("d")?,
+                groups: self.groups,
+                scale_input: true,
+            },
+            norm: weights.optional_vector("norm")?,
+            out_proj: Projection::build("out_proj", weights)?,
+            spec: self.clone(),
+        }))
+    }
+}
+
+struct Ready {
+    spec: Mamba2,
+    in_proj: Projection,
+    conv: Convolution,
+    scan: Scan,
+    norm: Option<Tensor>,
+    out_proj: Projection,
+}
+
+impl Ready {
+    fn scaled(&self, x: Tensor, by: Option<f64>, cx: &mut Context<'_>) -> Result<Tensor> {
+        let Some(by) = by.filter(|by| *by != 1.0) else {
+            return Ok(x);
+        };
+        let mut y = cx.take(x.rows(), x.cols())?;
+        cx.backend.scale(ops::Scale {
+            x: &x,
+            by: by as f32,
+            y: &mut y,
+        })?;
+        Ok(y)
+    }
+
+    fn normed(&self, x: &Tensor, norm: &GateNorm, cx: &mut Context<'_>) -> Result<Tensor> {
+        let mut y = cx.take(x.rows(), x.cols())?;
+        cx.backend.rms_norm(ops::RmsNorm {
+            x,
+            weight: self.norm.as_ref(),
+            eps: norm.eps as f32,
+            groups: norm.groups.unwrap_or(self.spec.groups),
+            y: &mut y,
+        })?;
+        Ok(y)
+    }
+
+    fn gated(&self, x: &Tensor, z: &Tensor, cx: &mut Context<'_>) -> Result<Tensor> {
+        let mut y = cx.take(x.rows(), x.cols())?;
+        cx.backend.activate(ops::Activate {
+            x,
+            gate: Some(z),
+            act: Activation::Silu,
+            y: &mut y,
+        })?;
+        Ok(y)
+    }
+}
+
+impl Layer for Ready {
+    fn forward(&self, x: &Tensor, y: &mut Tensor, cx: &mut Context<'_>) -> Result<()> {
+        let (tokens, inner, states) = (x.rows(), self.spec.inner(), self.spec.states());
+        let width = self.spec.conv_width();
+        let made = self.in_proj.apply(x, cx)?; // (T, I + I + 2gN + h): z, x, B, C, dt
+        let by = self.spec.in_scales.as_ref();
+        let z = self.scaled(made.columns(0..inner), by.map(|by| by.z), cx)?;
+        let dt = made.columns(inner + width..made.cols());
+        let dt = self.scaled(dt, by.map(|by| by.dt), cx)?;
+
+        let mut u = cx.take(tokens, width)?;
+        self.conv
+            .forward(&made.columns(inner..inner + width), &mut u, cx)?;
+        let x = u.columns(0..inner);
+        let b = u.columns(inner..inner + states);
+        let c = u.columns(inner + states..width);
+        let mut scanned = cx.take(tokens, inner)?;
+        self.scan.run([&x, &dt, &b, &c], 1, &mut scanned, cx)?;
+
+        let mixed = match &self.spec.norm {
+            None => self.gated(&scanned, &z, cx)?,
+            Some(norm) if norm.before_gate => {
+                let normed = self.normed(&scanned, norm, cx)?;
+                self.gated(&normed, &z, cx)?
+            }
+            Some(norm) => {
+                let gated = self.gated(&scanned, &z, cx)?;
+                self.normed(&gated, norm, cx)?
+            }
+        };
+        self.out_proj.forward(&mixed, y, cx)
+    }
+}
