@@ -32,6 +32,7 @@ pub struct Card {
     family: String,
     architectures: Vec<String>,
     model_types: Vec<String>,
+    also: Option<String>,
     defaults: Vec<Entry>,
     require: Vec<Node>,
     plan: Vec<Entry>,
@@ -69,6 +70,11 @@ impl Card {
     /// The `model_type`s it opens when no card knows the architecture.
     pub fn model_types(&self) -> &[String] {
         &self.model_types
+    }
+
+    /// A file beside config.json in which its models have more keys.
+    pub fn also(&self) -> Option<&str> {
+        self.also.as_deref()
     }
 
     /// A small config, for tests and demonstrations.
@@ -138,6 +144,10 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let family = fields.required("family", faults);
     let architectures = fields.required("architectures", faults);
     let model_types = fields.optional("model_types", Vec::new(), faults);
+    let also = match fields.node("also") {
+        Some(node) => Some(String::read(node, faults)?),
+        None => None,
+    };
     let mut mapping = |key: &'static str, faults: &mut Faults| match fields.node(key) {
         None => Some(Vec::new()),
         Some(Node {
@@ -192,6 +202,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         family: family?,
         architectures: architectures?,
         model_types: model_types?,
+        also,
         defaults: defaults?,
         require,
         plan,

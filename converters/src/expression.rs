@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use minijinja::value::{Rest, ValueKind};
 use minijinja::{Environment, UndefinedBehavior, Value as Jinja};
 use strata_layers::param::list_of;
-use strata_layers::yaml::Value;
+use strata_layers::yaml::{Entry, Value};
 
 use crate::config::Config;
 
@@ -38,17 +38,18 @@ impl Scope {
             values: BTreeMap::new(),
             told: BTreeMap::new(),
         };
-        let file = config.file().rsplit('/').next().unwrap_or_default();
-        for entry in config.entries() {
-            let value = &entry.value.value;
-            let line = entry.value.at.line;
-            let told = format!(
-                "{} = {} (line {line} of {file})",
-                entry.key,
-                value.describe()
-            );
-            scope.values.insert(entry.key.clone(), jinja(value));
-            scope.told.insert(entry.key.clone(), told);
+        for config in config.files() {
+            let file = config.file().rsplit('/').next().unwrap_or_default();
+            for entry in config.entries() {
+                let (key, value) = (&entry.key, &entry.value.value);
+                if scope.has(key) {
+                    continue;
+                }
+                let line = entry.value.at.line;
+                let told = format!("{key} = {} (line {line} of {file})", value.describe());
+                scope.values.insert(key.clone(), jinja(value));
+                scope.told.insert(key.clone(), told);
+            }
         }
         scope
     }
@@ -144,11 +145,10 @@ fn jinja(value: &Value) -> Jinja {
         Value::Float(f) => Jinja::from(*f),
         Value::Text(t) => Jinja::from(t.as_str()),
         Value::List(list) => Jinja::from_iter(list.iter().map(|n| jinja(&n.value))),
-        Value::Map(entries) => Jinja::from_iter(
-            entries
-                .iter()
-                .map(|e| (e.key.clone(), jinja(&e.value.value))),
-        ),
+        Value::Map(entries) => {
+            let entry = |e: &Entry| (e.key.clone(), jinja(&e.value.value));
+            Jinja::from(entries.iter().map(entry).collect::<BTreeMap<_, _>>())
+        }
     }
 }
 
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn expressions_compute_with_the_keys_of_the_config() {
-        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x"}"#;
+        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "m": {"k": {"n": 3}}, "z": 0, "s": "x"}"#;
         let scope = Scope::new(&Config::parse(text, "config.json").unwrap());
         let check = |expression: &str, expected: &str| {
             let shown = match scope.evaluate(expression) {
@@ -201,6 +201,9 @@ mod tests {
         check("big * h", "e31");
         check("'s' ~ (3 % 2)", "\"s1\"");
         check("l", "a list");
+        check("m.k.n", "3");
+        check("m.k.q|default(7)", "7");
+        check("m.k.q is defined", "false");
         check("h if h is defined else q", "64");
         check("q", "config.json has no q: `=q`");
         check(
