@@ -145,8 +145,11 @@ fn greedy(model: &Model, golden: &Golden) -> Vec<u32> {
 
 #[test]
 fn logits_and_greedy_tokens_equal_the_references() {
+    let mut faults = Vec::new();
     for folder in goldens() {
         let golden = golden(&folder);
+        let name = folder.display();
+        let mut worst_of_all: f32 = 0.0;
         for device in ["reference", "cpu"] {
             let model = open(&folder, device, 2);
             for chunk in [golden.tokens[0].len(), 7] {
@@ -158,21 +161,21 @@ fn logits_and_greedy_tokens_equal_the_references() {
                         |a: f32, b| if b.is_nan() { f32::INFINITY } else { a.max(b) },
                     );
                     let error = worst / std_of(expected);
-                    let name = folder.display();
-                    assert!(
-                        error < TOLERANCE,
-                        "{name}, sequence {s}, {device}, chunk {chunk}: {error:.2e} standard deviations"
-                    );
+                    worst_of_all = worst_of_all.max(error);
+                    if error >= TOLERANCE {
+                        faults.push(format!(
+                            "{name}, sequence {s}, {device}, chunk {chunk}: {error:.2e} standard deviations"
+                        ));
+                    }
                 }
             }
-            assert_eq!(
-                greedy(&model, &golden),
-                golden.greedy,
-                "{}, {device}",
-                folder.display()
-            );
+            if greedy(&model, &golden) != golden.greedy {
+                faults.push(format!("{name}, {device}: greedy tokens differ"));
+            }
         }
+        println!("{name}: within {worst_of_all:.1e} standard deviations");
     }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
 #[test]

@@ -24,42 +24,74 @@ impl WeightSource for Nothing {
     }
 }
 
-/// Bytes of activations and scratch that each row of a step takes, beside weights and state.
-pub fn bytes_per_row(graph: Graph) -> Result<usize> {
-    const ROWS: usize = 64;
-    let backend: Arc<dyn Backend> = Arc::new(Null::default());
-    let source = Nothing(backend.clone());
-    let network = Arc::new(Network::build(graph, &source, backend.clone(), DType::F32)?);
-    let size = StateSize {
-        page_size: ROWS,
-        pages: 1,
-        slots: 1,
-        kv_dtype: DType::F32,
-    };
-    let state = StateStore::new(&network.graph, size, backend)?;
-    let mut runner = Runner::new(network, state, ROWS)?;
-    let fixed = runner.fixed_bytes();
-    let spans = [Span {
-        start: 0,
-        len: ROWS,
-        position: 0,
-        slot: 0,
-        pages: 0..1,
-    }];
-    let ragged = Ragged {
-        spans: &spans,
-        page_table: &[0],
-        page_size: ROWS,
-    };
-    runner.forward(
-        &Step {
-            tokens: &[0; ROWS],
-            ragged,
-            logits: &[],
-        },
-        &mut |_, _| {},
-    )?;
-    Ok((runner.buffer_bytes() - fixed) / ROWS)
+/// Bytes of activations and scratch of a plan's steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Footprint {
+    /// Of each row that there is room for: values between layers.
+    pub buffers_per_row: usize,
+    /// Of each row of the largest step so far: memory within a layer.
+    pub scratch_per_row: usize,
+    /// However many rows: for logits.
+    pub fixed: usize,
+}
+
+impl Footprint {
+    /// Finds it out.
+    pub fn of(graph: Graph) -> Result<Footprint> {
+        const ROWS: usize = 64;
+        let backend: Arc<dyn Backend> = Arc::new(Null::default());
+        let source = Nothing(backend.clone());
+        let network = Arc::new(Network::build(graph, &source, backend.clone(), DType::F32)?);
+        let size = StateSize {
+            page_size: ROWS,
+            pages: 1,
+            slots: 1,
+            kv_dtype: DType::F32,
+        };
+        let state = StateStore::new(&network.graph, size, backend)?;
+        let mut runner = Runner::new(network, state, ROWS)?;
+        let fixed = runner.fixed_bytes();
+        let buffers = runner.buffer_bytes() - fixed;
+        let spans = [Span {
+            start: 0,
+            len: ROWS,
+            position: 0,
+            slot: 0,
+            pages: 0..1,
+        }];
+        let ragged = Ragged {
+            spans: &spans,
+            page_table: &[0],
+            page_size: ROWS,
+        };
+        // The second time memory has the size that it keeps.
+        for _ in 0..2 {
+            runner.forward(
+                &Step {
+                    tokens: &[0; ROWS],
+                    ragged,
+                    logits: &[],
+                },
+                &mut |_, _| {},
+            )?;
+        }
+        Ok(Footprint {
+            buffers_per_row: buffers / ROWS,
+            scratch_per_row: (runner.buffer_bytes() - fixed - buffers) / ROWS,
+            fixed,
+        })
+    }
+
+    /// Bytes that each row of a step takes.
+    pub fn per_row(&self) -> usize {
+        self.buffers_per_row + self.scratch_per_row
+    }
+
+    /// Bytes with room for `max_rows` rows, after steps of up to `rows`.
+    pub fn bytes(&self, max_rows: usize, rows: usize) -> u64 {
+        let rows = self.buffers_per_row * max_rows + self.scratch_per_row * rows;
+        (rows + self.fixed) as u64
+    }
 }
 
 #[cfg(test)]
@@ -81,7 +113,7 @@ stack: [f*3]
 head: {norm: {eps: 1.0e-6}, tie: true}
 ";
         let graph = Graph::lower(&Plan::parse(text, "t").unwrap(), "t").unwrap();
-        let bytes = bytes_per_row(graph).unwrap();
+        let bytes = Footprint::of(graph).unwrap().per_row();
         // gate, up and their product of 1,024 each; three or four buffers of 32.
         assert!(
             (3 * 4096 + 3 * 128..=3 * 4096 + 8 * 128).contains(&bytes),

@@ -5,6 +5,7 @@
 pub mod batch;
 pub mod bench;
 pub mod cli;
+pub mod estimate;
 pub mod footprint;
 pub mod generation;
 pub mod generation_config;
@@ -12,6 +13,7 @@ pub mod hub;
 pub mod ids;
 pub mod load;
 pub mod pages;
+pub mod plan_diff;
 mod pools;
 pub mod random_weights;
 pub mod runner;

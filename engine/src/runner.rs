@@ -1,5 +1,7 @@
 //! Walks the graph on one device: a ragged batch in, logits out.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use strata_kernels::ops::{Add, Embed, Gather, Linear, Scale};
@@ -18,6 +20,8 @@ pub struct Network {
     pub backend: Arc<dyn Backend>,
     /// What matrix products round their inputs to: F32 or BF16.
     pub activations: DType,
+    /// Bytes of all weights in the form they run in, those of mapped files among them.
+    pub weight_bytes: u64,
     /// By node; none where a node is no layer.
     layers: Arc<Vec<Option<Box<dyn Layer>>>>,
     embed: Matrix,
@@ -32,6 +36,10 @@ impl Network {
         backend: Arc<dyn Backend>,
         activations: DType,
     ) -> Result<Self> {
+        let source = &Counting {
+            source,
+            counted: RefCell::default(),
+        };
         let table =
             |path: &str| source.matrix(path, &WeightSpec::matrix("", graph.vocab, graph.d_model));
         let embed = table("embed")?;
@@ -58,10 +66,33 @@ impl Network {
             graph: Arc::new(graph),
             backend,
             activations,
+            weight_bytes: source.counted.borrow().values().sum(),
             layers,
             embed,
             head,
         })
+    }
+}
+
+/// Hands weights on, and counts the bytes of each once.
+struct Counting<'a> {
+    source: &'a dyn WeightSource,
+    counted: RefCell<BTreeMap<String, u64>>,
+}
+
+impl WeightSource for Counting<'_> {
+    fn matrix(&self, path: &str, spec: &WeightSpec) -> Result<Matrix> {
+        let matrix = self.source.matrix(path, spec)?;
+        let bytes = matrix.bytes() as u64;
+        self.counted.borrow_mut().insert(path.into(), bytes);
+        Ok(matrix)
+    }
+
+    fn vector(&self, path: &str, spec: &WeightSpec) -> Result<Vec<f32>> {
+        let values = self.source.vector(path, spec)?;
+        let bytes = 4 * values.len() as u64;
+        self.counted.borrow_mut().insert(path.into(), bytes);
+        Ok(values)
     }
 }
 
@@ -106,6 +137,8 @@ pub struct Runner {
     logits: Tensor,
     host_logits: Vec<f32>,
     max_rows: usize,
+    /// Rows of the largest step so far.
+    most_rows: usize,
 }
 
 impl Runner {
@@ -128,6 +161,7 @@ impl Runner {
             logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
             host_logits: vec![0.0; LOGIT_ROWS * graph.vocab],
             max_rows,
+            most_rows: 0,
             network,
         })
     }
@@ -140,6 +174,11 @@ impl Runner {
     /// Most rows of a step.
     pub fn max_rows(&self) -> usize {
         self.max_rows
+    }
+
+    /// Rows of the largest step so far.
+    pub fn most_rows(&self) -> usize {
+        self.most_rows
     }
 
     /// Number of buffers that the values between nodes take turns in.
@@ -167,6 +206,7 @@ impl Runner {
             "{rows} rows, at most {}",
             self.max_rows
         );
+        self.most_rows = self.most_rows.max(rows);
         let network = self.network.clone();
         let (graph, backend) = (&network.graph, &*network.backend);
 

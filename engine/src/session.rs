@@ -6,6 +6,7 @@ use std::sync::Arc;
 use strata_kernels::{DType, Ragged, Span, Tensor};
 
 use crate::batch::{Batch, Logits};
+use crate::estimate::Allocated;
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
 use crate::runner::{self, Network, Runner};
 use crate::sampler::{SampleError, Sampled, Sampler, SamplingFaults, SamplingParams};
@@ -75,12 +76,12 @@ impl EngineConfig {
     }
 
     /// Pages that hold the context of all sequences, with one to spare for each.
-    fn pages(&self) -> usize {
+    pub fn pages(&self) -> usize {
         self.max_sequences * (self.context.div_ceil(self.page_size) + 1)
     }
 
     /// Slots: one a sequence, and one for a sequence that is being restored.
-    fn slots(&self) -> usize {
+    pub fn slots(&self) -> usize {
         self.max_sequences + 1
     }
 }
@@ -251,6 +252,18 @@ impl Engine {
             tokens: Vec::new(),
             events: Vec::new(),
         })
+    }
+
+    /// What it holds now, and the rows of its largest step so far.
+    pub fn allocated(&self) -> (Allocated, usize) {
+        let (kv, state) = self.runner.state.bytes();
+        let allocated = Allocated {
+            weights: self.network().weight_bytes,
+            kv,
+            state,
+            buffers: self.runner.buffer_bytes() as u64,
+        };
+        (allocated, self.runner.most_rows())
     }
 
     /// The network that runs.

@@ -53,6 +53,16 @@ impl StateStore {
         })
     }
 
+    /// Bytes of all pages, and of all slots.
+    pub fn bytes(&self) -> (u64, u64) {
+        let pages = self.layers.iter().filter_map(|l| l.pages.as_ref());
+        let slots = self.layers.iter().flat_map(|l| &l.slot);
+        (
+            pages.flatten().map(|t| t.bytes() as u64).sum(),
+            slots.map(|t| t.bytes() as u64).sum(),
+        )
+    }
+
     /// How much there is room for.
     pub fn size(&self) -> StateSize {
         self.size

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use strata_kernels::cpu::{Cpu, CpuOptions, Isa, Limits, measure};
 use strata_kernels::ops::{
-    Activate, Activation, Add, Attention, Conv1d, Embed, ExpertLinear, KvWrite, Linear, RmsNorm,
-    Rope, SelectiveScan,
+    Activate, Activation, Add, Attention, Conv1d, Embed, ExpertLinear, KvWrite, LayerNorm, Linear,
+    RmsNorm, Rope, S4dScan, SelectiveScan, SsdScan,
 };
 use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor};
 
@@ -202,6 +202,124 @@ impl Bench {
         });
     }
 
+    /// `t` rows of each of `spans` sequences; `shape` is heads, groups, width of a head, states.
+    fn ssd(&self, spans: usize, t: usize, shape: (usize, usize, usize, usize)) {
+        let (heads, groups, width, states) = shape;
+        let rows = spans * t;
+        let r = |rows, cols| self.random(DType::F32, rows, cols);
+        // As a model has them: b and c lie beside x.
+        let inner = heads * width;
+        let xbc = r(rows, inner + 2 * groups * states);
+        let x = xbc.columns(0..inner);
+        let b = xbc.columns(inner..inner + groups * states);
+        let c = xbc.columns(inner + groups * states..inner + 2 * groups * states);
+        let (dt, d, mut y) = (r(rows, heads), r(1, heads), r(rows, inner));
+        let mut a = r(1, heads);
+        let mut rates = vec![0.0; heads];
+        self.cpu.read(&a, &mut rates).expect("a read");
+        rates.iter_mut().for_each(|a| *a = -a.abs());
+        self.cpu.write(&rates, &mut a).expect("a write");
+        // Where states are all that is read, more than the caches hold, taken in turn.
+        let turns = if t == 1 {
+            (256usize << 20).div_ceil(4 * spans * inner * states)
+        } else {
+            1
+        };
+        let name = format!("ssd_scan {spans} × {t}, {heads}/{groups} × {width} × {states}");
+        if !name.contains(&self.only) {
+            return;
+        }
+        let mut state = r(turns * spans, inner * states);
+        let mut spans: Vec<Span> = (0..spans)
+            .map(|slot| Span {
+                start: slot * t,
+                len: t,
+                position: 0,
+                slot,
+                pages: 0..0,
+            })
+            .collect();
+        // A token alone reads and writes the state once; many do six operations for each of it, which
+        // is three instructions, one of them a product without a sum.
+        let work = if t == 1 {
+            Work::Bytes(8 * rows * inner * states)
+        } else {
+            Work::F32(6 * rows * inner * states)
+        };
+        self.time(&name, work, || {
+            let slots = turns * spans.len();
+            for span in &mut spans {
+                span.slot = (span.slot + slots / turns) % slots;
+            }
+            let ragged = Ragged {
+                spans: &spans,
+                page_table: &[],
+                page_size: 1,
+            };
+            let op = SsdScan {
+                x: &x,
+                dt: &dt,
+                dt_bias: Some(&d),
+                dt_limit: (0.0, f32::INFINITY),
+                a: &a,
+                b: &b,
+                c: &c,
+                d: Some(&d),
+                scale_input: true,
+                groups,
+                ssm_state: &mut state,
+                ragged,
+                y: &mut y,
+            };
+            self.cpu.ssd_scan(op).expect("a scan");
+        });
+    }
+
+    fn s4d(&self, t: usize, inner: usize, states: usize) {
+        let r = |rows, cols| self.random(DType::F32, rows, cols);
+        let (x, d, mut y) = (r(t, inner), r(1, inner), r(t, inner));
+        let (mut a, c) = (r(states, inner), r(states, inner));
+        let half = vec![0.6; states * inner];
+        self.cpu.write(&half, &mut a).expect("a write");
+        let mut state = r(1, 2 * states * inner);
+        let spans = [Span {
+            start: 0,
+            len: t,
+            position: 0,
+            slot: 0,
+            pages: 0..0,
+        }];
+        let ragged = Ragged {
+            spans: &spans,
+            page_table: &[],
+            page_size: 1,
+        };
+        // A token alone reads four numbers of the layer for each state, and reads and writes the state.
+        let work = if t == 1 {
+            Work::Bytes(32 * inner * states)
+        } else {
+            Work::F32(12 * t * inner * states)
+        };
+        self.time(
+            &format!("s4d_scan {t} × {inner} × {states}"),
+            work,
+            || {
+                let op = S4dScan {
+                    x: &x,
+                    a_re: &a,
+                    a_im: &a,
+                    c_re: &c,
+                    c_im: &c,
+                    d: &d,
+                    ssm_state: &mut state,
+                    ragged,
+                    y: &mut y,
+                };
+                self.cpu.s4d_scan(op).expect("a scan");
+            },
+        );
+    }
+
     fn attention(&self, t: usize, before: usize, heads: (usize, usize), dim: usize, pages: DType) {
         let length = before + t;
         let q = self.random(DType::F32, t, heads.0 * dim);
@@ -263,6 +381,27 @@ impl Bench {
                 y: &mut y,
             };
             self.cpu.rms_norm(op).expect("a norm");
+        });
+        self.time(&of("rms_norm of 8 parts"), Work::Bytes(8 * t * d), || {
+            let op = RmsNorm {
+                x: &a,
+                weight: Some(&w),
+                eps: 1e-6,
+                groups: 8,
+                y: &mut y,
+            };
+            self.cpu.rms_norm(op).expect("a norm");
+        });
+        self.time(&of("layer_norm"), Work::Bytes(8 * t * d), || {
+            let op = LayerNorm {
+                x: &a,
+                weight: Some(&w),
+                bias: Some(&w),
+                eps: 1e-6,
+                groups: 1,
+                y: &mut y,
+            };
+            self.cpu.layer_norm(op).expect("a norm");
         });
         self.time(&of("add"), Work::Bytes(12 * t * d), || {
             self.cpu
@@ -404,6 +543,20 @@ fn main() {
     b.mamba(512, 512, 16);
     b.mamba(512, 512, 64);
     b.mamba(256, 1536, 64);
+    for shape in [
+        (128, 8, 64, 128),
+        (64, 1, 64, 128),
+        (24, 1, 64, 256),
+        (32, 1, 80, 64),
+        (50, 1, 128, 64),
+    ] {
+        b.ssd(1, 512, shape);
+        b.ssd(1, 1, shape);
+    }
+    b.ssd(8, 1, (128, 8, 64, 128));
+    b.ssd(8, 4, (128, 8, 64, 128));
+    b.s4d(512, 2048, 32);
+    b.s4d(1, 2048, 32);
     b.attention(1, 4095, (20, 1), 128, BF16);
     b.attention(1, 32_767, (20, 1), 128, BF16);
     b.attention(1, 8191, (8, 8), 64, BF16);

@@ -4,7 +4,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use strata_kernels::cpu::{Cpu, CpuOptions};
-use strata_kernels::ops::{Attention, ExpertLinear, KvWrite, Linear, Rope, SelectiveScan};
+use strata_kernels::ops::{
+    Attention, ExpertLinear, KvWrite, LayerNorm, Linear, RmsNorm, Rope, Route, S4dScan, Score,
+    SelectiveScan, SsdScan,
+};
 use strata_kernels::{Backend, DType, Matrix, Ragged, Span};
 
 /// The system's allocator, counted.
@@ -54,7 +57,10 @@ fn operations_allocate_nothing_after_the_first_time() {
         &mut chosen,
     )
     .unwrap();
+    let mut routed = cpu.alloc(DType::I32, rows, 2).unwrap();
+    let (mut weights, heads) = (f32s(rows, 2), f32s(1, n));
     let mut state = f32s(1, n * d);
+    let (mut ssd_state, mut s4d_state) = (f32s(1, n / 2 * d), f32s(1, 2 * n * d));
     let (mut k_pages, mut v_pages) = (f32s(rows, d), f32s(rows, d));
     let spans = [Span {
         start: 0,
@@ -105,6 +111,64 @@ fn operations_allocate_nothing_after_the_first_time() {
             y: &mut y,
         };
         cpu.selective_scan(op).unwrap();
+        let (x, vector) = (&x, &vector);
+        cpu.ssd_scan(SsdScan {
+            x,
+            dt: &b,
+            dt_bias: None,
+            dt_limit: (0.0, f32::INFINITY),
+            a: &heads,
+            b: &b,
+            c: &b,
+            d: None,
+            scale_input: true,
+            groups: 2,
+            ssm_state: &mut ssd_state,
+            ragged,
+            y: &mut y,
+        })
+        .unwrap();
+        cpu.s4d_scan(S4dScan {
+            x,
+            a_re: &a,
+            a_im: &a,
+            c_re: &a,
+            c_im: &a,
+            d: vector,
+            ssm_state: &mut s4d_state,
+            ragged,
+            y: &mut y,
+        })
+        .unwrap();
+        let (eps, groups) = (1e-6, 4);
+        cpu.rms_norm(RmsNorm {
+            x,
+            weight: Some(vector),
+            eps,
+            groups,
+            y: &mut y,
+        })
+        .unwrap();
+        cpu.layer_norm(LayerNorm {
+            x,
+            weight: Some(vector),
+            bias: Some(vector),
+            eps,
+            groups,
+            y: &mut y,
+        })
+        .unwrap();
+        let op = Route {
+            logits: x,
+            score: Score::Sigmoid,
+            choice_bias: Some(vector),
+            groups: Some((8, 2)),
+            normalize: true,
+            scale: 2.0,
+            experts: &mut routed,
+            weights: &mut weights,
+        };
+        cpu.route(op).unwrap();
         let frequencies = &frequencies;
         let op = Rope {
             x: &mut y,
@@ -117,28 +181,30 @@ fn operations_allocate_nothing_after_the_first_time() {
         cpu.rope(op).unwrap();
         let (pages_k, pages_v) = (&mut k_pages, &mut v_pages);
         let op = KvWrite {
-            k: &x,
-            v: &x,
+            k: x,
+            v: x,
             k_pages: pages_k,
             v_pages: pages_v,
             ragged,
         };
         cpu.kv_write(op).unwrap();
-        let op = Attention {
-            q: &x,
-            k_pages: &k_pages,
-            v_pages: &v_pages,
-            heads: 8,
-            kv_heads: 8,
-            head_dim: 16,
-            v_head_dim: 16,
-            scale: 0.25,
-            window: None,
-            keep_first: 0,
-            ragged,
-            y: &mut y,
-        };
-        cpu.attention(op).unwrap();
+        for (window, keep_first) in [(None, 0), (Some(50), 3)] {
+            let op = Attention {
+                q: x,
+                k_pages: &k_pages,
+                v_pages: &v_pages,
+                heads: 8,
+                kv_heads: 8,
+                head_dim: 16,
+                v_head_dim: 16,
+                scale: 0.25,
+                window,
+                keep_first,
+                ragged,
+                y: &mut y,
+            };
+            cpu.attention(op).unwrap();
+        }
     };
     // A worker may not get a part of every operation at first, so quiet rounds are looked for.
     let quiet = (0..200).any(|_| {

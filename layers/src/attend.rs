@@ -51,6 +51,15 @@ impl Shape {
         }
     }
 
+    /// Operations on the scores and sums of one token after `position` others.
+    pub fn flops(&self, position: usize) -> f64 {
+        let reach = self
+            .window
+            .map_or(usize::MAX, |w| w.saturating_add(self.keep_first));
+        let seen = reach.min(position.saturating_add(1));
+        2.0 * self.heads as f64 * (self.head_dim + self.v_head_dim) as f64 * seen as f64
+    }
+
     /// Writes keys and values behind those of earlier tokens, if there are new ones, and lets every
     /// query see what it may.
     pub fn run(
@@ -201,6 +210,10 @@ impl LayerSpec for Attend {
             pages: self.kv.is_none().then(|| self.shape().pages()),
             slot: Vec::new(),
         }
+    }
+
+    fn other_flops(&self, _widths: &[usize], position: usize) -> f64 {
+        self.shape().flops(position)
     }
 
     fn keeps_pages(&self) -> Option<&str> {

@@ -120,6 +120,10 @@ impl LayerSpec for Attention {
         }
     }
 
+    fn other_flops(&self, _widths: &[usize], position: usize) -> f64 {
+        self.shape().flops(position)
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let rope = self.rope.as_ref();
         let rotation = rope.map(|r| r.build(self.head_dim, weights)).transpose()?;

@@ -68,6 +68,10 @@ impl LayerSpec for Conv1d {
         }
     }
 
+    fn other_flops(&self, widths: &[usize], _position: usize) -> f64 {
+        conv_flops(self.taps, widths[0])
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let width = weights.specs[0].shape[0];
         Ok(Box::new(Convolution {
@@ -86,6 +90,11 @@ pub(crate) fn conv_weights(name: &str, width: usize, taps: usize, bias: bool) ->
         specs.push(WeightSpec::vector(format!("{name}.bias"), &[width], init));
     }
     specs
+}
+
+/// Operations of a convolution on one token.
+pub(crate) fn conv_flops(taps: usize, width: usize) -> f64 {
+    2.0 * taps as f64 * width as f64
 }
 
 /// The inputs that a convolution keeps of every sequence.

@@ -58,6 +58,12 @@ pub trait LayerSpec: Debug + Send + Sync {
         1.0
     }
 
+    /// Operations on one token beside its products with matrices: convolutions, scans, and scores and
+    /// sums of attention after `position` earlier tokens. Elementwise work is not counted.
+    fn other_flops(&self, _widths: &[usize], _position: usize) -> f64 {
+        0.0
+    }
+
     /// The layer with its weights on a device.
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>>;
 }
@@ -131,7 +137,11 @@ impl Scratch {
 struct Arena {
     dtype: DType,
     rows: Vec<Tensor>,
+    /// Elements taken of the last row.
     used: usize,
+    /// Elements taken since the reset, and the most that ever were.
+    taken: usize,
+    most: usize,
 }
 
 /// Elements between two tensors' starts are a multiple of this, so that each begins a cache line.
@@ -143,6 +153,8 @@ impl Arena {
             dtype,
             rows: Vec::new(),
             used: 0,
+            taken: 0,
+            most: 0,
         }
     }
 
@@ -160,16 +172,18 @@ impl Arena {
             .columns(self.used..self.used + rows * cols)
             .reshape(rows, cols);
         self.used += size;
+        self.taken += size;
+        self.most = self.most.max(self.taken);
         Ok(taken)
     }
 
     fn reset(&mut self, backend: &dyn Backend) -> Result<()> {
         if self.rows.len() > 1 {
-            let total = self.rows.iter().map(Tensor::cols).sum();
             self.rows.clear();
-            self.rows.push(backend.alloc(self.dtype, 1, total)?);
+            self.rows.push(backend.alloc(self.dtype, 1, self.most)?);
         }
         self.used = 0;
+        self.taken = 0;
         Ok(())
     }
 

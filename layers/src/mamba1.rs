@@ -6,12 +6,13 @@
 use strata_kernels::ops::{Activation, RmsNorm, SelectiveScan};
 use strata_kernels::{Result, Tensor};
 
-use crate::conv1d::{Convolution, conv_state, conv_weights, taps_first};
+use crate::conv1d::{Convolution, conv_flops, conv_state, conv_weights, taps_first};
 use crate::layer::{Context, Layer, LayerSpec};
 use crate::linear::{Projection, projection};
 use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
 use crate::params;
+use crate::selective_scan::scan_flops;
 use crate::state::{Part, StateSpec};
 use crate::weights::{Init, WeightSpec, Weights, transpose};
 use crate::yaml::{Faults, Value};
@@ -126,6 +127,10 @@ impl LayerSpec for Mamba1 {
             },
         ];
         StateSpec { pages: None, slot }
+    }
+
+    fn other_flops(&self, _widths: &[usize], _position: usize) -> f64 {
+        conv_flops(self.d_conv, self.d_inner) + scan_flops(self.d_inner, self.d_state)
     }
 
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {

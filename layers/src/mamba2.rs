@@ -4,13 +4,15 @@
 use strata_kernels::ops::{self, Activation};
 use strata_kernels::{Result, Tensor};
 
-use crate::conv1d::{Convolution, conv_state, conv_weights, taps_first};
+use crate::conv1d::{Convolution, conv_flops, conv_state, conv_weights, taps_first};
 use crate::layer::{Context, Layer, LayerSpec};
 use crate::linear::{Projection, projection};
 use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
 use crate::params;
-use crate::ssd_scan::{Scan, check_groups, check_steps, scan_state, scan_weights, step_limit};
+use crate::ssd_scan::{
+    Scan, check_groups, check_steps, scan_flops, scan_state, scan_weights, step_limit,
+};
 use crate::state::StateSpec;
 use crate::weights::{Init, WeightSpec, Weights};
 use crate::yaml::{Faults, Value};
@@ -162,6 +164,10 @@ impl LayerSpec for Mamba2 {
             scan_state(self.inner(), self.d_state),
         ];
         StateSpec { pages: None, slot }
+    }
+
+    fn other_flops(&self, _widths: &[usize], _position: usize) -> f64 {
+        conv_flops(self.d_conv, self.conv_width()) + scan_flops(self.inner(), self.d_state)
     }
 
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {

@@ -91,6 +91,10 @@ impl LayerSpec for SelectiveScan {
         }
     }
 
+    fn other_flops(&self, widths: &[usize], _position: usize) -> f64 {
+        scan_flops(widths[0], self.d_state)
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let (a, states) = (weights.values("a")?, self.d_state);
         let inner = a.len() / states;
@@ -102,6 +106,11 @@ impl LayerSpec for SelectiveScan {
             groups: self.groups,
         }))
     }
+}
+
+/// Operations of the scan on one token: seven for each element of its state, an exponential among them.
+pub(crate) fn scan_flops(inner: usize, states: usize) -> f64 {
+    7.0 * inner as f64 * states as f64
 }
 
 /// Faults an operand that has not the width it should have.

@@ -92,6 +92,11 @@ pub(crate) fn scan_weights(heads: usize) -> Vec<WeightSpec> {
     ]
 }
 
+/// Operations of the scan on one token: five for each element of its state.
+pub(crate) fn scan_flops(inner: usize, states: usize) -> f64 {
+    5.0 * inner as f64 * states as f64
+}
+
 /// The state of the scan: a matrix (head_dim, d_state) for each head.
 pub(crate) fn scan_state(width: usize, states: usize) -> Part {
     Part {
@@ -137,6 +142,10 @@ impl LayerSpec for SsdScan {
             pages: None,
             slot: vec![scan_state(widths[0], self.d_state)],
         }
+    }
+
+    fn other_flops(&self, widths: &[usize], _position: usize) -> f64 {
+        scan_flops(widths[0], self.d_state)
     }
 
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {

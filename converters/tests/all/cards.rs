@@ -38,8 +38,12 @@ fn architectures_count_before_model_types() {
     assert_eq!(family(early).unwrap(), "falcon-mamba");
     assert_eq!(family(r#"{"model_type": "mamba"}"#).unwrap(), "mamba");
     let unknown = family(r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap_err();
-    let expected = "m/config.json: no model card is for GPT2LMHeadModel; there are cards for FalconMambaForCausalLM, JambaForCausalLM and MambaForCausalLM";
-    assert_eq!(unknown, expected);
+    let expected = "m/config.json: no model card is for GPT2LMHeadModel; there are cards for ";
+    let known = unknown.strip_prefix(expected).unwrap();
+    for card in cards::all() {
+        let mut names = card.architectures().iter();
+        assert!(names.all(|name| known.contains(name)), "{known}");
+    }
     for nothing in ["{}", r#"{"architectures": null, "model_type": 7}"#] {
         let message = family(nothing).unwrap_err();
         assert!(message.contains("neither `architectures` nor"), "{message}");
@@ -53,6 +57,7 @@ fn a_tiny_model_of_every_card_lowers() {
         let graph = Graph::lower(&plan, card.file()).unwrap();
         assert!(graph.weights().len() > 10);
         assert_eq!(Plan::parse(&plan.print(), "again").unwrap(), plan);
+        let card = card.bound(card.tiny()).unwrap();
         for weight in graph.weights() {
             let found = card.tensors().find(&weight.path);
             assert!(

@@ -58,7 +58,7 @@ impl Bench {
             batch: usize::from(self.batch),
             repeat: usize::from(self.repeat),
             kv_dtype: model.kv_dtype,
-            bytes_per_row: model.bytes_per_row,
+            bytes_per_row: model.footprint.per_row(),
         };
         let context = self.context.unwrap_or(model.plan.context);
         let tokens = options.depth + options.prompt + options.generate;

@@ -189,7 +189,7 @@ impl Generate {
         } else {
             model.eos()
         };
-        let mut engine = Engine::new(model.network.clone(), config)?;
+        let mut engine = Engine::new(model.network.clone(), config.clone())?;
         let prompt_tokens = tokens.len();
         let id = engine.submit(Request {
             prompt: tokens,
@@ -217,6 +217,13 @@ impl Generate {
         .map_err(|error| model.explain(error.into()))?;
         watch.bar.finish_and_clear();
 
+        let (allocated, rows) = engine.allocated();
+        let estimate = model.estimate(&config, rows);
+        if let Some(off) = allocated.beside(&estimate) {
+            terminal.note(&format!(
+                "the estimate of memory was wrong, which is a mistake of ours: {off}"
+            ));
+        }
         let generated = done.tokens.len();
         // Ctrl-C may have come before the end of the prompt.
         let read = engine.sequence(id).map_or(0, |s| s.computed);
@@ -235,6 +242,8 @@ impl Generate {
                 "decode_seconds": done.decode.as_secs_f64(),
                 "prefill_tokens_per_second": prefill_rate,
                 "decode_tokens_per_second": decode_rate,
+                "estimated_bytes": estimate.total_bytes(),
+                "allocated_bytes": allocated.total(),
             });
             if self.sampling.logprobs.is_some() {
                 object["logprobs"] = done.tokens.iter().map(|t| logprobs(t, &model)).collect();

@@ -120,6 +120,17 @@ enum DTypeChoice {
     F16,
 }
 
+impl DTypeChoice {
+    fn chosen(self) -> Option<DType> {
+        match self {
+            DTypeChoice::Auto => None,
+            DTypeChoice::F32 => Some(DType::F32),
+            DTypeChoice::Bf16 => Some(DType::BF16),
+            DTypeChoice::F16 => Some(DType::F16),
+        }
+    }
+}
+
 impl Source {
     /// What is loaded without computing anything.
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
@@ -144,12 +155,7 @@ impl Common {
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
         LoadOptions {
             device: self.device.clone(),
-            dtype: match self.dtype {
-                DTypeChoice::Auto => None,
-                DTypeChoice::F32 => Some(DType::F32),
-                DTypeChoice::Bf16 => Some(DType::BF16),
-                DTypeChoice::F16 => Some(DType::F16),
-            },
+            dtype: self.dtype.chosen(),
             threads: self.threads.map(usize::from),
             ..self.source.load_options(model, environment)
         }
@@ -176,7 +182,7 @@ impl Common {
     /// Sizes for one sequence of up to `tokens`.
     fn engine_config(&self, model: &Model, tokens: usize, sequences: usize) -> EngineConfig {
         EngineConfig::new(tokens.max(1), sequences, model.kv_dtype)
-            .with_row_bytes(model.bytes_per_row)
+            .with_row_bytes(model.footprint.per_row())
     }
 }
 

@@ -4,13 +4,18 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use serde_json::json;
+use strata_kernels::DType;
 use strata_layers::{Graph, plan};
 
 use super::output::{Terminal, bytes};
-use super::{Environment, Source, read_text};
-use crate::load;
+use super::{DTypeChoice, Environment, Source, read_text};
+use crate::estimate::{Estimate, Format, estimate};
+use crate::footprint::Footprint;
+use crate::load::{self, Planned};
+use crate::plan_diff;
+use crate::session::EngineConfig;
 
 /// Show, check and print layer plans.
 #[derive(Debug, Subcommand)]
@@ -29,6 +34,27 @@ pub enum Plan {
         #[command(flatten)]
         source: Source,
     },
+    /// Say what a model costs before it is loaded: parameters, bytes of weights and state, operations
+    #[command(
+        after_help = "Nothing is loaded: a config.json or a plan is enough. Bytes are those that the engine will hold."
+    )]
+    Estimate {
+        /// Folder, Hub id, bundled name, config.json or plan [default: demo]
+        model: Option<String>,
+        #[command(flatten)]
+        workload: Workload,
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Show two plans side by side: what differs, block by block
+    Diff {
+        /// Folder, Hub id, bundled name, config.json or plan
+        left: String,
+        /// The other one
+        right: String,
+        #[command(flatten)]
+        source: Source,
+    },
     /// Check a plan file; all faults at once, with line and column
     Check {
         /// The plan
@@ -37,6 +63,28 @@ pub enum Plan {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// What an estimate is made for.
+#[derive(Debug, Args)]
+pub struct Workload {
+    /// Tokens of a sequence [default: what the model was made for]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Sequences at a time
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    batch: u32,
+    /// Type of weights, keys and values; auto is what config.json names
+    #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
+    dtype: DTypeChoice,
+    /// Store matrices in this block format: q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0 or iq4_nl
+    #[arg(long, value_name = "FORMAT", value_parser = block_format)]
+    quantize: Option<Format>,
+}
+
+fn block_format(name: &str) -> std::result::Result<Format, String> {
+    let unknown = || format!("there is no format {name:?}; see --help for those there are");
+    Format::named(name).ok_or_else(unknown)
 }
 
 impl Plan {
@@ -68,6 +116,35 @@ impl Plan {
                     out.write_all(planned.graph.print().as_bytes())
                 }
             }
+            Plan::Estimate {
+                model,
+                workload,
+                source,
+            } => {
+                let options = source.load_options(model.as_deref(), environment);
+                let planned = load::plan(&options, &mut terminal.load_progress())?;
+                out.write_all(workload.estimate(planned, source.json)?.as_bytes())
+            }
+            Plan::Diff {
+                left,
+                right,
+                source,
+            } => {
+                let of = |model: &str| {
+                    let options = source.load_options(Some(model), environment);
+                    load::plan(&options, &mut terminal.load_progress())
+                };
+                let (a, b) = (of(&left)?.plan, of(&right)?.plan);
+                let rows = plan_diff::diff(&a, &b)?;
+                if source.json {
+                    let same = rows.iter().all(|r| r.same);
+                    let row = |r: &plan_diff::Row| json!({"path": r.path, "left": r.left, "right": r.right, "same": r.same});
+                    let rows: Vec<_> = rows.iter().map(row).collect();
+                    writeln!(out, "{}", json!({"same": same, "rows": rows}))
+                } else {
+                    out.write_all(plan_diff::print(&rows, &left, &right).as_bytes())
+                }
+            }
             Plan::Check { file, json } => {
                 let label = file.display().to_string();
                 let plan = plan::Plan::parse(&read_text(&file)?, &label)?;
@@ -96,4 +173,116 @@ impl Plan {
         }
         .context("standard output")
     }
+}
+
+impl Workload {
+    /// The estimate as text, or for scripts.
+    fn estimate(&self, planned: Planned, json: bool) -> Result<String> {
+        let dtype = self.dtype.chosen().or(planned.declared_dtype());
+        let dtype = dtype.unwrap_or(DType::F32);
+        let format = self.quantize.unwrap_or(Format::Dense(dtype));
+        let context = self.context.map_or(planned.plan.context, |c| c as usize);
+        let footprint = Footprint::of(planned.graph()?)?;
+        let config = EngineConfig::new(context, self.batch as usize, dtype)
+            .with_row_bytes(footprint.per_row());
+        let rows = config.token_budget;
+        let found = estimate(&planned.graph, &config, format, &footprint, rows);
+        Ok(if json {
+            format!("{}\n", self.object(&planned, &config, &found))
+        } else {
+            self.text(&planned, &config, &found)
+        })
+    }
+
+    fn object(&self, planned: &Planned, config: &EngineConfig, e: &Estimate) -> serde_json::Value {
+        json!({
+            "name": planned.plan.name, "parameters": e.parameters, "weights": e.weights,
+            "active_parameters": e.active_parameters,
+            "context": config.context, "batch": config.max_sequences,
+            "weights_bytes": e.weight_bytes, "kv_bytes_per_token": e.kv_bytes_per_token,
+            "state_bytes_per_sequence": e.state_bytes_per_sequence, "kv_bytes": e.kv_bytes,
+            "state_bytes": e.state_bytes, "buffer_bytes": e.buffer_bytes,
+            "total_bytes": e.total_bytes(), "flops_per_token": e.flops_per_token,
+            "flops_per_token_at_context": e.flops_at_context,
+            "decode_bytes_per_token": e.decode_bytes,
+        })
+    }
+
+    fn text(&self, planned: &Planned, config: &EngineConfig, e: &Estimate) -> String {
+        let format = match self.quantize {
+            Some(Format::Blocks { name, .. }) => name,
+            _ => match config.kv_dtype {
+                DType::BF16 => "bf16",
+                DType::F16 => "f16",
+                _ => "f32",
+            },
+        };
+        let flops = |f: f64| format!("{:.3} GFLOP", f / 1e9);
+        let sequences = match config.max_sequences {
+            1 => "1 sequence".to_string(),
+            n => format!("{n} sequences"),
+        };
+        let rows = [
+            (
+                "weights",
+                bytes(e.weight_bytes),
+                format!(
+                    "{format}; {} of them, {} parameters, of which a token meets {}",
+                    grouped(e.weights as u64),
+                    grouped(e.parameters),
+                    grouped(e.active_parameters)
+                ),
+            ),
+            (
+                "keys and values",
+                bytes(e.kv_bytes),
+                format!(
+                    "{} bytes a token; {sequences} of {} tokens",
+                    grouped(e.kv_bytes_per_token),
+                    grouped(config.context as u64)
+                ),
+            ),
+            (
+                "state",
+                bytes(e.state_bytes),
+                format!("{} bytes a sequence", grouped(e.state_bytes_per_sequence)),
+            ),
+            (
+                "buffers",
+                bytes(e.buffer_bytes),
+                format!("steps of up to {} rows", config.token_budget),
+            ),
+            ("together", bytes(e.total_bytes()), String::new()),
+            (
+                "a token takes",
+                flops(e.flops_per_token),
+                format!("{} as the last of its context", flops(e.flops_at_context)),
+            ),
+            (
+                "decoding reads",
+                bytes(e.decode_bytes),
+                "a token, at the end of the context".into(),
+            ),
+        ];
+        let mut text = format!("{}\n", planned.plan.name);
+        for (what, value, more) in rows {
+            let line = format!("  {what:<15}  {value:>12}  {more}");
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// Digits in groups of three.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
 }

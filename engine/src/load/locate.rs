@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use strata_converters::mapping::{self, Mapping, Origin};
 use strata_converters::{Card, Checkpoint, Config, ModelFiles, bundled, cards};
+use strata_kernels::DType;
 use strata_layers::{Graph, Plan};
 
+use super::stored::declared_dtype;
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub::{self, HubId};
 
@@ -33,6 +35,18 @@ pub struct Planned {
     origin: Origin,
     card: Option<Card>,
     pub(super) config: Option<Config>,
+}
+
+impl Planned {
+    /// The plan, lowered anew.
+    pub fn graph(&self) -> Result<Graph> {
+        Ok(Graph::lower(&self.plan, &self.label)?)
+    }
+
+    /// The type of weights that config.json names.
+    pub fn declared_dtype(&self) -> Option<DType> {
+        self.config.as_ref().and_then(declared_dtype)
+    }
 }
 
 /// Finds the model, downloading it if it is a Hub id.

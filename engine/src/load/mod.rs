@@ -13,9 +13,10 @@ use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType};
 use strata_layers::graph::GraphWeight;
-use strata_layers::{Faults, Graph, Role};
+use strata_layers::{Faults, Role};
 
-use crate::footprint::bytes_per_row;
+use crate::estimate::Format;
+use crate::footprint::Footprint;
 use crate::generation_config::{self, GenerationConfig};
 use crate::hub::{self, HubOptions};
 use crate::random_weights::RandomWeights;
@@ -28,7 +29,7 @@ pub use model::{Limits, Model};
 
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
-use stored::{SCANNED_BYTES, Stored, declared_dtype, main_dtype, non_finite};
+use stored::{SCANNED_BYTES, Stored, main_dtype, non_finite};
 use text_files::text_of;
 
 /// What to load, and how.
@@ -143,7 +144,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
 
     let (source, stored) = match (options.random, &located) {
         (Some(seed), _) => {
-            let declared = planned.config.as_ref().and_then(declared_dtype);
+            let declared = planned.declared_dtype();
             (Weights::Random(seed), declared.unwrap_or(DType::F32))
         }
         (None, Located::Files(files)) => {
@@ -167,7 +168,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     };
 
     let weights = planned.graph.weights();
-    let bytes_per_row = bytes_per_row(Graph::lower(&planned.plan, &planned.label)?)?;
+    let footprint = Footprint::of(planned.graph()?)?;
     let network = match &source {
         Weights::Random(seed) => {
             fits_memory(random_bytes(&weights, dtype))?;
@@ -219,7 +220,8 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         generation,
         kv_dtype: dtype,
         weights_bytes,
-        bytes_per_row,
+        footprint,
+        format: Format::Dense(dtype),
         threads: cpu.as_ref().map_or(1, |c| c.threads()),
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
         cpu,

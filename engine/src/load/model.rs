@@ -5,17 +5,18 @@ use std::sync::Arc;
 use strata_converters::mapping::Mapping;
 use strata_kernels::DType;
 use strata_kernels::cpu::{self, Cpu};
-use strata_layers::graph::Run;
-use strata_layers::{Plan, Role, WeightSpec};
+use strata_layers::Plan;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::stored::non_finite;
 use super::{Error, Result};
+use crate::estimate::{self, Estimate, Format};
+use crate::footprint::Footprint;
 use crate::generation;
 use crate::generation_config::GenerationConfig;
 use crate::runner::Network;
 use crate::sampler::SampleError;
-use crate::session;
+use crate::session::{self, EngineConfig};
 use crate::state_file::Fingerprint;
 use crate::text::{Chat, ChatTemplate, Tokenizer};
 
@@ -35,8 +36,10 @@ pub struct Model {
     pub kv_dtype: DType,
     /// Bytes of all weights in the form they run in.
     pub weights_bytes: u64,
-    /// Bytes of activations that each row of a step takes.
-    pub bytes_per_row: usize,
+    /// Bytes of activations that steps take.
+    pub footprint: Footprint,
+    /// How its matrices are stored, for the most part.
+    pub format: Format,
     /// Threads that compute.
     pub threads: usize,
     /// What is worth knowing.
@@ -205,37 +208,25 @@ impl Model {
         }
     }
 
-    /// Elements of the matrices that one token is multiplied with: `[within the blocks, output]`.
-    fn multiplied(&self) -> [f64; 2] {
-        let graph = &self.network.graph;
-        let mut inside = 0.0;
-        for node in &graph.nodes {
-            if let Run::Layer { spec, .. } = &node.run {
-                let wanted = spec.weights(&graph.widths_of(node));
-                let matrices = wanted.iter().filter(|w| w.role == Role::Matrix);
-                let share = |w: &WeightSpec| w.elements() as f64 * spec.share_used(w);
-                inside += matrices.map(share).sum::<f64>();
-            }
-        }
-        [inside, (graph.vocab * graph.d_model) as f64]
-    }
-
     /// Bytes of the matrices that decoding one token reads.
     pub fn decode_bytes(&self) -> u64 {
-        let elements: f64 = self.multiplied().iter().sum();
-        let all: f64 = self
-            .network
-            .graph
-            .weights()
-            .iter()
-            .filter(|w| w.spec.role != Role::Vector)
-            .map(|w| w.spec.elements() as f64)
-            .sum();
-        (self.weights_bytes as f64 * elements / all) as u64
+        let graph = &self.network.graph;
+        estimate::decode_bytes(graph, &graph.weights(), self.weights_bytes)
     }
 
     /// Floating-point operations of the matrix products that a prompt token goes through.
     pub fn flops_per_token(&self) -> f64 {
-        2.0 * self.multiplied()[0]
+        2.0 * estimate::multiplied(&self.network.graph)
+    }
+
+    /// What an engine of these sizes is expected to hold, after steps of up to `rows` rows.
+    pub fn estimate(&self, config: &EngineConfig, rows: usize) -> Estimate {
+        let graph = &self.network.graph;
+        let estimate = estimate::estimate(graph, config, self.format, &self.footprint, rows);
+        Estimate {
+            // Of the types that the checkpoint has, which may differ from matrix to matrix.
+            weight_bytes: self.weights_bytes,
+            ..estimate
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::Cpu;
 use super::dot::{COLUMNS, Widened, tile};
 use super::math::exp;
 use super::simd::{Float, Kernel, Simd, with_float};
-use crate::ops::Attention;
+use crate::ops::{Attention, Sight};
 use crate::span::{Ragged, Span};
 use crate::tensor::{View, ViewMut};
 
@@ -38,10 +38,12 @@ struct Task<'a> {
     /// Query heads of one head of keys.
     group: usize,
     dim: usize,
-    /// `dim`, padded.
+    v_dim: usize,
+    /// `dim` and `v_dim`, padded.
     pitch: usize,
+    v_pitch: usize,
     scale: f32,
-    window: Option<usize>,
+    sight: Sight,
     /// Tokens of a unit.
     tokens: usize,
 }
@@ -83,22 +85,56 @@ impl Task<'_> {
         unreachable!("unit {index} of {}", self.units())
     }
 
-    /// Positions that a row of the batch sees.
-    fn seen(&self, unit: &Unit<'_>, row: usize) -> Range<usize> {
-        let position = unit.span.position + row - unit.span.start;
-        let first = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
-        first..position + 1
+    /// Positions that a row of the batch sees: see [`Sight::of`].
+    fn seen(&self, unit: &Unit<'_>, row: usize) -> [Range<usize>; 2] {
+        self.sight.of(unit.span.position + row - unit.span.start)
+    }
+
+    /// Positions of either kind that some row of the unit sees; they may meet.
+    fn seen_by_all(&self, unit: &Unit<'_>) -> [Range<usize>; 2] {
+        let [_, first] = self.seen(unit, unit.rows.start);
+        let [kept, last] = self.seen(unit, unit.rows.end - 1);
+        [kept, first.start..last.end]
     }
 
     /// Chunks that some row of the unit sees.
-    fn chunks(&self, unit: &Unit<'_>) -> Range<usize> {
-        let first = self.seen(unit, unit.rows.start).start / CHUNK;
-        first..self.seen(unit, unit.rows.end - 1).end.div_ceil(CHUNK)
+    fn chunks(&self, unit: &Unit<'_>) -> Chunks {
+        let [kept, recent] = self.seen_by_all(unit);
+        let kept = kept.end.div_ceil(CHUNK);
+        Chunks {
+            kept,
+            recent: kept.max(recent.start / CHUNK)..recent.end.div_ceil(CHUNK),
+        }
     }
 
     /// Elements of a [`Sums`] for every row of a unit.
     fn sums_len(&self) -> usize {
-        self.tokens * self.group * (self.pitch + PAD)
+        self.tokens * self.group * (self.v_pitch + PAD)
+    }
+}
+
+/// Numbers of chunks: the first ones, and some later ones.
+struct Chunks {
+    kept: usize,
+    recent: Range<usize>,
+}
+
+impl Chunks {
+    fn len(&self) -> usize {
+        self.kept + self.recent.len()
+    }
+
+    /// The i-th of them.
+    fn at(&self, i: usize) -> usize {
+        if i < self.kept {
+            i
+        } else {
+            self.recent.start + i - self.kept
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = usize> {
+        (0..self.kept).chain(self.recent.clone())
     }
 }
 
@@ -128,11 +164,7 @@ const LARGEST: usize = 0;
 const WEIGHTS: usize = 1;
 
 impl Cpu {
-    pub(super) fn do_attention(&self, mut op: Attention<'_>) {
-        if op.v_head_dim != op.head_dim || op.keep_first > 0 {
-            op.reference();
-            return;
-        }
+    pub(super) fn do_attention(&self, op: Attention<'_>) {
         let group = op.heads / op.kv_heads;
         let longest = op.ragged.spans.iter().map(|s| s.len).max().unwrap_or(0);
         let task = Task {
@@ -142,9 +174,11 @@ impl Cpu {
             kv_heads: op.kv_heads,
             group,
             dim: op.head_dim,
+            v_dim: op.v_head_dim,
             pitch: op.head_dim.next_multiple_of(PAD),
+            v_pitch: op.v_head_dim.next_multiple_of(PAD),
             scale: op.scale,
-            window: op.window,
+            sight: op.sight(),
             tokens: (ROWS / group.max(1)).clamp(1, longest.max(1)),
         };
         if group == 0 {
@@ -164,7 +198,7 @@ impl Cpu {
         let sizes = [
             ROWS.max(task.group) * task.pitch * 4,
             KEYS * task.pitch * 4,
-            KEYS * task.pitch * 4,
+            KEYS * task.v_pitch * 4,
             TILE * KEYS * 4,
             sums_len * 4,
             sums_len * 4,
@@ -176,7 +210,7 @@ impl Cpu {
                 let room = Room {
                     q: parts.next(ROWS.max(task.group) * task.pitch),
                     k: parts.next(KEYS * task.pitch),
-                    v: parts.next(KEYS * task.pitch),
+                    v: parts.next(KEYS * task.v_pitch),
                     scores: parts.next(TILE * KEYS),
                 };
                 let (sums, total) = (parts.next(sums_len), parts.next(sums_len));
@@ -214,10 +248,10 @@ impl Cpu {
             let room = Room {
                 q: parts.next(ROWS.max(task.group) * task.pitch),
                 k: parts.next(KEYS * task.pitch),
-                v: parts.next(KEYS * task.pitch),
+                v: parts.next(KEYS * task.v_pitch),
                 scores: parts.next(TILE * KEYS),
             };
-            let (sums, chunk) = (of(index, chunk..chunk + 1), chunks.start + chunk);
+            let (sums, chunk) = (of(index, chunk..chunk + 1), chunks.at(chunk));
             self.isa().launch(Chunk {
                 task,
                 k,
@@ -287,15 +321,15 @@ impl<K: Float, V: Float> Kernel for Whole<'_, K, V> {
         } = self;
         let mut sums = Sums {
             elements: sums,
-            pitch: task.pitch,
+            pitch: task.v_pitch,
         };
         let mut total = Sums {
             elements: total,
-            pitch: task.pitch,
+            pitch: task.v_pitch,
         };
         total.clear();
         load_queries(&task, &unit, room.q);
-        for chunk in task.chunks(&unit) {
+        for chunk in task.chunks(&unit).iter() {
             attend_chunk(s, &task, &k, &v, &unit, &mut room, chunk, &mut sums);
             merge(s, &task, &unit, chunk, &mut sums, &mut total);
         }
@@ -329,7 +363,7 @@ impl<K: Float, V: Float> Kernel for Chunk<'_, K, V> {
         } = self;
         let mut sums = Sums {
             elements: sums,
-            pitch: task.pitch,
+            pitch: task.v_pitch,
         };
         load_queries(&task, &unit, room.q);
         attend_chunk(s, &task, &k, &v, &unit, &mut room, chunk, &mut sums);
@@ -357,16 +391,15 @@ impl Kernel for Merged<'_> {
         } = self;
         let mut total = Sums {
             elements: total,
-            pitch: task.pitch,
+            pitch: task.v_pitch,
         };
         total.clear();
-        let chunks = task
-            .chunks(&unit)
-            .zip(sums.chunks_exact_mut(task.sums_len()));
-        for (chunk, elements) in chunks {
+        let chunks = task.chunks(&unit);
+        let all = chunks.iter().zip(sums.chunks_exact_mut(task.sums_len()));
+        for (chunk, elements) in all {
             let mut sums = Sums {
                 elements,
-                pitch: task.pitch,
+                pitch: task.v_pitch,
             };
             merge(s, &task, &unit, chunk, &mut sums, &mut total);
         }
@@ -387,16 +420,18 @@ fn load_queries(task: &Task<'_>, unit: &Unit<'_>, q: &mut [f32]) {
     }
 }
 
-/// Widens positions `seen` of a unit's keys or values, padded with zeros, to their places in a block.
+/// Widens positions `seen` of a unit's keys or values, `dim` elements each padded with zeros, to their
+/// places in a block.
 #[inline(always)]
 fn load_block<S: Simd, T: Float>(
     s: S,
     task: &Task<'_>,
     unit: &Unit<'_>,
-    pages: &View<T>,
+    (pages, dim): (&View<T>, usize),
     seen: Range<usize>,
     to: &mut [f32],
 ) {
+    let pitch = dim.next_multiple_of(PAD);
     let page_size = task.ragged.page_size;
     let mut row = 0;
     for j in seen.clone() {
@@ -406,17 +441,17 @@ fn load_block<S: Simd, T: Float>(
         } else {
             row + 1
         };
-        let first = unit.kv_head * task.dim;
+        let first = unit.kv_head * dim;
         let ahead = pages
             .pointer()
             .wrapping_add((row + 8) * pages.stride() + first);
-        for line in (0..task.dim).step_by(64 / size_of::<T>()) {
+        for line in (0..dim).step_by(64 / size_of::<T>()) {
             s.prefetch(ahead.wrapping_add(line));
         }
-        let from = &pages.row(row)[first..][..task.dim];
-        let to = &mut to[j % KEYS * task.pitch..][..task.pitch];
-        super::simd::widen(s, from, &mut to[..task.dim]);
-        to[task.dim..].fill(0.0);
+        let from = &pages.row(row)[first..][..dim];
+        let to = &mut to[j % KEYS * pitch..][..pitch];
+        super::simd::widen(s, from, &mut to[..dim]);
+        to[dim..].fill(0.0);
     }
 }
 
@@ -434,39 +469,41 @@ fn attend_chunk<S: Simd, K: Float, V: Float>(
     sums: &mut Sums<'_>,
 ) {
     sums.clear();
-    let last = unit.rows.end - 1;
-    let all = task.seen(unit, unit.rows.start).start..task.seen(unit, last).end;
+    let all = task.seen_by_all(unit);
     for block in chunk * CHUNK / KEYS..(chunk + 1) * CHUNK / KEYS {
         let block = block * KEYS..(block + 1) * KEYS;
-        let seen = all.start.max(block.start)..all.end.min(block.end);
-        if seen.is_empty() {
-            continue;
-        }
-        load_block(s, task, unit, k, seen.clone(), room.k);
-        load_block(s, task, unit, v, seen.clone(), room.v);
-        let part = |row: usize| {
-            let seen = task.seen(unit, unit.rows.start + row / task.group);
-            let start = seen.start.clamp(block.start, block.end) - block.start;
-            start..seen.end.clamp(block.start, block.end) - block.start
-        };
-        let rows = unit.rows.len() * task.group;
-        let mut first = 0;
-        while first < rows {
-            let seen = part(first);
-            let mut same = 1;
-            while same < TILE.min(rows - first) && part(first + same) == seen {
-                same += 1;
+        // What a row sees of a block may be two pieces, the first of those kept: one after the other.
+        for (which, all) in all.iter().enumerate() {
+            let seen = all.start.max(block.start)..all.end.min(block.end);
+            if seen.is_empty() {
+                continue;
             }
-            // SAFETY: the rooms hold whole rows of `pitch` elements for these rows and keys.
-            let taken = unsafe {
-                match same {
-                    _ if seen.is_empty() => same,
-                    4 => attend_rows::<S, 4>(s, task, room, first, seen, sums),
-                    2 | 3 => attend_rows::<S, 2>(s, task, room, first, seen, sums),
-                    _ => attend_rows::<S, 1>(s, task, room, first, seen, sums),
-                }
+            load_block(s, task, unit, (k, task.dim), seen.clone(), room.k);
+            load_block(s, task, unit, (v, task.v_dim), seen.clone(), room.v);
+            let part = |row: usize| {
+                let seen = &task.seen(unit, unit.rows.start + row / task.group)[which];
+                let start = seen.start.clamp(block.start, block.end) - block.start;
+                start..seen.end.clamp(block.start, block.end) - block.start
             };
-            first += taken;
+            let rows = unit.rows.len() * task.group;
+            let mut first = 0;
+            while first < rows {
+                let seen = part(first);
+                let mut same = 1;
+                while same < TILE.min(rows - first) && part(first + same) == seen {
+                    same += 1;
+                }
+                // SAFETY: the rooms hold whole rows of `pitch` elements for these rows and keys.
+                let taken = unsafe {
+                    match same {
+                        _ if seen.is_empty() => same,
+                        4 => attend_rows::<S, 4>(s, task, room, first, seen, sums),
+                        2 | 3 => attend_rows::<S, 2>(s, task, room, first, seen, sums),
+                        _ => attend_rows::<S, 1>(s, task, room, first, seen, sums),
+                    }
+                };
+                first += taken;
+            }
         }
     }
 }
@@ -531,7 +568,7 @@ unsafe fn attend_rows<S: Simd, const R: usize>(
             state[WEIGHTS] = state[WEIGHTS] * before[0] + s.sum(weights);
         }
     }
-    let vectors = pitch / S::LANES;
+    let vectors = task.v_pitch / S::LANES;
     let mut at = 0;
     while at < vectors {
         let offset = at * S::LANES;
@@ -606,7 +643,10 @@ fn merge<S: Simd>(
 ) {
     for r in 0..unit.rows.len() * task.group {
         let seen = task.seen(unit, unit.rows.start + r / task.group);
-        if seen.start >= (chunk + 1) * CHUNK || seen.end <= chunk * CHUNK {
+        let outside = |seen: &Range<usize>| {
+            seen.is_empty() || seen.start >= (chunk + 1) * CHUNK || seen.end <= chunk * CHUNK
+        };
+        if seen.iter().all(outside) {
             continue;
         }
         let ((new, new_state), (old, state)) = (sums.row(r), total.row(r));
@@ -620,7 +660,7 @@ fn merge<S: Simd>(
         let by_new = exp(s, s.splat(new_state[LARGEST] - largest));
         // SAFETY: rows are whole vectors, and `PAD` elements hold the widest.
         unsafe {
-            for i in (0..task.pitch).step_by(S::LANES) {
+            for i in (0..task.v_pitch).step_by(S::LANES) {
                 let old = old.as_mut_ptr().add(i);
                 let new = s.mul(by_new, s.load(new.as_ptr().add(i)));
                 s.store(old, s.fma(by_old, s.load(old), new));
@@ -640,16 +680,16 @@ fn finish<S: Simd>(s: S, task: &Task<'_>, unit: &Unit<'_>, total: &mut Sums<'_>)
     for r in 0..unit.rows.len() * task.group {
         let (row, state) = total.row(r);
         let by = s.splat(1.0 / state[WEIGHTS]);
-        let first = (unit.kv_head * task.group + r % task.group) * task.dim;
+        let first = (unit.kv_head * task.group + r % task.group) * task.v_dim;
         // SAFETY: rows are whole vectors; these columns of y belong to this unit.
         unsafe {
-            for i in (0..task.pitch).step_by(S::LANES) {
+            for i in (0..task.v_pitch).step_by(S::LANES) {
                 let at = row.as_mut_ptr().add(i);
                 s.store(at, s.mul(by, s.load(at)));
             }
             let t = unit.rows.start + r / task.group;
-            let y = task.y.columns(t, first..first + task.dim);
-            y.copy_from_slice(&row[..task.dim]);
+            let y = task.y.columns(t, first..first + task.v_dim);
+            y.copy_from_slice(&row[..task.v_dim]);
         }
     }
 }

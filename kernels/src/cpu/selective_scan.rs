@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::Cpu;
 use super::math::{exp2, silu, softplus};
-use super::simd::{Kernel, Simd};
+use super::simd::{Kernel, Simd, load, store};
 use crate::ops::SelectiveScan;
 use crate::span::Ragged;
 use crate::tensor::{View, ViewMut};
@@ -124,30 +124,6 @@ impl Kernel for Block<'_> {
                     }
                 }
             }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn load<S: Simd>(s: S, p: *const f32, n: usize) -> S::V {
-    // SAFETY: the caller has `n` elements there.
-    unsafe {
-        if n == S::LANES {
-            s.load(p)
-        } else {
-            s.load_n(p, n)
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn store<S: Simd>(s: S, p: *mut f32, n: usize, x: S::V) {
-    // SAFETY: the caller has `n` elements there.
-    unsafe {
-        if n == S::LANES {
-            s.store(p, x)
-        } else {
-            s.store_n(p, n, x)
         }
     }
 }

@@ -200,6 +200,38 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn prefetch<T>(self, _p: *const T) {}
 }
 
+/// The first `n` ≤ `LANES` elements at `p`, the other lanes zero.
+///
+/// # Safety
+/// `p` points to `n` elements.
+#[inline(always)]
+pub(crate) unsafe fn load<S: Simd>(s: S, p: *const f32, n: usize) -> S::V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if n == S::LANES {
+            s.load(p)
+        } else {
+            s.load_n(p, n)
+        }
+    }
+}
+
+/// Writes the first `n` ≤ `LANES` lanes to `p`.
+///
+/// # Safety
+/// `p` points to `n` elements.
+#[inline(always)]
+pub(crate) unsafe fn store<S: Simd>(s: S, p: *mut f32, n: usize, x: S::V) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if n == S::LANES {
+            s.store(p, x)
+        } else {
+            s.store_n(p, n, x)
+        }
+    }
+}
+
 /// Floating-point element types, widened on loading.
 pub(crate) trait Float: Element {
     /// `LANES` elements.

@@ -25,6 +25,7 @@ mod ssd_scan;
 pub use activate::{Activate, Activation};
 pub use add::Add;
 pub use attention::Attention;
+pub(crate) use attention::Sight;
 pub use conv1d::Conv1d;
 pub use embed::Embed;
 pub use expert_linear::{Combine, ExpertLinear};

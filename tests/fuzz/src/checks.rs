@@ -48,6 +48,9 @@ pub fn card(bytes: &[u8]) {
     if let Ok(plan) = card.plan(card.tiny(), "tiny") {
         lowered(&plan);
         let graph = Graph::lower(&plan, "card.yaml").expect("a card's plan can be lowered");
+        let Ok(card) = card.bound(card.tiny()) else {
+            return;
+        };
         for weight in graph.weights().iter().take(64) {
             let found = card.tensors().find(&weight.path);
             for source in found.sources {

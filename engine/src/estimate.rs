@@ -1,0 +1,243 @@
+//! What a plan costs: bytes of weights, of state and of buffers, and operations a token. Nothing is
+//! allocated to know it.
+
+use std::collections::BTreeMap;
+
+use strata_kernels::DType;
+use strata_layers::graph::{GraphWeight, Run};
+use strata_layers::{Graph, Role, WeightSpec};
+
+use crate::footprint::Footprint;
+use crate::session::EngineConfig;
+
+/// How matrices are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Element by element.
+    Dense(DType),
+    /// In blocks along their rows, as GGUF files have them.
+    Blocks {
+        /// What it is called.
+        name: &'static str,
+        /// Elements of a block.
+        elements: usize,
+        /// Bytes of a block.
+        bytes: usize,
+    },
+}
+
+const fn blocks(name: &'static str, elements: usize, bytes: usize) -> Format {
+    Format::Blocks {
+        name,
+        elements,
+        bytes,
+    }
+}
+
+/// The block formats that an estimate may be asked for.
+pub const BLOCK_FORMATS: [Format; 9] = [
+    blocks("q8_0", 32, 34),
+    blocks("q6_k", 256, 210),
+    blocks("q5_k", 256, 176),
+    blocks("q5_1", 32, 24),
+    blocks("q5_0", 32, 22),
+    blocks("q4_k", 256, 144),
+    blocks("q4_1", 32, 20),
+    blocks("q4_0", 32, 18),
+    blocks("iq4_nl", 32, 18),
+];
+
+impl Format {
+    /// The block format of this name.
+    pub fn named(name: &str) -> Option<Format> {
+        BLOCK_FORMATS
+            .into_iter()
+            .find(|f| matches!(f, Format::Blocks { name: n, .. } if *n == name))
+    }
+
+    /// Bytes of a weight. Small weights run in f32 whatever the format; rows that are no whole blocks
+    /// stay in bf16.
+    fn bytes(self, weight: &WeightSpec) -> u64 {
+        let count = weight.elements() as u64;
+        if weight.role == Role::Vector {
+            return 4 * count;
+        }
+        match self {
+            Format::Dense(dtype) => count * dtype.size() as u64,
+            Format::Blocks {
+                elements, bytes, ..
+            } => match weight.shape.last() {
+                Some(cols) if cols % elements == 0 => count / elements as u64 * bytes as u64,
+                _ => 2 * count,
+            },
+        }
+    }
+}
+
+/// What a plan costs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Estimate {
+    /// Number of weights.
+    pub weights: usize,
+    /// Their elements.
+    pub parameters: u64,
+    /// Elements of the weights that one token meets.
+    pub active_parameters: u64,
+    /// Bytes of all weights.
+    pub weight_bytes: u64,
+    /// Bytes of keys and values that a token adds.
+    pub kv_bytes_per_token: u64,
+    /// Bytes of fixed-size state of a sequence.
+    pub state_bytes_per_sequence: u64,
+    /// Bytes of the pages for all sequences and their whole context.
+    pub kv_bytes: u64,
+    /// Bytes of the slots for all sequences.
+    pub state_bytes: u64,
+    /// Bytes of activations and scratch.
+    pub buffer_bytes: u64,
+    /// Operations of the matrix products, convolutions, scans and attention that a token goes through
+    /// when it is the first of its sequence.
+    pub flops_per_token: f64,
+    /// The same for the last token of the context.
+    pub flops_at_context: f64,
+    /// Bytes of matrices, keys, values and state that decoding reads for one token of one sequence at
+    /// the end of the context.
+    pub decode_bytes: u64,
+}
+
+impl Estimate {
+    /// All bytes together.
+    pub fn total_bytes(&self) -> u64 {
+        self.weight_bytes + self.kv_bytes + self.state_bytes + self.buffer_bytes
+    }
+}
+
+/// Elements of the matrices of all layers that one token is multiplied with; those of its logits are
+/// not among them.
+pub fn multiplied(graph: &Graph) -> f64 {
+    let mut total = 0.0;
+    for (widths, spec) in layers(graph) {
+        let wanted = spec.weights(&widths);
+        let matrices = wanted.iter().filter(|w| w.role == Role::Matrix);
+        total += matrices
+            .map(|w| w.elements() as f64 * spec.share_used(w))
+            .sum::<f64>();
+    }
+    total
+}
+
+fn layers(graph: &Graph) -> impl Iterator<Item = (Vec<usize>, &dyn strata_layers::LayerSpec)> {
+    graph.nodes.iter().filter_map(|node| match &node.run {
+        Run::Layer { spec, .. } => Some((graph.widths_of(node), &**spec)),
+        Run::Add | Run::Concat => None,
+    })
+}
+
+/// Operations beside matrices of all layers on a token after `position` others.
+fn other_flops(graph: &Graph, position: usize) -> f64 {
+    layers(graph)
+        .map(|(widths, spec)| spec.other_flops(&widths, position))
+        .sum()
+}
+
+/// What a graph costs under `config`, its matrices in `format`. `rows` are those of the largest step.
+pub fn estimate(
+    graph: &Graph,
+    config: &EngineConfig,
+    format: Format,
+    footprint: &Footprint,
+    rows: usize,
+) -> Estimate {
+    let weights = graph.weights();
+    let weight_bytes = weights.iter().map(|w| format.bytes(&w.spec)).sum();
+    let parameters = weights.iter().map(|w| w.spec.elements() as u64).sum();
+    let kv_bytes_per_token = (graph.page_elements_per_token() * config.kv_dtype.size()) as u64;
+    let state_bytes_per_sequence = graph.slot_bytes() as u64;
+    let (pages, slots) = (config.pages() as u64, config.slots() as u64);
+    let head = (graph.vocab * graph.d_model) as f64;
+    let flops = |position| 2.0 * (multiplied(graph) + head) + other_flops(graph, position);
+    let last = config.context.saturating_sub(1);
+    let active = active_parameters(graph, &weights);
+    Estimate {
+        weights: weights.len(),
+        parameters,
+        active_parameters: active,
+        weight_bytes,
+        kv_bytes_per_token,
+        state_bytes_per_sequence,
+        kv_bytes: pages * config.page_size as u64 * kv_bytes_per_token,
+        state_bytes: slots * state_bytes_per_sequence,
+        buffer_bytes: footprint.bytes(config.token_budget, rows),
+        flops_per_token: flops(0),
+        flops_at_context: flops(last),
+        decode_bytes: decode_bytes(graph, &weights, weight_bytes)
+            + kv_bytes_per_token * config.context as u64
+            + 2 * state_bytes_per_sequence,
+    }
+}
+
+/// Elements of the weights that one token meets: of experts the chosen ones, of a table one row.
+fn active_parameters(graph: &Graph, weights: &[GraphWeight]) -> u64 {
+    let mut share: BTreeMap<String, f64> = BTreeMap::new();
+    for node in &graph.nodes {
+        if let Run::Layer { spec, weights } = &node.run {
+            for want in spec.weights(&graph.widths_of(node)) {
+                share.insert(want.path(weights), spec.share_used(&want));
+            }
+        }
+    }
+    let each = weights.iter().map(|w| {
+        let share = share.get(&w.path).copied().unwrap_or(1.0);
+        w.spec.elements() as f64 * share
+    });
+    each.sum::<f64>().round() as u64
+}
+
+/// Bytes of the matrices that decoding one token reads.
+pub fn decode_bytes(graph: &Graph, weights: &[GraphWeight], weight_bytes: u64) -> u64 {
+    let read = multiplied(graph) + (graph.vocab * graph.d_model) as f64;
+    let all: f64 = weights
+        .iter()
+        .filter(|w| w.spec.role != Role::Vector)
+        .map(|w| w.spec.elements() as f64)
+        .sum();
+    (weight_bytes as f64 * read / all.max(1.0)) as u64
+}
+
+/// What an engine truly holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Allocated {
+    /// Bytes of weights, mapped files among them.
+    pub weights: u64,
+    /// Bytes of the pages.
+    pub kv: u64,
+    /// Bytes of the slots.
+    pub state: u64,
+    /// Bytes of activations and scratch.
+    pub buffers: u64,
+}
+
+impl Allocated {
+    /// All together.
+    pub fn total(&self) -> u64 {
+        self.weights + self.kv + self.state + self.buffers
+    }
+
+    /// Where an estimate is further off than one part in a hundred.
+    pub fn beside(&self, estimate: &Estimate) -> Option<String> {
+        let parts = [
+            ("weights", self.weights, estimate.weight_bytes),
+            ("keys and values", self.kv, estimate.kv_bytes),
+            ("state", self.state, estimate.state_bytes),
+            ("buffers", self.buffers, estimate.buffer_bytes),
+        ];
+        let off =
+            |(_, found, expected): &(&str, u64, u64)| found.abs_diff(*expected) * 100 > *expected;
+        let said: Vec<String> = parts
+            .iter()
+            .filter(|p| off(p))
+            .map(|(what, found, expected)| format!("{what}: {found} bytes, estimated {expected}"))
+            .collect();
+        (!said.is_empty()).then(|| said.join("; "))
+    }
+}
