@@ -40,6 +40,16 @@ fn pure_mamba() -> Plan {
     )
 }
 
+fn trapezoids() -> Plan {
+    let n = "norm: {eps: 1.0e-6}";
+    let one = "mamba3: {heads: 4, head_dim: 9, groups: 2, d_state: 12, angles: 3, decay: softplus, norm_eps: 1.0e-5}";
+    let many = "mamba3: {heads: 3, head_dim: 16, d_state: 10, angles: 5, mimo: true, rank: 3, decay: heavy_tail, norm_eps: 1.0e-5, out_norm: true, bias: true, out_bias: true}";
+    plan(
+        &format!("  s: [residual: [{n}, {one}]]\n  m: [residual: [{n}, {many}]]"),
+        "[s, m, s]",
+    )
+}
+
 fn pure_attention() -> Plan {
     let attention = "attention: {heads: 3, kv_heads: 1, head_dim: 8}";
     plan(
@@ -94,6 +104,7 @@ fn the_reference_is_exact() {
         ("hybrid", hybrid()),
         ("mamba", pure_mamba()),
         ("attention", pure_attention()),
+        ("trapezoids", trapezoids()),
     ] {
         check(name, &plan, DType::F32, Arc::new(Reference), &[]);
     }

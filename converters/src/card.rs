@@ -11,7 +11,7 @@ use strata_layers::yaml::{self, Entry, Value};
 use strata_layers::{Faults, Graph, Mark, Node, Plan};
 
 use crate::config::Config;
-use crate::expression::Scope;
+use crate::expression::{self, Scope};
 use crate::stack;
 use crate::tensor_map::TensorMap;
 
@@ -32,7 +32,11 @@ pub struct Card {
     family: String,
     architectures: Vec<String>,
     model_types: Vec<String>,
+<<<<<<< HEAD
     also: Option<String>,
+=======
+    matches: Vec<String>,
+>>>>>>> main
     defaults: Vec<Entry>,
     require: Vec<Node>,
     plan: Vec<Entry>,
@@ -72,9 +76,22 @@ impl Card {
         &self.model_types
     }
 
+<<<<<<< HEAD
     /// A file beside config.json in which its models have more keys.
     pub fn also(&self) -> Option<&str> {
         self.also.as_deref()
+=======
+    /// Whether one of its `match` expressions is true of a config. One that needs a key which is not
+    /// there is not.
+    pub fn matches(&self, config: &Config) -> bool {
+        let scope = Scope::new(config);
+        let is_true = |e: &String| {
+            scope
+                .evaluate(e)
+                .is_ok_and(|computed| computed.value == Value::Bool(true))
+        };
+        self.matches.iter().any(is_true)
+>>>>>>> main
     }
 
     /// A small config, for tests and demonstrations.
@@ -142,12 +159,27 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         faults.add(fields.at("card"), message);
     }
     let family = fields.required("family", faults);
-    let architectures = fields.required("architectures", faults);
+    let architectures = fields.optional("architectures", Vec::new(), faults);
     let model_types = fields.optional("model_types", Vec::new(), faults);
+<<<<<<< HEAD
     let also = match fields.node("also") {
         Some(node) => Some(String::read(node, faults)?),
         None => None,
     };
+=======
+    let matches = fields.optional("match", Vec::new(), faults);
+    let ways = [&architectures, &model_types, &matches];
+    if ways
+        .iter()
+        .all(|way| way.as_ref().is_some_and(Vec::is_empty))
+    {
+        let message =
+            "no model finds this card: it needs `architectures`, `model_types` or `match`";
+        faults.add(node.at, message);
+    }
+    let at = fields.at("match");
+    let matches = matches.map(|list: Vec<String>| expressions(&list, at, faults));
+>>>>>>> main
     let mut mapping = |key: &'static str, faults: &mut Faults| match fields.node(key) {
         None => Some(Vec::new()),
         Some(Node {
@@ -202,7 +234,11 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         family: family?,
         architectures: architectures?,
         model_types: model_types?,
+<<<<<<< HEAD
         also,
+=======
+        matches: matches?,
+>>>>>>> main
         defaults: defaults?,
         require,
         plan,
@@ -212,6 +248,21 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         tensors,
         tiny: Config::from_node(tiny, file),
     })
+}
+
+/// Expressions without their `=`.
+fn expressions(list: &[String], at: Mark, faults: &mut Faults) -> Vec<String> {
+    let mut found = Vec::new();
+    for text in list {
+        match text.strip_prefix('=') {
+            Some(expression) => match expression::check(expression) {
+                Ok(()) => found.push(expression.into()),
+                Err(why) => faults.add(at, why),
+            },
+            None => faults.add(at, format!("{text:?} is no expression: it begins with `=`")),
+        }
+    }
+    found
 }
 
 /// A card and a config, on their way to a plan.

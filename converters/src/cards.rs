@@ -35,7 +35,7 @@ pub fn named(family: &str) -> Option<&'static Card> {
 }
 
 /// The card that a config asks for: by `architectures`, then by `model_type`, which early files of
-/// some families borrowed from another.
+/// some families borrowed from another, then by what the cards' `match` says of its keys.
 pub fn find(config: &Config) -> Result<&'static Card> {
     let architectures = config.texts("architectures");
     let types = config.texts("model_type");
@@ -49,14 +49,19 @@ pub fn find(config: &Config) -> Result<&'static Card> {
             .iter()
             .find(|c| c.model_types().iter().any(|t| types.contains(&t.as_str())))
     };
-    by_architecture.or_else(by_type).ok_or_else(|| {
+    let by_match = || all().iter().find(|c| c.matches(config));
+    let found = by_architecture.or_else(by_type).or_else(by_match);
+    found.ok_or_else(|| {
         let known = list_of(
             all()
                 .iter()
                 .flat_map(|c| c.architectures().iter().map(String::as_str)),
         );
         let found = match (&architectures[..], &types[..]) {
-            ([], []) => "neither `architectures` nor `model_type` is given".into(),
+            ([], []) => {
+                "neither `architectures` nor `model_type` is given, and no card knows these keys"
+                    .into()
+            }
             ([], types) => format!(
                 "no model card is for model_type {}",
                 list_of(types.iter().copied())

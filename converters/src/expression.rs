@@ -81,7 +81,7 @@ impl Scope {
         let expression = self
             .environment
             .compile_expression(text)
-            .map_err(|e| format!("`={}`: {}", text.trim(), reason(&e)))?;
+            .map_err(|e| unreadable(text, &e))?;
         let names = self.reads(text);
         let (known, missing): (Vec<_>, Vec<_>) = names.iter().partition(|n| self.has(n));
         let known = list_of(
@@ -109,6 +109,18 @@ impl Scope {
             Err(e) => Err(format!("{told}: {}", reason(&e))),
         }
     }
+}
+
+/// Whether a text is an expression at all; else what is wrong with it.
+pub(crate) fn check(text: &str) -> Result<(), String> {
+    match Environment::new().compile_expression(text) {
+        Ok(_) => Ok(()),
+        Err(e) => Err(unreadable(text, &e)),
+    }
+}
+
+fn unreadable(text: &str, error: &minijinja::Error) -> String {
+    format!("`={}`: {}", text.trim(), reason(error))
 }
 
 fn reason(error: &minijinja::Error) -> String {
@@ -145,10 +157,20 @@ fn jinja(value: &Value) -> Jinja {
         Value::Float(f) => Jinja::from(*f),
         Value::Text(t) => Jinja::from(t.as_str()),
         Value::List(list) => Jinja::from_iter(list.iter().map(|n| jinja(&n.value))),
+<<<<<<< HEAD
         Value::Map(entries) => {
             let entry = |e: &Entry| (e.key.clone(), jinja(&e.value.value));
             Jinja::from(entries.iter().map(entry).collect::<BTreeMap<_, _>>())
         }
+=======
+        // Pairs alone would make a list of lists.
+        Value::Map(entries) => Jinja::from(
+            entries
+                .iter()
+                .map(|e| (e.key.clone(), jinja(&e.value.value)))
+                .collect::<BTreeMap<String, Jinja>>(),
+        ),
+>>>>>>> main
     }
 }
 
@@ -180,7 +202,11 @@ mod tests {
 
     #[test]
     fn expressions_compute_with_the_keys_of_the_config() {
+<<<<<<< HEAD
         let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "m": {"k": {"n": 3}}, "z": 0, "s": "x"}"#;
+=======
+        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x", "m": {"a": "x"}}"#;
+>>>>>>> main
         let scope = Scope::new(&Config::parse(text, "config.json").unwrap());
         let check = |expression: &str, expected: &str| {
             let shown = match scope.evaluate(expression) {
@@ -224,6 +250,8 @@ mod tests {
         check("(['m'] * h)|length", "64");
         check("h ** -0.5", "0.125");
         check("(n or q|default(none) or l)[0]", "\"a\"");
+        check("m.a == 'x'", "true");
+        check("m.b|default(3) + h", "67");
         check("h +", "`=h +`: ");
         check("range(1000000)|list|length", "range(1000000)");
         check("s * 1000000000000", "out of fuel");

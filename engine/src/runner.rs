@@ -25,6 +25,8 @@ pub struct Network {
     /// By node; none where a node is no layer.
     layers: Arc<Vec<Option<Box<dyn Layer>>>>,
     embed: Matrix,
+    /// The rows before the tokens of every sequence.
+    prefix: Option<Matrix>,
     head: Matrix,
 }
 
@@ -40,13 +42,18 @@ impl Network {
             source,
             counted: RefCell::default(),
         };
-        let table =
-            |path: &str| source.matrix(path, &WeightSpec::matrix("", graph.vocab, graph.d_model));
-        let embed = table("embed")?;
+        let table = |path: &str, rows| {
+            source.matrix(path, &WeightSpec::matrix("", rows, graph.d_model))
+        };
+        let embed = table("embed", graph.vocab)?;
+        let prefix = match graph.prefix {
+            0 => None,
+            rows => Some(table("embed.prefix", rows)?),
+        };
         let head = if graph.tied {
             embed.clone()
         } else {
-            table("head")?
+            table("head", graph.vocab)?
         };
         let build = |node: &Node| {
             let Run::Layer { spec, weights } = &node.run else {
@@ -69,6 +76,7 @@ impl Network {
             weight_bytes: source.counted.borrow().values().sum(),
             layers,
             embed,
+            prefix,
             head,
         })
     }
@@ -132,6 +140,7 @@ pub struct Runner {
     scratch: Scratch,
     /// What the layer that runs reads beside the stream.
     operands: Vec<Tensor>,
+    prefix_ids: Vec<u32>,
     empty: LayerState,
     picked: Tensor,
     logits: Tensor,
@@ -156,6 +165,7 @@ impl Runner {
             buffer_of,
             scratch: Scratch::default(),
             operands: Vec::new(),
+            prefix_ids: Vec::new(),
             empty: LayerState::default(),
             picked: backend.alloc(DType::F32, LOGIT_ROWS, graph.d_model)?,
             logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
@@ -212,22 +222,13 @@ impl Runner {
 
         let mut x = self.value(0, rows);
         match graph.embed_scale {
-            None => backend.embed(Embed {
-                ids: step.tokens,
-                table: &network.embed,
-                y: &mut x,
-            })?,
+            None => self.embed(step.tokens, &mut x)?,
             Some(by) => {
                 self.scratch.reset(backend)?;
                 let mut raw = self
                     .context(backend, step, usize::MAX)
                     .take(rows, graph.d_model)?;
-                let y = &mut raw;
-                backend.embed(Embed {
-                    ids: step.tokens,
-                    table: &network.embed,
-                    y,
-                })?;
+                self.embed(step.tokens, &mut raw)?;
                 backend.scale(Scale {
                     x: &raw,
                     by: by as f32,
@@ -272,6 +273,30 @@ impl Runner {
             }
         }
         self.head(step, rows, sink)
+    }
+
+    /// Rows of the embedding; ids behind the vocabulary are rows of the prefix.
+    fn embed(&mut self, ids: &[u32], y: &mut Tensor) -> Result<()> {
+        let (network, backend) = (&self.network, &*self.network.backend);
+        let table = &network.embed;
+        let Some(prefix) = &network.prefix else {
+            return backend.embed(Embed { ids, table, y });
+        };
+        let vocab = network.graph.vocab as u32;
+        let mut start = 0;
+        for ids in ids.chunk_by(|a, b| (*a < vocab) == (*b < vocab)) {
+            let y = &mut y.row_range(start..start + ids.len());
+            start += ids.len();
+            if ids[0] < vocab {
+                backend.embed(Embed { ids, table, y })?;
+            } else {
+                self.prefix_ids.clear();
+                self.prefix_ids.extend(ids.iter().map(|id| id - vocab));
+                let (ids, table) = (&self.prefix_ids, prefix);
+                backend.embed(Embed { ids, table, y })?;
+            }
+        }
+        Ok(())
     }
 
     fn head(

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -59,6 +59,8 @@ pub trait Backend: Send + Sync {
     fn conv1d(&self, op: Conv1d<'_>) -> Result<()>;
     /// See [`SelectiveScan`].
     fn selective_scan(&self, op: SelectiveScan<'_>) -> Result<()>;
+    /// See [`Mamba3Scan`].
+    fn mamba3_scan(&self, op: Mamba3Scan<'_>) -> Result<()>;
     /// See [`SsdScan`].
     fn ssd_scan(&self, op: SsdScan<'_>) -> Result<()>;
     /// See [`S4dScan`].

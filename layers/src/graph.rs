@@ -34,6 +34,8 @@ pub struct Graph {
     pub tied: bool,
     /// Multiplies the embedding's rows.
     pub embed_scale: Option<f64>,
+    /// Learned rows before the tokens of every sequence; as ids they come behind the vocabulary.
+    pub prefix: usize,
     /// Multiplies the logits.
     pub logit_scale: Option<f64>,
     /// The value that the output matrix multiplies.
@@ -107,7 +109,7 @@ impl Graph {
             widths: vec![plan.d_model],
             specs: BTreeMap::new(),
             wanted: 0,
-            elements: 2 * plan.vocab as u128 * plan.d_model as u128,
+            elements: (2 * plan.vocab as u128 + plan.embed.prefix as u128) * plan.d_model as u128,
             walked: 0,
             kept: BTreeMap::new(),
             pages: BTreeMap::new(),
@@ -126,6 +128,7 @@ impl Graph {
             d_model: plan.d_model,
             tied: plan.head.tie,
             embed_scale: plan.embed.scale,
+            prefix: plan.embed.prefix,
             logit_scale: plan.head.scale,
             last,
         }))
@@ -140,14 +143,14 @@ impl Graph {
                 list.push(GraphWeight { path, spec });
             }
         };
-        let table = WeightSpec::matrix("", self.vocab, self.d_model);
-        add(
-            "embed".into(),
-            WeightSpec {
-                role: Role::Table,
-                ..table
-            },
-        );
+        let table = |rows| WeightSpec {
+            role: Role::Table,
+            ..WeightSpec::matrix("", rows, self.d_model)
+        };
+        add("embed".into(), table(self.vocab));
+        if self.prefix > 0 {
+            add("embed.prefix".into(), table(self.prefix));
+        }
         for node in &self.nodes {
             if let Run::Layer { spec, weights } = &node.run {
                 for want in spec.weights(&self.widths_of(node)) {
@@ -205,7 +208,11 @@ impl Graph {
                 state => writeln!(out, " weights={weights:<26} state={state}"),
             };
         };
-        line(0, "embed", "tokens", "embed", "");
+        let tokens = match self.prefix {
+            0 => "tokens".to_string(),
+            n => format!("{n} + tokens"),
+        };
+        line(0, "embed", &tokens, "embed", "");
         for node in &self.nodes {
             let inputs: Vec<String> = node.inputs.iter().map(|v| format!("%{v}")).collect();
             let weights = match &node.run {

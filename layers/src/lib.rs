@@ -19,6 +19,7 @@ mod gate;
 mod linear;
 mod mamba1;
 mod mamba2;
+mod mamba3;
 mod mlp;
 mod moe;
 mod norm;

@@ -14,6 +14,7 @@ use crate::layer::LayerSpec;
 use crate::linear::Linear;
 use crate::mamba1::Mamba1;
 use crate::mamba2::Mamba2;
+use crate::mamba3::Mamba3;
 use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::norm::Norm;
@@ -136,10 +137,28 @@ params! {
     pub struct Embed as "embed" {
         /// Multiplies the rows.
         scale: Option<f64> = None,
+        /// So many learned rows stand before the tokens of every sequence. Positions count them; no one
+        /// sees their logits.
+        prefix: usize = 0,
     }
 }
 
-impl Check for Embed {}
+const NO_EMBED: Embed = Embed {
+    scale: None,
+    prefix: 0,
+};
+
+/// Longest prefix: every sequence begins with it.
+const MAX_PREFIX: usize = 65_536;
+
+impl Check for Embed {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        if self.prefix > MAX_PREFIX {
+            let message = format!("`prefix` is {}; it may be {MAX_PREFIX}", self.prefix);
+            faults.add(fields.at("prefix"), message);
+        }
+    }
+}
 
 params! {
     /// From the last block to logits.
@@ -162,6 +181,7 @@ const LAYERS: &[(&str, ReadLayer)] = &[
     ("attention", layer::<Attention>),
     ("mamba1", layer::<Mamba1>),
     ("mamba2", layer::<Mamba2>),
+    ("mamba3", layer::<Mamba3>),
     ("mlp", layer::<Mlp>),
     ("moe", layer::<Moe>),
     ("linear", layer::<Linear>),
@@ -261,7 +281,7 @@ fn read_plan(node: &Node, faults: &mut Faults) -> Option<Plan> {
         let at = fields.at("init_std");
         faults.add(at, "`init_std` is a standard deviation: 0 or more");
     }
-    let embed = fields.optional("embed", Embed { scale: None }, faults);
+    let embed = fields.optional("embed", NO_EMBED, faults);
     let shared = fields
         .node("shared")
         .map(|n| read_named(n, "shared", faults));

@@ -30,7 +30,7 @@ impl Pages {
 /// A part of a slot: f32, `rows` × `cols` of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
-    /// `conv_state` or `ssm_state`.
+    /// What it holds: `conv_state`, `ssm_state`, ….
     pub name: &'static str,
     /// Rows.
     pub rows: usize,

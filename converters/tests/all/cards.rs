@@ -48,6 +48,34 @@ fn architectures_count_before_model_types() {
         let message = family(nothing).unwrap_err();
         assert!(message.contains("neither `architectures` nor"), "{message}");
     }
+    // Configs without either are known by their keys; keys that are not there are no fault.
+    let unnamed = r#"{"d_model": 8, "ssm_cfg": {"layer": "Mamba3"}}"#;
+    assert_eq!(family(unnamed).unwrap(), "mamba3");
+    let named = r#"{"model_type": "mamba", "ssm_cfg": {"layer": "Mamba3"}}"#;
+    assert_eq!(family(named).unwrap(), "mamba");
+}
+
+#[test]
+fn a_card_says_how_it_is_found() {
+    let head = "card: 1\nfamily: f\nstack: [b]\nblocks: {b: []}\ntensors: {}\n";
+    for (way, expected) in [
+        ("", "no model finds this card"),
+        ("match: []", "no model finds this card"),
+        ("match: [\"=a +\"]", "`=a +`: "),
+        ("match: [a]", "\"a\" is no expression"),
+    ] {
+        let faults = Card::parse(&format!("{head}{way}\n"), "f.yaml").unwrap_err();
+        assert!(faults.to_string().contains(expected), "{faults}");
+    }
+    let card = Card::parse(&format!("{head}match: [=a.b > 1, =a == 7]\n"), "f.yaml").unwrap();
+    for (text, expected) in [
+        (r#"{"a": {"b": 2}}"#, true),
+        (r#"{"a": {"b": 1}}"#, false),
+        (r#"{"a": 7}"#, true),
+        ("{}", false),
+    ] {
+        assert_eq!(card.matches(&config(text)), expected, "{text}");
+    }
 }
 
 #[test]

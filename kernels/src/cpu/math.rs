@@ -71,6 +71,66 @@ pub(crate) fn softplus<S: Simd>(s: S, x: S::V) -> S::V {
     s.if_greater(x, s.splat(20.0), x, soft)
 }
 
+/// The largest integer that is not above x, for |x| < 2²².
+#[inline(always)]
+pub(crate) fn floor<S: Simd>(s: S, x: S::V) -> S::V {
+    let near = s.round(x);
+    s.if_greater(near, x, s.sub(near, s.splat(1.0)), near)
+}
+
+/// 1 / (1 + e⁻ˣ) within 2 units.
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
+    let one = s.splat(1.0);
+    s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
+}
+
+/// tanh x within 2 units: a polynomial around zero (of Cephes), 1 - 2 / (e²ˣ + 1) beyond.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    let size = s.max(s.sub(zero, x), x);
+    let z = s.mul(x, x);
+    let p = s.fma(z, s.splat(-5.704_988_7e-3), s.splat(2.063_909e-2));
+    let p = s.fma(p, z, s.splat(-5.373_971_6e-2));
+    let p = s.fma(p, z, s.splat(1.333_144_2e-1));
+    let p = s.fma(p, z, s.splat(-3.333_328e-1));
+    let small = s.fma(s.mul(p, z), x, x);
+    let large = s.div(s.splat(2.0), s.add(exp(s, s.add(size, size)), one));
+    let large = s.sub(one, large);
+    let large = s.if_greater(zero, x, s.sub(zero, large), large);
+    s.if_greater(size, s.splat(0.625), large, small)
+}
+
+/// sin x and cos x within 1e-7, for |x| up to some turns: x = n · π/2 + r with |r| ≤ π/4 (Cody and
+/// Waite; the polynomials of Cephes).
+#[inline(always)]
+pub(crate) fn sin_cos<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
+    let (zero, one, quarter) = (s.splat(0.0), s.splat(1.0), s.splat(0.25));
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::FRAC_2_PI)));
+    // π/2 in three parts, the first two of few bits.
+    let r = s.fma(n, s.splat(-1.570_312_5), x);
+    let r = s.fma(n, s.splat(-4.837_513e-4), r);
+    let r = s.fma(n, s.splat(-7.549_79e-8), r);
+    let z = s.mul(r, r);
+    let p = s.fma(z, s.splat(-1.951_529_6e-4), s.splat(8.332_161e-3));
+    let p = s.fma(p, z, s.splat(-1.666_665_5e-1));
+    let sin = s.fma(s.mul(p, z), r, r);
+    let p = s.fma(z, s.splat(2.443_315_7e-5), s.splat(-1.388_731_6e-3));
+    let p = s.fma(p, z, s.splat(4.166_664_6e-2));
+    let cos = s.fma(s.mul(p, z), z, s.fma(z, s.splat(-0.5), one));
+    // An odd n exchanges the two; the half turns in it change signs.
+    let half = |n: S::V| s.round(s.fma(n, s.splat(0.5), s.sub(zero, quarter)));
+    let is_odd = |n: S::V| s.fma(half(n), s.splat(-2.0), n);
+    let (odd, turned) = (is_odd(n), is_odd(half(n)));
+    let sign = s.fma(turned, s.splat(-2.0), one);
+    let (a, b) = (
+        s.if_greater(odd, quarter, cos, sin),
+        s.if_greater(odd, quarter, s.sub(zero, sin), cos),
+    );
+    (s.mul(sign, a), s.mul(sign, b))
+}
+
 /// x · σ(x) within 2 units.
 #[inline(always)]
 pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
@@ -126,6 +186,11 @@ mod tests {
                     "softplus" => softplus(s, v),
                     "silu" => silu(s, v),
                     "gelu_tanh" => gelu_tanh(s, v),
+                    "sigmoid" => sigmoid(s, v),
+                    "tanh" => tanh(s, v),
+                    "floor" => floor(s, v),
+                    "sin" => sin_cos(s, v).0,
+                    "cos" => sin_cos(s, v).1,
                     _ => gelu(s, v),
                 };
                 *y = s.largest(v);
@@ -159,9 +224,9 @@ mod tests {
         let points = points();
         let mut y = vec![0.0; points.len()];
         // Name, truth, units allowed. Where the truth is not normal, one unit of the smallest
-        // number more; silu and gelu_tanh divide by a number that overflows first, below -87.
+        // number more; silu, sigmoid and gelu_tanh divide by a number that overflows first, below -87.
         type Case = (&'static str, Box<dyn Fn(f64) -> f64>, f64);
-        let cases: [Case; 4] = [
+        let cases: [Case; 6] = [
             ("exp", Box::new(f64::exp), 1.0),
             ("exp2", Box::new(f64::exp2), 1.0),
             (
@@ -170,6 +235,8 @@ mod tests {
                 1.0,
             ),
             ("silu", Box::new(move |x| x * sigmoid(x)), 2.0),
+            ("sigmoid", Box::new(sigmoid), 2.0),
+            ("tanh", Box::new(f64::tanh), 2.0),
         ];
         for isa in Isa::available() {
             for (name, truth, allowed) in &cases {
@@ -185,7 +252,9 @@ mod tests {
                         assert!(y.is_nan(), "{name}({x}) = {y} on {isa:?}");
                         continue;
                     }
-                    if (t as f32).is_infinite() || (*name == "silu" && x < -87.0) {
+                    if (t as f32).is_infinite()
+                        || (matches!(*name, "silu" | "sigmoid") && x < -87.0)
+                    {
                         assert!(
                             y == t as f32 || (x < 0.0 && y.abs() < 1e-35),
                             "{name}({x}) = {y}"
@@ -201,6 +270,34 @@ mod tests {
                     }
                 }
                 println!("{name} on {isa:?}: {worst:.2} units");
+            }
+        }
+    }
+
+    #[test]
+    fn angles_follow_f64_over_some_turns() {
+        let points: Vec<f32> = (-300_000..=300_000).map(|i| i as f32 * 1e-4).collect();
+        let mut y = vec![0.0; points.len()];
+        type Case = (&'static str, fn(f64) -> f64, f64);
+        let cases: [Case; 3] = [
+            ("sin", f64::sin, 1.2e-7),
+            ("cos", f64::cos, 1.2e-7),
+            ("floor", f64::floor, 0.0),
+        ];
+        for isa in Isa::available() {
+            for (which, truth, allowed) in cases {
+                isa.launch(Apply {
+                    which,
+                    x: &points,
+                    y: &mut y,
+                });
+                let far = points
+                    .iter()
+                    .zip(&y)
+                    .map(|(x, y)| (f64::from(*y) - truth(f64::from(*x))).abs());
+                let worst = far.fold(0.0, f64::max);
+                println!("{which} on {isa:?}: {worst:.2e}");
+                assert!(worst <= allowed, "{which} on {isa:?}: {worst:.2e}");
             }
         }
     }
