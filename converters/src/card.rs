@@ -32,11 +32,8 @@ pub struct Card {
     family: String,
     architectures: Vec<String>,
     model_types: Vec<String>,
-<<<<<<< HEAD
     also: Option<String>,
-=======
     matches: Vec<String>,
->>>>>>> main
     defaults: Vec<Entry>,
     require: Vec<Node>,
     plan: Vec<Entry>,
@@ -76,11 +73,11 @@ impl Card {
         &self.model_types
     }
 
-<<<<<<< HEAD
     /// A file beside config.json in which its models have more keys.
     pub fn also(&self) -> Option<&str> {
         self.also.as_deref()
-=======
+    }
+
     /// Whether one of its `match` expressions is true of a config. One that needs a key which is not
     /// there is not.
     pub fn matches(&self, config: &Config) -> bool {
@@ -91,7 +88,6 @@ impl Card {
                 .is_ok_and(|computed| computed.value == Value::Bool(true))
         };
         self.matches.iter().any(is_true)
->>>>>>> main
     }
 
     /// A small config, for tests and demonstrations.
@@ -161,12 +157,10 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let family = fields.required("family", faults);
     let architectures = fields.optional("architectures", Vec::new(), faults);
     let model_types = fields.optional("model_types", Vec::new(), faults);
-<<<<<<< HEAD
     let also = match fields.node("also") {
         Some(node) => Some(String::read(node, faults)?),
         None => None,
     };
-=======
     let matches = fields.optional("match", Vec::new(), faults);
     let ways = [&architectures, &model_types, &matches];
     if ways
@@ -179,7 +173,6 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     }
     let at = fields.at("match");
     let matches = matches.map(|list: Vec<String>| expressions(&list, at, faults));
->>>>>>> main
     let mut mapping = |key: &'static str, faults: &mut Faults| match fields.node(key) {
         None => Some(Vec::new()),
         Some(Node {
@@ -234,11 +227,8 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         family: family?,
         architectures: architectures?,
         model_types: model_types?,
-<<<<<<< HEAD
         also,
-=======
         matches: matches?,
->>>>>>> main
         defaults: defaults?,
         require,
         plan,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use minijinja::value::{Rest, ValueKind};
 use minijinja::{Environment, UndefinedBehavior, Value as Jinja};
 use strata_layers::param::list_of;
-use strata_layers::yaml::{Entry, Value};
+use strata_layers::yaml::Value;
 
 use crate::config::Config;
 
@@ -157,12 +157,6 @@ fn jinja(value: &Value) -> Jinja {
         Value::Float(f) => Jinja::from(*f),
         Value::Text(t) => Jinja::from(t.as_str()),
         Value::List(list) => Jinja::from_iter(list.iter().map(|n| jinja(&n.value))),
-<<<<<<< HEAD
-        Value::Map(entries) => {
-            let entry = |e: &Entry| (e.key.clone(), jinja(&e.value.value));
-            Jinja::from(entries.iter().map(entry).collect::<BTreeMap<_, _>>())
-        }
-=======
         // Pairs alone would make a list of lists.
         Value::Map(entries) => Jinja::from(
             entries
@@ -170,7 +164,6 @@ fn jinja(value: &Value) -> Jinja {
                 .map(|e| (e.key.clone(), jinja(&e.value.value)))
                 .collect::<BTreeMap<String, Jinja>>(),
         ),
->>>>>>> main
     }
 }
 
@@ -202,11 +195,7 @@ mod tests {
 
     #[test]
     fn expressions_compute_with_the_keys_of_the_config() {
-<<<<<<< HEAD
-        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "m": {"k": {"n": 3}}, "z": 0, "s": "x"}"#;
-=======
-        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x", "m": {"a": "x"}}"#;
->>>>>>> main
+        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x", "m": {"a": "x", "k": {"n": 3}}}"#;
         let scope = Scope::new(&Config::parse(text, "config.json").unwrap());
         let check = |expression: &str, expected: &str| {
             let shown = match scope.evaluate(expression) {

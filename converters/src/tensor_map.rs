@@ -210,7 +210,8 @@ impl Expression {
         if numbers.len() != transform.numbers.len() {
             return Err(usage());
         }
-        let fits = |n: &f64| n.is_finite() && (transform.fractions || (*n >= 0.0 && n.fract() == 0.0));
+        let fits =
+            |n: &f64| n.is_finite() && (transform.fractions || (*n >= 0.0 && n.fract() == 0.0));
         let number = |text: &&str| match Pattern::parse(text.trim()).map(|p| p.0).as_deref() {
             Ok([Piece::Hole(hole)]) => Ok(Argument::Hole(*hole)),
             _ => {

@@ -81,7 +81,8 @@ pub const TRANSFORMS: &[Transform] = &[
         fractions: false,
         shape: |shape, numbers| squeezed(shape, numbers[0] as usize),
         apply: |x, numbers| {
-            let shape = squeezed(x.shape(), numbers[0] as usize).unwrap_or_else(|_| x.shape().to_vec());
+            let shape =
+                squeezed(x.shape(), numbers[0] as usize).unwrap_or_else(|_| x.shape().to_vec());
             Ok(x.reshape(&shape)?)
         },
     },
@@ -142,7 +143,9 @@ pub const TRANSFORMS: &[Transform] = &[
         fractions: false,
         shape: |shape, numbers| match (shape.first(), whole(numbers)) {
             (Some(&rows), [piles, width])
-                if piles.checked_mul(width).is_some_and(|p| p > 0 && rows % p == 0) =>
+                if piles
+                    .checked_mul(width)
+                    .is_some_and(|p| p > 0 && rows % p == 0) =>
             {
                 Ok(shape.to_vec())
             }
@@ -285,9 +288,15 @@ mod tests {
         assert_eq!(run("squeeze", &[3, 1, 2], &[1.0]).unwrap().shape(), [3, 2]);
         assert_eq!(run("squeeze", &[3, 1, 1], &[1.0]).unwrap().shape(), [3, 1]);
         assert!(run("squeeze", &[3, 2], &[1.0]).is_err() && run("squeeze", &[1], &[1.0]).is_err());
-        assert_eq!(run("index", &[2, 2, 1], &[1.0]).unwrap().to_f32(), [2.0, 3.0]);
+        assert_eq!(
+            run("index", &[2, 2, 1], &[1.0]).unwrap().to_f32(),
+            [2.0, 3.0]
+        );
         assert!(run("index", &[2, 2], &[2.0]).is_err() && run("index", &[], &[0.0]).is_err());
-        assert_eq!(run("part", &[4, 1], &[1.0, 2.0]).unwrap().to_f32(), [2.0, 3.0]);
+        assert_eq!(
+            run("part", &[4, 1], &[1.0, 2.0]).unwrap().to_f32(),
+            [2.0, 3.0]
+        );
         for bad in [[2.0, 2.0], [0.0, 3.0], [0.0, 0.0]] {
             assert!(run("part", &[4, 1], &bad).is_err(), "{bad:?}");
         }

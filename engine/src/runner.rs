@@ -42,9 +42,8 @@ impl Network {
             source,
             counted: RefCell::default(),
         };
-        let table = |path: &str, rows| {
-            source.matrix(path, &WeightSpec::matrix("", rows, graph.d_model))
-        };
+        let table =
+            |path: &str, rows| source.matrix(path, &WeightSpec::matrix("", rows, graph.d_model));
         let embed = table("embed", graph.vocab)?;
         let prefix = match graph.prefix {
             0 => None,
