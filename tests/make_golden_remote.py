@@ -11,28 +11,21 @@ Needs torch, transformers and einops. The weights are drawn, and the goldens pro
 """
 
 import argparse
-import contextlib
-import importlib.abc
-import importlib.machinery
 import json
 import math
 import re
 import shutil
-import sys
-import types
-from dataclasses import dataclass, field
-from functools import partial
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import make_golden as base
+import remote_kernels
+from remote_families import FAMILIES, MAMBA_KEYS, SHARED_KEYS, Reference
 
 # The folder under --source, and where its commit comes from.
 SOURCES = {
@@ -45,582 +38,8 @@ SOURCES = {
     ),
     # A copy of the modelling file that Hymba's weights are published with.
     "hackathon_mlops": ("https://github.com/BharadwajYR/hackathon_mlops", "6d3b76ffaa106d124f1701cd96d27a5d1025b7fd"),
+    "mamba": ("https://github.com/state-spaces/mamba", "e9594ce1c732d97440f0332fdc43170a2294dbfa"),
     "edge": ("https://github.com/cartesia-ai/edge", "6788a080938a20a8c84969246eea75a20a93dbbb"),
-}
-
-
-# --- plain PyTorch for what the authors call kernels for ---
-
-# The token before which the scans lose their state; none usually.
-forget_at = None
-
-
-def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, activation=None, **_):  # (S, C, T), (C, K)
-    y = F.conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=x.shape[1])[..., : x.shape[-1]]
-    return F.silu(y) if activation in ("silu", "swish") else y
-
-
-def selective_scan_fn(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
-):
-    """u, delta, z: (S, I, T); A: (I, N); B, C: (S, N, T) or (S, G, N, T)."""
-    size, inner, tokens = u.shape
-    if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-
-    def of_channels(m):  # (S, I, N, T)
-        m = m[:, None] if m.dim() == 3 else m
-        return m.repeat_interleave(inner // m.shape[1], dim=1)
-
-    B, C = of_channels(B), of_channels(C)
-    state, ys = torch.zeros(size, inner, A.shape[1]), []
-    for t in range(tokens):
-        if t == forget_at:
-            state = torch.zeros_like(state)
-        state = torch.exp(delta[..., t, None] * A) * state + (delta * u)[..., t, None] * B[..., t]
-        ys.append((state * C[..., t]).sum(-1))
-    y = torch.stack(ys, dim=-1)
-    if D is not None:
-        y = y + D[:, None] * u
-    if z is not None:
-        y = y * F.silu(z)
-    return (y, state) if return_last_state else y
-
-
-def mamba_chunk_scan_combined(
-    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, math.inf), **_
-):
-    """x, z: (S, T, H, P); dt: (S, T, H); A: (H); B, C: (S, T, G, N)."""
-    size, tokens, heads, _ = x.shape
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = dt.clamp(*dt_limit)
-    B, C = (m.repeat_interleave(heads // m.shape[2], dim=2) for m in (B, C))
-    state, ys = torch.zeros(size, heads, x.shape[3], B.shape[3]), []
-    for t in range(tokens):
-        if t == forget_at:
-            state = torch.zeros_like(state)
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
-        state = decay * state + torch.einsum("sh,shp,shn->shpn", dt[:, t], x[:, t], B[:, t])
-        ys.append(torch.einsum("shpn,shn->shp", state, C[:, t]))
-    y = torch.stack(ys, dim=1)
-    if D is not None:
-        y = y + (D[:, None] if D.dim() == 1 else D) * x
-    return y if z is None else y * F.silu(z)
-
-
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), **_):
-    """q, k, v: (S, T, heads, width)."""
-    assert causal
-    return attention(q, k, v, window_size[0] + 1 if window_size[0] >= 0 else None, softmax_scale)
-
-
-def attention(q, k, v, window=None, scale=None):
-    """Causal; with a window, token t sees itself and the window - 1 before it."""
-    k, v = (m.repeat_interleave(q.shape[2] // m.shape[2], dim=2) for m in (k, v))
-    scores = torch.einsum("sqhd,skhd->shqk", q, k) * (scale or q.shape[-1] ** -0.5)
-    t = torch.arange(q.shape[1])
-    back = t[:, None] - t[None]
-    seen = (back >= 0) & (back < (window or len(t)))
-    return torch.einsum("shqk,skhd->sqhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
-
-
-def rms(x, eps):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, hidden_size, eps=1e-5, **_):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(hidden_size)), eps
-
-    def forward(self, x):
-        return rms(x, self.eps) * self.weight
-
-
-class RMSNormGated(RMSNorm):
-    def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=False, **_):
-        super().__init__(hidden_size, eps)
-        assert not norm_before_gate
-        self.group_size = group_size or hidden_size
-
-    def forward(self, x, z):
-        x = (x * F.silu(z)).unflatten(-1, (-1, self.group_size))
-        return rms(x, self.eps).flatten(-2) * self.weight
-
-
-KERNELS = {
-    "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
-    "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
-    "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": mamba_chunk_scan_combined},
-    "mamba_ssm.ops.triton.layer_norm": {"RMSNorm": RMSNorm},
-    "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": RMSNormGated},
-    "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn_func},
-    "lit_gpt.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
-}
-# Packages that are not there; whatever is imported from them and is not in KERNELS is never called.
-ABSENT = (
-    "causal_conv1d", "deepspeed", "fla", "flash_attn", "mamba_ssm", "transformer_engine", "utils",
-    "hmf.extras", "lit_gpt.selective_scan_interface", "lit_gpt.rmsnorm", "lit_gpt.triton_sequential_scan", "lit_gpt.ops",
-    "modules.mixers.discrete_mamba2_ref", "hmf.model.hybrid_zoo.layers.bmojo_f", "hmf.model.hybrid_zoo.layers.gated_deltanet",
-    "hmf.model.hybrid_zoo.layers.gated_kalmanet", "hmf.model.hybrid_zoo.layers.swa",
-)
-
-
-class AbsentAttributes(type):
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return AbsentAttributes(name, (Absent,), {})
-
-
-class Absent(metaclass=AbsentAttributes):
-    """Stands for anything imported from a package that is not there."""
-
-    def __init__(self, *_, **__):
-        pass
-
-
-class AbsentModule(types.ModuleType):
-    __path__ = ()
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if f"{self.__name__}.{name}" in KERNELS:
-            return importlib.import_module(f"{self.__name__}.{name}")
-        return KERNELS.get(self.__name__, {}).get(name) or AbsentAttributes(name, (Absent,), {})
-
-
-class PlainLoader(importlib.machinery.SourceFileLoader):
-    """Loads a checkout's file without its assertions, which say that tensors are on a GPU."""
-
-    def get_code(self, fullname):
-        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True, optimize=1)
-
-
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the checkouts' packages, and stands in for those that are not there."""
-
-    def __init__(self, source: Path):
-        zoo = "hybrid-model-factory/training/src/hmf/model/hybrid_zoo"
-        # Where each package is. Their `__init__` would import everything: it is left out.
-        self.roots = {
-            "lit_gpt": source / "ArchScale/lit_gpt",
-            "mamba": source / "MambaInLlama/mamba",
-            "mamba2": source / "MambaInLlama/mamba2",
-            "modules": source / "phi-mamba/modules",
-            "fast_llm_external_models": source / "Fast-LLM/fast_llm_external_models",
-            "hmf": source / "hybrid-model-factory/training/src/hmf",
-            "hybrid_zoo": source / zoo,
-            "hymba": source / "hackathon_mlops",
-            "cartesia_pytorch": source / "edge/cartesia-pytorch/cartesia_pytorch",
-        }
-
-    def find_spec(self, fullname, path=None, target=None):
-        # One copy of the zoo, whichever name its files call it by.
-        if any(fullname == a or fullname.startswith(a + ".") for a in ABSENT):
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        root, *rest = fullname.split(".")
-        if root not in self.roots:
-            return None
-        place = self.roots[root].joinpath(*rest)
-        if place.is_dir():
-            spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
-            spec.submodule_search_locations = [str(place)]
-            return spec
-        file = place.with_suffix(".py")
-        if not file.is_file():
-            return None
-        return importlib.util.spec_from_file_location(fullname, file, loader=PlainLoader(fullname, str(file)))
-
-    def create_module(self, spec):
-        return AbsentModule(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
-def jit_function(code):
-    """The meaning of ArchScale's two forward kernels, which it writes in CUDA."""
-    if "swiglu_fwd" in code:
-        return lambda x, y: F.silu(x) * y
-    return lambda x, y: torch.sigmoid(x) * y
-
-
-def pretend_gpu(source: Path):
-    """Makes the authors' modules importable, and runnable without a GPU."""
-    sys.meta_path.insert(0, Finder(source))
-    sys.dont_write_bytecode = True
-    torch.cuda.get_device_capability = lambda *_: (8, 0)
-    torch.cuda.device = lambda *_: contextlib.nullcontext()
-    torch.cuda.jiterator._create_jit_fn = jit_function
-    torch.cuda.jiterator._create_multi_output_jit_fn = lambda *_, **__: None
-    torch.compile = lambda f=None, **_: f if f else lambda g: g
-
-
-# --- the families: from a config.json to a module whose tensors have their published names ---
-
-
-class Reference(nn.Module):
-    """A causal model; `tensors` and `forward` are all that is asked of it."""
-
-    def __init__(self, keys: dict, model: nn.Module, run=None):
-        super().__init__()
-        self.inner = model
-        self.run = run or (lambda ids: model(ids))
-        eos = keys.get("eos_token_id", 2)
-        self.config = SimpleNamespace(vocab_size=keys["vocab_size"], eos_token_id=eos)
-
-    def tensors(self):
-        """Each tensor once, under its published name."""
-        return dict(self.inner.named_parameters())
-
-    def forward(self, input_ids, use_cache=False):
-        return SimpleNamespace(logits=self.run(input_ids).float())
-
-
-class Block(nn.Module):
-    """x + post(mixer(norm(x))), twice."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-
-def swiglu(x):
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def rotate(x, theta):  # (S, T, heads, width)
-    half = x.shape[-1] // 2
-    turn = theta ** (-torch.arange(half) / half) * torch.arange(x.shape[1])[:, None]
-    cos, sin = turn.cos()[:, None], turn.sin()[:, None]
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-class OffsetNorm(RMSNorm):
-    def __init__(self, width, eps, offset):
-        super().__init__(width, eps)
-        self.offset = offset
-
-    def forward(self, x):
-        return rms(x, self.eps) * (self.weight + self.offset)
-
-
-class PlamoAttention(nn.Module):
-    def __init__(self, c, window):
-        super().__init__()
-        self.c, self.window = c, window
-        width, (q, kv) = c.hidden_size_per_head, (c.num_attention_heads, c.num_key_value_heads)
-        self.qkv_proj = nn.Linear(c.hidden_size, (q + 2 * kv) * width, bias=False)
-        self.o_proj = nn.Linear(q * width, c.hidden_size, bias=False)
-        self.q_weight = nn.Parameter(torch.ones(q, width))
-        self.k_weight = nn.Parameter(torch.ones(kv, width))
-
-    def forward(self, x):
-        q, kv = self.c.num_attention_heads, self.c.num_key_value_heads
-        q, k, v = self.qkv_proj(x).unflatten(-1, (q + 2 * kv, -1)).split([q, kv, kv], dim=2)
-        q, k = rms(q, 1e-6) * self.q_weight, rms(k, 1e-6) * self.k_weight
-        q, k = rotate(q, 10000.0), rotate(k, 10000.0)
-        return self.o_proj(attention(q, k, v, self.window).flatten(2))
-
-
-class PlamoMamba(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.c = c
-        inner, rank = c.mamba_num_heads * c.hidden_size_per_head, max(64, c.hidden_size // 16)
-        self.in_proj = nn.Linear(c.hidden_size, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, c.mamba_d_conv, groups=inner, bias=False)
-        self.bcdt_proj = nn.Linear(inner, rank + 2 * c.mamba_d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, c.mamba_num_heads, bias=False)
-        self.dt_bias = nn.Parameter(torch.zeros(c.mamba_num_heads))
-        self.A_log = nn.Parameter(torch.zeros(c.mamba_num_heads))
-        self.D = nn.Parameter(torch.ones(c.mamba_num_heads))
-        self.dt_norm_weight = nn.Parameter(torch.ones(rank))
-        self.B_norm_weight = nn.Parameter(torch.ones(c.mamba_d_state))
-        self.C_norm_weight = nn.Parameter(torch.ones(c.mamba_d_state))
-        self.out_proj = nn.Linear(inner, c.hidden_size, bias=False)
-
-    def forward(self, x):
-        heads, states, eps = self.c.mamba_num_heads, self.c.mamba_d_state, self.c.rms_norm_eps
-        z, x = self.in_proj(x).unflatten(-1, (heads, -1)).chunk(2, dim=-1)
-        x = causal_conv1d_fn(x.flatten(2).mT, self.conv1d.weight[:, 0], activation="silu").mT
-        rank = self.dt_norm_weight.shape[0]
-        b, c, dt = self.bcdt_proj(x).split([states, states, rank], dim=-1)
-        b, c = rms(b, eps) * self.B_norm_weight, rms(c, eps) * self.C_norm_weight
-        dt = self.dt_proj(rms(dt, eps) * self.dt_norm_weight)
-        y = mamba_chunk_scan_combined(
-            x.unflatten(-1, (heads, -1)), dt, -self.A_log.exp(), b[:, :, None], c[:, :, None], 256,
-            D=self.D, z=z, dt_bias=self.dt_bias, dt_softplus=True,
-        )
-        return self.out_proj(y.flatten(2))
-
-
-class GatedMlp(nn.Module):
-    """Gate and up in one matrix."""
-
-    def __init__(self, fused, down, width, inner):
-        super().__init__()
-        self.names = fused, down
-        self.add_module(fused, nn.Linear(width, 2 * inner, bias=False))
-        self.add_module(down, nn.Linear(inner, width, bias=False))
-
-    def forward(self, x):
-        fused, down = self.names
-        return self.get_submodule(down)(swiglu(self.get_submodule(fused)(x)))
-
-
-def plamo2(keys: dict) -> Reference:
-    c = SimpleNamespace(**keys)
-    norm = partial(OffsetNorm, c.hidden_size, c.rms_norm_eps)
-    layers = []
-    for i in range(c.num_hidden_layers):
-        # A window of W tokens is W before the token itself, in the authors' mask.
-        window = None if i in c.full_attention_idx else c.attention_window_size + 1
-        attends = i % c.mamba_step == c.mamba_step // 2
-        layers.append(
-            Block(
-                pre_mixer_norm=norm(1.0),
-                mixer=PlamoAttention(c, window) if attends else PlamoMamba(c),
-                post_mixer_norm=norm(1.0 / 5),
-                pre_mlp_norm=norm(1.0),
-                mlp=GatedMlp("gate_up_proj", "down_proj", c.hidden_size, c.intermediate_size),
-                post_mlp_norm=norm(1.0 / 5**1.5),
-            )
-        )
-    embed = nn.Embedding(c.vocab_size, c.hidden_size)
-    model = Block(model=Block(embed_tokens=embed, layers=Block(layers=nn.ModuleList(layers)), norm=norm(1.0)))
-    if not c.tie_word_embeddings:
-        model.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-
-    def run(ids):
-        x = embed(ids)
-        for layer in layers:
-            x = x + layer.post_mixer_norm(layer.mixer(layer.pre_mixer_norm(x)))
-            x = x + layer.post_mlp_norm(layer.mlp(layer.pre_mlp_norm(x)))
-        head = embed.weight if c.tie_word_embeddings else model.lm_head.weight
-        return model.model.norm(x) @ head.T
-
-    return Reference(keys, model, run)
-
-
-class DifferentialAttention(nn.Module):
-    """The projections around the authors' module; `k` and `v` given: another layer's."""
-
-    def __init__(self, c, i, cross):
-        super().__init__()
-        from lit_gpt.diff_attn import FlashDiffAttention
-
-        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        width = c.hidden_size // self.heads
-        rows = self.heads + (0 if cross else 2 * self.kv_heads)
-        self.Wqkv = nn.Linear(c.hidden_size, rows * width)
-        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
-        local = i < c.num_hidden_layers // 2
-        window = (c.sliding_window - 1, 0) if local else (-1, -1)
-        self.inner_cross_attn = FlashDiffAttention(width, i, causal=True, window_size=window)
-
-    def forward(self, x, kv=None):
-        q, *own = self.Wqkv(x).unflatten(-1, (-1, x.shape[-1] // self.heads)).split_with_sizes(
-            [self.heads] + ([] if kv else [self.kv_heads] * 2), dim=2
-        )
-        k, v = kv or own
-        return self.out_proj(self.inner_cross_attn(q, k, v).flatten(2)), (k, v)
-
-
-def phi4flash(keys: dict) -> Reference:
-    from lit_gpt.gated_memory_unit import GMU
-    from lit_gpt.mamba_simple import Mamba
-
-    c = SimpleNamespace(**keys)
-    half = c.num_hidden_layers // 2
-    norm = partial(nn.LayerNorm, c.hidden_size, eps=c.layer_norm_eps)
-    layers = []
-    for i in range(c.num_hidden_layers):
-        if i % c.mb_per_layer:
-            mixer = DifferentialAttention(c, i, cross=i >= half + 2)
-        elif i >= half + 2:
-            mixer = GMU(c.hidden_size, c.mamba_expand * c.hidden_size)
-        else:
-            sizes = {"d_state": c.mamba_d_state, "d_conv": c.mamba_d_conv, "expand": c.mamba_expand}
-            # `use_fast_path` is one kernel for what the module otherwise does in steps.
-            mixer = Mamba(c.hidden_size, gmu_save=i == half, use_fast_path=False, jamba_norm=False, **sizes)
-        mlp = GatedMlp("fc1", "fc2", c.hidden_size, c.intermediate_size)
-        layers.append(Block(input_layernorm=norm(), attn=mixer, post_attention_layernorm=norm(), mlp=mlp))
-    embed = nn.Embedding(c.vocab_size, c.hidden_size)
-    model = Block(model=Block(embed_tokens=embed, layers=nn.ModuleList(layers), final_layernorm=norm()))
-
-    def run(ids):
-        x, memory, kv = embed(ids), None, None
-        for i, layer in enumerate(layers):
-            h = layer.input_layernorm(x)
-            if i % c.mb_per_layer:
-                y, kv = layer.attn(h, kv if i >= half + 2 else None)
-            elif i >= half + 2:
-                y = layer.attn(h, memory)
-            else:
-                y, memory = layer.attn(h)
-            x = x + y
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return model.model.final_layernorm(x) @ embed.weight.T
-
-    return Reference(keys, model, run)
-
-
-def mamba_in_llama(keys: dict) -> Reference:
-    """Both config files in `keys`; layers not in attn_layers become the authors' decoder layers."""
-    kind = "mamba2" if "ngroups" in keys["ssm_cfg"] else "mamba"
-    layer_module = importlib.import_module(f"{kind}.hybrid_model")
-    config_class = importlib.import_module(f"{kind}.hybrid_mamba_config").MambaConfig
-    mamba_config = config_class(**{k: keys[k] for k in MAMBA_KEYS if k in keys})
-
-    class Layer(layer_module.MambaDecoderLayer):
-        def forward(self, hidden_states, **_):
-            return super().forward(hidden_states)[0]
-
-    llama = transformers.LlamaConfig(**{k: v for k, v in keys.items() if k not in MAMBA_KEYS or k in SHARED_KEYS})
-    model = transformers.AutoModelForCausalLM.from_config(llama, attn_implementation="eager")
-    for i in range(llama.num_hidden_layers):
-        if i not in keys["attn_layers"]:
-            model.model.layers[i] = Layer(mamba_config, i)
-    return Reference(keys, model, lambda ids: model(ids, use_cache=False).logits)
-
-
-# The keys of mamba_config.json; the others are Llama's.
-MAMBA_KEYS = (
-    "d_model", "ssm_cfg", "d_inner", "d_xb", "intermediate_size", "hidden_act", "n_layer", "attn_layers",
-    "rms_norm_eps",
-)
-# Of these, what config.json has too.
-SHARED_KEYS = ("intermediate_size", "hidden_act", "rms_norm_eps")
-
-
-class LlambaMlp(nn.Module):
-    def __init__(self, width, inner):
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def llamba(keys: dict) -> Reference:
-    """The authors' mixer in the blocks of a Llama."""
-    from modules.mixers.discrete_mamba2 import Mixer
-
-    c = SimpleNamespace(**keys)
-    layers = []
-    for i in range(c.n_layer):
-        layers.append(
-            Block(
-                # The blocks' norms have this epsilon whatever norm_epsilon says.
-                input_layernorm=LlamaRMSNorm(c.d_model, eps=1e-5),
-                mixer=Mixer(c.d_model, layer_idx=i, **c.ssm_cfg),
-                post_attention_layernorm=LlamaRMSNorm(c.d_model, eps=1e-5),
-                mlp=LlambaMlp(c.d_model, c.mlp_cfg["intermediate_size"]),
-            )
-        )
-    embed, norm = nn.Embedding(c.vocab_size, c.d_model), LlamaRMSNorm(c.d_model, eps=c.norm_epsilon)
-    model = Block(backbone=Block(embedding=embed, layers=nn.ModuleList(layers), final_layernorm=norm))
-    if not c.tie_embeddings:
-        model.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-
-    def run(ids):
-        x = embed(ids)
-        for layer in layers:
-            x = x + layer.mixer(layer.input_layernorm(x))["hidden_states"]
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return norm(x) @ (embed.weight if c.tie_embeddings else model.lm_head.weight).T
-
-    return Reference(keys, model, run)
-
-
-def apriel_h1(keys: dict) -> Reference:
-    package = "fast_llm_external_models.apriel_hybrid_ssm"
-    configuration = importlib.import_module(f"{package}.configuration_apriel_hybrid_ssm")
-    modeling = importlib.import_module(f"{package}.modeling_apriel_hybrid_ssm")
-    modeling.AprielHybridSSMForCausalLM._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    config = configuration.AprielHybridSSMConfig(**json.loads(json.dumps(keys)))
-    config._attn_implementation = "eager"
-    model = modeling.AprielHybridSSMForCausalLM(config)
-    # Without a cache there is none to get states from.
-    for layer in model.model.layers:
-        if hasattr(layer, "mixer"):
-            layer.mixer._get_states_from_cache = lambda *_: (None, None)
-    return Reference(keys, model, lambda ids: model(ids, use_cache=False).logits)
-
-
-def hybrid_qwen3(keys: dict) -> Reference:
-    # The class keeps the pattern as `layer_types`, which transformers allows its own words only.
-    transformers.configuration_utils.ALLOWED_ATTN_LAYER_TYPES += ("*", "M2")
-    zoo = "hmf.model.hybrid_zoo.models.hybrid_qwen3"
-    configuration = importlib.import_module(f"{zoo}.configuration_hybrid_qwen3")
-    modeling = importlib.import_module(f"{zoo}.modeling_hybrid_qwen3")
-    # transformers 5.23 no longer takes this argument.
-    causal = modeling.create_causal_mask
-    modeling.create_causal_mask = lambda cache_position=None, **keys: causal(**keys)
-    config = configuration.HybridQwen3Config(**json.loads(json.dumps(keys)), torch_dtype=torch.float32)
-    config._attn_implementation = "eager"
-    model = modeling.HybridQwen3ForCausalLM(config)
-    return Reference(keys, model, lambda ids: model(ids, use_cache=False).logits)
-
-
-def hymba(keys: dict) -> Reference:
-    """The modelling file that the weights are published with."""
-    # Names that transformers no longer has.
-    transformers.pytorch_utils.is_torch_greater_or_equal_than_1_13 = True
-    transformers.utils.import_utils.is_torch_fx_available = lambda: False
-    configuration = types.ModuleType("hymba.configuration_hymba")
-    configuration.HymbaConfig = type("HymbaConfig", (transformers.PretrainedConfig,), {"model_type": "hymba"})
-    sys.modules["hymba.configuration_hymba"] = configuration
-    modeling = importlib.import_module("hymba.modeling_hymba")
-    flex = torch.nn.attention.flex_attention
-    create = flex.create_block_mask
-    flex.create_block_mask = lambda *args, _compile=False, **rest: create(*args, device="cpu", **rest)
-
-    def init_rope(self):
-        c = self.config
-        self.rotary_emb = modeling.LlamaRotaryEmbedding(c, self.kq_head_dim, base=self.rope_theta, device="cpu")
-
-    def implementation(self, asked, *_, **__):
-        return asked
-
-    modeling.HymbaPreTrainedModel._check_and_adjust_attn_implementation = implementation
-    modeling.HymbaAttention._init_rope = init_rope
-    modeling.HymbaBlock.mixer_forward = modeling.HymbaBlock.cuda_kernels_forward
-    modeling.HymbaForCausalLM._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    config = configuration.HymbaConfig(**json.loads(json.dumps(keys)))
-    # Otherwise the attention asks a projection that it does not have for the type to cast to.
-    config._pre_quantization_dtype = torch.float32
-    config.attn_implementation = keys["attn_implementation"]
-    model = modeling.HymbaForCausalLM(config)
-    flex.create_block_mask = create
-    model.tie_weights()
-    for layer in model.model.layers:
-        # Masks are made for each length; torch no longer takes a longer one.
-        layer.mamba.self_attn.block_mask = SimpleNamespace(shape=(0, 0))
-    return Reference(keys, model, lambda ids: model(ids, use_cache=False, return_dict=True).logits)
-
-
-FAMILIES = {
-    "plamo2": plamo2,
-    "phi4flash": phi4flash,
-    "mamba-in-llama": mamba_in_llama,
-    "llamba": llamba,
-    "apriel-h1": apriel_h1,
-    "hybrid-qwen3": hybrid_qwen3,
-    "hymba": hymba,
 }
 
 
@@ -642,6 +61,8 @@ class Variant:
     # Keys to leave out of config.json, as the reference's class has them by default.
     drop_keys: tuple = ()
     dt_bias_scale: float = 1.0
+    # No family here routes tokens.
+    router_margin = 0.0
 
 
 PLAMO = {
@@ -801,6 +222,16 @@ VARIANTS = {
         torch.bfloat16, seed=561, tokens=47,
         wrong_keys=(("sliding_window", 7), ("rope_type", "default")),
     ),
+    "rene/window": Variant(
+        {
+            "architectures": ["ReneLMHeadModel"], "model_type": "rene", "vocab_size": 112, "d_model": 32,
+            "n_layer": 6, "ssm_cfg": {"d_state": 8, "headdim": 8, "ngroups": 2, "norm_before_gate": False},
+            "attn_layer_idx": [3], "attn_cfg": {"num_heads": 4, "num_heads_kv": 2, "sliding_window_length": 9},
+            "mlp_layer_idx": [1, 5], "mlp_cfg": {"expand": 3}, "rms_norm": True, "residual_in_fp32": True,
+            "pad_vocab_size_multiple": 16, "tie_word_embeddings": True, "eos_token_id": 2,
+        },
+        torch.bfloat16, seed=571, tokens=47,
+    ),
 }
 
 
@@ -951,7 +382,7 @@ def write_golden(variant: Variant, folder: Path):
     logits = base.forward(reference, token_ids)
     std = logits.std().item()
     assert 1 <= std <= 4, f"{folder}: logits have a standard deviation of {std}"
-    prompt, tokens, margin, _ = base.draw_greedy(reference, rng, std)
+    prompt, tokens, margin, _ = base.draw_greedy(reference, variant, rng, std)
     metadata = {
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
@@ -970,7 +401,6 @@ def write_golden(variant: Variant, folder: Path):
 
 def check(variant: Variant, folder: Path):
     """What is written is what the reference computes; every tensor and trap is visible in it."""
-    global forget_at
     golden = load_file(folder / "golden.safetensors")
     token_ids = golden["token_ids"]
     reference = load(variant, folder)
@@ -991,9 +421,9 @@ def check(variant: Variant, folder: Path):
         p.data.copy_(kept)
     # Only the last quarter counts: the memory has to reach that far.
     late = token_ids.shape[1] * 3 // 4
-    forget_at = token_ids.shape[1] // 3
+    remote_kernels.forget_at = token_ids.shape[1] // 3
     lost = (base.forward(reference, token_ids) - golden["logits"])[:, late:].abs().max() / golden["logits"].std()
-    forget_at = None
+    remote_kernels.forget_at = None
     traps["state lost"] = lost.item()
     for key, value in variant.wrong_keys:
         wrong = load(variant, folder, **{key: value})
@@ -1018,7 +448,8 @@ def main():
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    pretend_gpu(args.source)
+    warnings.filterwarnings("ignore")
+    remote_kernels.pretend_gpu(args.source)
     for name in args.names or VARIANTS:
         variant, folder = VARIANTS[name], args.out / name
         if not args.check:

@@ -592,6 +592,7 @@ head: {norm: {eps: 1.0e-6}, tie: true}
             ("[m, a, m*2, m@0]", "[]"),
             ("[m, a, m*2, m@0]", "7"),
             ("d_model: 8", "d_model: [8]"),
+            ("d_model: 8", "d_model: 8\nembed: {prefix: 70000}"),
         ] {
             assert!(
                 TINY.contains(from) && Plan::parse(&TINY.replace(from, to), "p").is_err(),
