@@ -434,12 +434,13 @@ fn an_expert_product_is_the_same_bits_as_the_dense_product() {
 
 const WIDTHS: [usize; 8] = [1, 5, 16, 31, 64, 100, 1000, 2560];
 const HEIGHTS: [usize; 6] = [1, 2, 3, 7, 33, 130];
-const ACTIVATIONS: [Activation; 6] = [
+const ACTIVATIONS: [Activation; 7] = [
     Activation::Silu,
     Activation::Gelu,
     Activation::GeluTanh,
     Activation::Relu,
     Activation::Relu2,
+    Activation::Sigmoid,
     Activation::Identity,
 ];
 

@@ -19,7 +19,9 @@ use crate::tensor_map::TensorMap;
 const VERSION: usize = 1;
 
 /// The keys of a card that become keys of the plan as they are.
-const PLAN_KEYS: [&str; 6] = ["vocab", "d_model", "context", "init_std", "embed", "head"];
+const PLAN_KEYS: [&str; 7] = [
+    "vocab", "d_model", "context", "init_std", "embed", "image", "head",
+];
 
 /// What expressions in blocks may name besides the config's keys: the block's number in the stack,
 /// and how many blocks of its name came before.

@@ -114,6 +114,22 @@ pub const TRANSFORMS: &[Transform] = &[
             Ok(x.reshape(&shape)?)
         },
     },
+    // All dimensions but the outermost as one: the filters of a convolution as rows of a matrix.
+    Transform {
+        name: "matrix",
+        numbers: &[],
+        widens: false,
+        fractions: false,
+        shape: |shape, _| match shape {
+            [rows, rest @ ..] if !rest.is_empty() => Ok(vec![*rows, rest.iter().product()]),
+            _ => Err(format!("{shape:?} has one dimension")),
+        },
+        apply: |x, _| {
+            let rows = x.shape().first().copied().unwrap_or_default();
+            let cols = x.shape().iter().skip(1).product();
+            Ok(x.reshape(&[rows, cols])?)
+        },
+    },
     // Rows k, k + n, k + 2n and so on, copied: two matrices whose rows take turns.
     Transform {
         name: "every",

@@ -38,23 +38,26 @@ pub struct Footprint {
 impl Footprint {
     /// Finds it out.
     pub fn of(graph: Graph) -> Result<Footprint> {
-        const ROWS: usize = 64;
+        let image = graph.image.as_ref();
+        let rows = image.map_or(64, |image| image.tokens());
+        let blank = image.map(|image| vec![0.0; image.patches() * image.patch_width()]);
         let backend: Arc<dyn Backend> = Arc::new(Null::default());
         let source = Nothing(backend.clone());
         let network = Arc::new(Network::build(graph, &source, backend.clone(), DType::F32)?);
         let size = StateSize {
-            page_size: ROWS,
+            page_size: rows,
             pages: 1,
             slots: 1,
             kv_dtype: DType::F32,
         };
         let state = StateStore::new(&network.graph, size, backend)?;
-        let mut runner = Runner::new(network, state, ROWS)?;
+        let mut runner = Runner::new(network, state, rows)?;
         let fixed = runner.fixed_bytes();
         let buffers = runner.buffer_bytes() - fixed;
+        let tokens = vec![0; rows];
         let spans = [Span {
             start: 0,
-            len: ROWS,
+            len: rows,
             position: 0,
             slot: 0,
             pages: 0..1,
@@ -62,13 +65,17 @@ impl Footprint {
         let ragged = Ragged {
             spans: &spans,
             page_table: &[0],
-            page_size: ROWS,
+            page_size: rows,
         };
         // The second time memory has the size that it keeps.
         for _ in 0..2 {
+            if let Some(blank) = &blank {
+                runner.classify(blank)?;
+                continue;
+            }
             runner.forward(
                 &Step {
-                    tokens: &[0; ROWS],
+                    tokens: &tokens,
                     ragged,
                     logits: &[],
                 },
@@ -76,8 +83,8 @@ impl Footprint {
             )?;
         }
         Ok(Footprint {
-            buffers_per_row: buffers / ROWS,
-            scratch_per_row: (runner.buffer_bytes() - fixed - buffers) / ROWS,
+            buffers_per_row: buffers / rows,
+            scratch_per_row: (runner.buffer_bytes() - fixed - buffers) / rows,
             fixed,
         })
     }

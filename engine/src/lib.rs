@@ -4,6 +4,7 @@
 
 pub mod batch;
 pub mod bench;
+pub mod classify;
 pub mod cli;
 pub mod estimate;
 pub mod footprint;
@@ -11,6 +12,7 @@ pub mod generation;
 pub mod generation_config;
 pub mod hub;
 pub mod ids;
+pub mod image;
 pub mod load;
 pub mod pages;
 pub mod plan_diff;

@@ -55,6 +55,18 @@ impl RandomWeights {
                 let states = spec.shape.last().copied().unwrap_or(1);
                 (0..elements).map(|i| -((i % states + 1) as f32)).collect()
             }
+            Init::UnitNormal => random::normal_row(seed, 0, elements, 1.0),
+            Init::Harmonics => {
+                let states = spec.shape.last().copied().unwrap_or(1);
+                (0..elements)
+                    .map(|i| std::f32::consts::PI * (i % states) as f32)
+                    .collect()
+            }
+            Init::LogStep => {
+                let (low, high) = (1e-3f32.ln(), 1e-1f32.ln());
+                let draw = |i| low + (high - low) * uniform(i);
+                (0..elements).map(draw).collect()
+            }
             Init::HeadDecay => (0..elements).map(|i| -1.0 - 15.0 * uniform(i)).collect(),
             Init::StepBias => {
                 let step = |i| {

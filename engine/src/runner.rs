@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use strata_kernels::ops::{Add, Embed, Gather, Linear, Scale};
-use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Tensor};
+use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Span, Tensor};
 use strata_layers::graph::{Graph, Node, Run, ValueId};
-use strata_layers::{Context, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
+use strata_layers::{Context, Init, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
 
 use crate::state_store::StateStore;
 
@@ -24,10 +24,26 @@ pub struct Network {
     pub weight_bytes: u64,
     /// By node; none where a node is no layer.
     layers: Arc<Vec<Option<Box<dyn Layer>>>>,
-    embed: Matrix,
-    /// The rows before the tokens of every sequence.
-    prefix: Option<Matrix>,
+    input: Input,
     head: Matrix,
+    head_bias: Option<Tensor>,
+}
+
+/// Where the first value comes from.
+#[derive(Clone)]
+enum Input {
+    /// Rows of a table, and those of the prefix.
+    Tokens(Matrix, Option<Matrix>),
+    /// Patches of an image.
+    Image(PatchEmbed),
+}
+
+#[derive(Clone)]
+struct PatchEmbed {
+    w: Matrix,
+    bias: Tensor,
+    class_token: Tensor,
+    positions: Tensor, // (tokens, D)
 }
 
 impl Network {
@@ -44,16 +60,44 @@ impl Network {
         };
         let table =
             |path: &str, rows| source.matrix(path, &WeightSpec::matrix("", rows, graph.d_model));
-        let embed = table("embed", graph.vocab)?;
-        let prefix = match graph.prefix {
-            0 => None,
-            rows => Some(table("embed.prefix", rows)?),
+        let input = match &graph.image {
+            None => Input::Tokens(
+                table("embed", graph.vocab)?,
+                match graph.prefix {
+                    0 => None,
+                    rows => Some(table("embed.prefix", rows)?),
+                },
+            ),
+            Some(image) => {
+                let specs = image.weights(graph.d_model);
+                let weights = Weights {
+                    source,
+                    backend: &*backend,
+                    path: "image",
+                    specs: &specs,
+                };
+                let positions = weights.values("positions")?;
+                Input::Image(PatchEmbed {
+                    w: weights.matrix("patch")?,
+                    bias: weights.vector("patch.bias")?,
+                    class_token: weights.vector("class_token")?,
+                    positions: weights.upload(image.tokens(), graph.d_model, &positions)?,
+                })
+            }
         };
-        let head = if graph.tied {
-            embed.clone()
-        } else {
-            table("head", graph.vocab)?
+        let head = match &input {
+            Input::Tokens(embed, _) if graph.tied => embed.clone(),
+            _ => table("head", graph.vocab)?,
         };
+        let bias = WeightSpec::vector("bias", &[graph.vocab], Init::Constant(0.0));
+        let weights = Weights {
+            source,
+            backend: &*backend,
+            path: "head",
+            specs: &[bias],
+        };
+        let head_bias = graph.logit_bias.then(|| weights.vector("bias"));
+        let head_bias = head_bias.transpose()?;
         let build = |node: &Node| {
             let Run::Layer { spec, weights } = &node.run else {
                 return Ok(None);
@@ -74,9 +118,9 @@ impl Network {
             activations,
             weight_bytes: source.counted.borrow().values().sum(),
             layers,
-            embed,
-            prefix,
+            input,
             head,
+            head_bias,
         })
     }
 }
@@ -216,25 +260,120 @@ impl Runner {
             self.max_rows
         );
         self.most_rows = self.most_rows.max(rows);
+        self.embed(step, rows)?;
+        self.nodes(step.ragged, rows)?;
+        self.head(step.logits, rows, sink)
+    }
+
+    /// Runs one image, whose state begins in slot 0 and in the first pages. `patches` are
+    /// (patches, patch width), in rows from the top. Returns the logits of its class token.
+    pub fn classify(&mut self, patches: &[f32]) -> Result<Vec<f32>> {
         let network = self.network.clone();
         let (graph, backend) = (&network.graph, &*network.backend);
-
+        let (Input::Image(embed), Some(image)) = (&network.input, &graph.image) else {
+            panic!("{}: no model of images", graph.vocab);
+        };
+        let (rows, place) = (image.tokens(), image.class_place());
+        let page_size = self.state.size().page_size;
+        let page_table: Vec<u32> = (0..rows.div_ceil(page_size) as u32).collect();
+        let spans = [Span {
+            start: 0,
+            len: rows,
+            position: 0,
+            slot: 0,
+            pages: 0..page_table.len(),
+        }];
+        let ragged = Ragged {
+            spans: &spans,
+            page_table: &page_table,
+            page_size,
+        };
+        if self.state.size().slots > 0 {
+            self.state.clear_slot(0)?;
+        }
+        self.scratch.reset(backend)?;
         let mut x = self.value(0, rows);
-        match graph.embed_scale {
-            None => self.embed(step.tokens, &mut x)?,
-            Some(by) => {
-                self.scratch.reset(backend)?;
-                let mut raw = self
-                    .context(backend, step, usize::MAX)
-                    .take(rows, graph.d_model)?;
-                self.embed(step.tokens, &mut raw)?;
-                backend.scale(Scale {
-                    x: &raw,
-                    by: by as f32,
-                    y: &mut x,
-                })?;
+        let cx = &mut self.context(backend, ragged, usize::MAX);
+        let mut raw = cx.take(image.patches(), image.patch_width())?;
+        backend.write(patches, &mut raw)?;
+        let mut projected = cx.take(image.patches(), graph.d_model)?;
+        backend.linear(Linear {
+            x: &raw,
+            w: &embed.w,
+            bias: Some(&embed.bias),
+            activations: network.activations,
+            y: &mut projected,
+        })?;
+        let tokens = cx.take(rows, graph.d_model)?;
+        let parts = [
+            (projected.row_range(0..place), 0..place),
+            (embed.class_token.clone(), place..place + 1),
+            (projected.row_range(place..rows - 1), place + 1..rows),
+        ];
+        for (from, to) in parts.iter().filter(|(_, to)| !to.is_empty()) {
+            backend.copy(from, &mut tokens.row_range(to.clone()))?;
+        }
+        backend.add(Add {
+            a: &tokens,
+            b: &embed.positions,
+            y: &mut x,
+        })?;
+        self.nodes(ragged, rows)?;
+        let mut logits = Vec::new();
+        self.head(&[place], rows, &mut |_, row| logits = row.to_vec())?;
+        Ok(logits)
+    }
+
+    /// The first value of tokens.
+    fn embed(&mut self, step: &Step<'_>, rows: usize) -> Result<()> {
+        let network = self.network.clone();
+        let (graph, backend) = (&network.graph, &*network.backend);
+        let mut x = self.value(0, rows);
+        let Some(by) = graph.embed_scale else {
+            return self.look_up(step.tokens, &mut x);
+        };
+        self.scratch.reset(backend)?;
+        let mut raw = self
+            .context(backend, step.ragged, usize::MAX)
+            .take(rows, graph.d_model)?;
+        self.look_up(step.tokens, &mut raw)?;
+        backend.scale(Scale {
+            x: &raw,
+            by: by as f32,
+            y: &mut x,
+        })
+    }
+
+    /// Rows of the embedding; ids behind the vocabulary are rows of the prefix.
+    fn look_up(&mut self, ids: &[u32], y: &mut Tensor) -> Result<()> {
+        let (network, backend) = (&self.network, &*self.network.backend);
+        let Input::Tokens(table, prefix) = &network.input else {
+            panic!("a model of images was given tokens");
+        };
+        let Some(prefix) = prefix else {
+            return backend.embed(Embed { ids, table, y });
+        };
+        let vocab = network.graph.vocab as u32;
+        let mut start = 0;
+        for ids in ids.chunk_by(|a, b| (*a < vocab) == (*b < vocab)) {
+            let y = &mut y.row_range(start..start + ids.len());
+            start += ids.len();
+            if ids[0] < vocab {
+                backend.embed(Embed { ids, table, y })?;
+            } else {
+                self.prefix_ids.clear();
+                self.prefix_ids.extend(ids.iter().map(|id| id - vocab));
+                let (ids, table) = (&self.prefix_ids, prefix);
+                backend.embed(Embed { ids, table, y })?;
             }
         }
+        Ok(())
+    }
+
+    /// All nodes, in their order.
+    fn nodes(&mut self, ragged: Ragged<'_>, rows: usize) -> Result<()> {
+        let network = self.network.clone();
+        let (graph, backend) = (&network.graph, &*network.backend);
         for (i, node) in graph.nodes.iter().enumerate() {
             self.scratch.reset(backend)?;
             let x = self.value(node.inputs[0], rows);
@@ -250,7 +389,7 @@ impl Runner {
                         self.operands.push(operand);
                     }
                     let state = node.pages_of.unwrap_or(i);
-                    layer.forward(&x, &mut y, &mut self.context(backend, step, state))?;
+                    layer.forward(&x, &mut y, &mut self.context(backend, ragged, state))?;
                 }
                 Run::Add => {
                     let b = self.value(node.inputs[1], rows);
@@ -271,43 +410,19 @@ impl Runner {
                 }
             }
         }
-        self.head(step, rows, sink)
-    }
-
-    /// Rows of the embedding; ids behind the vocabulary are rows of the prefix.
-    fn embed(&mut self, ids: &[u32], y: &mut Tensor) -> Result<()> {
-        let (network, backend) = (&self.network, &*self.network.backend);
-        let table = &network.embed;
-        let Some(prefix) = &network.prefix else {
-            return backend.embed(Embed { ids, table, y });
-        };
-        let vocab = network.graph.vocab as u32;
-        let mut start = 0;
-        for ids in ids.chunk_by(|a, b| (*a < vocab) == (*b < vocab)) {
-            let y = &mut y.row_range(start..start + ids.len());
-            start += ids.len();
-            if ids[0] < vocab {
-                backend.embed(Embed { ids, table, y })?;
-            } else {
-                self.prefix_ids.clear();
-                self.prefix_ids.extend(ids.iter().map(|id| id - vocab));
-                let (ids, table) = (&self.prefix_ids, prefix);
-                backend.embed(Embed { ids, table, y })?;
-            }
-        }
         Ok(())
     }
 
     fn head(
         &mut self,
-        step: &Step<'_>,
+        wanted: &[usize],
         rows: usize,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
         let network = self.network.clone();
         let (graph, backend) = (&network.graph, &*network.backend);
         let x = self.value(graph.last, rows);
-        for wanted in step.logits.chunks(LOGIT_ROWS) {
+        for wanted in wanted.chunks(LOGIT_ROWS) {
             let mut picked = self.picked.first_rows(wanted.len());
             let mut logits = self.logits.first_rows(wanted.len());
             backend.gather(Gather {
@@ -319,7 +434,7 @@ impl Runner {
             backend.linear(Linear {
                 x: &picked,
                 w,
-                bias: None,
+                bias: network.head_bias.as_ref(),
                 activations,
                 y: &mut logits,
             })?;
@@ -338,7 +453,7 @@ impl Runner {
     fn context<'a>(
         &'a mut self,
         backend: &'a dyn Backend,
-        step: &Step<'a>,
+        ragged: Ragged<'a>,
         state_of: usize,
     ) -> Context<'a> {
         let state = self
@@ -349,7 +464,7 @@ impl Runner {
         let activations = self.network.activations;
         Context {
             backend,
-            ragged: step.ragged,
+            ragged,
             operands: &self.operands,
             state,
             scratch: &mut self.scratch,

@@ -144,6 +144,8 @@ pub enum Error {
         position: usize,
         vocab: usize,
     },
+    #[error("this model reads images, not text; use `strata classify`")]
+    ReadsImages,
     #[error("{what} need {bytes} bytes, more than this machine can address")]
     TooLarge { what: &'static str, bytes: u128 },
     #[error("sequence {0:?} has no state: it has not run yet, or its state was given to another")]
@@ -209,6 +211,9 @@ impl Engine {
         pages: usize,
     ) -> Result<Self, Error> {
         let graph = &network.graph;
+        if graph.image.is_some() {
+            return Err(Error::ReadsImages);
+        }
         let has_pages = graph.page_elements_per_token() > 0;
         let has_slots = graph.slot_bytes() > 0;
         let pages = if has_pages { pages } else { 0 };

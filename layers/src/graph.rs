@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use crate::image::Image;
 use crate::layer::LayerSpec;
 use crate::param::{MAX_SIZE, list_of};
 use crate::plan::{Named, Plan, Step, StepKind};
 use crate::state::{Pages, StateSpec};
-use crate::weights::{Role, WeightSpec};
+use crate::weights::{Init, Role, WeightSpec};
 use crate::yaml::{Faults, Mark};
 
 /// A node's place in [`Graph::nodes`].
@@ -26,8 +27,10 @@ pub struct Graph {
     pub nodes: Vec<Node>,
     /// Width of each value.
     pub widths: Vec<usize>,
-    /// Number of token ids.
+    /// Number of token ids, or of classes.
     pub vocab: usize,
+    /// What is read instead of tokens.
+    pub image: Option<Image>,
     /// Width of the residual stream.
     pub d_model: usize,
     /// Whether the output matrix is the embedding.
@@ -38,6 +41,8 @@ pub struct Graph {
     pub prefix: usize,
     /// Multiplies the logits.
     pub logit_scale: Option<f64>,
+    /// Whether the logits have a bias.
+    pub logit_bias: bool,
     /// The value that the output matrix multiplies.
     pub last: ValueId,
 }
@@ -125,6 +130,8 @@ impl Graph {
             nodes,
             widths,
             vocab: plan.vocab,
+            image: plan.image.clone(),
+            logit_bias: plan.head.bias,
             d_model: plan.d_model,
             tied: plan.head.tie,
             embed_scale: plan.embed.scale,
@@ -147,9 +154,18 @@ impl Graph {
             role: Role::Table,
             ..WeightSpec::matrix("", rows, self.d_model)
         };
-        add("embed".into(), table(self.vocab));
-        if self.prefix > 0 {
-            add("embed.prefix".into(), table(self.prefix));
+        match &self.image {
+            Some(image) => {
+                for want in image.weights(self.d_model) {
+                    add(want.path("image"), want);
+                }
+            }
+            None => {
+                add("embed".into(), table(self.vocab));
+                if self.prefix > 0 {
+                    add("embed.prefix".into(), table(self.prefix));
+                }
+            }
         }
         for node in &self.nodes {
             if let Run::Layer { spec, weights } = &node.run {
@@ -163,6 +179,10 @@ impl Graph {
                 "head".into(),
                 WeightSpec::matrix("", self.vocab, self.d_model),
             );
+        }
+        if self.logit_bias {
+            let bias = WeightSpec::vector("bias", &[self.vocab], Init::Constant(0.0));
+            add(bias.path("head"), bias);
         }
         list
     }
@@ -212,7 +232,10 @@ impl Graph {
             0 => "tokens".to_string(),
             n => format!("{n} + tokens"),
         };
-        line(0, "embed", &tokens, "embed", "");
+        match self.image {
+            Some(_) => line(0, "image", "patches", "image", ""),
+            None => line(0, "embed", &tokens, "embed", ""),
+        }
         for node in &self.nodes {
             let inputs: Vec<String> = node.inputs.iter().map(|v| format!("%{v}")).collect();
             let weights = match &node.run {
@@ -463,6 +486,9 @@ impl<'a> Lower<'a> {
                     .map(|n| self.named(step.at, n, x, chain))
                     .collect();
                 let inputs: Vec<ValueId> = inputs.into_iter().collect::<Option<_>>()?;
+                if let [one] = inputs[..] {
+                    return Some(one);
+                }
                 // No sum overflows: each width is at most MAX_SIZE, and a file holds few names.
                 let width: usize = inputs.iter().map(|v| self.widths[*v]).sum();
                 if width > MAX_SIZE {
@@ -596,6 +622,14 @@ impl<'a> Lower<'a> {
         let d_in = widths[0];
         if let Err(why) = spec.check_widths(&widths) {
             self.faults.add(at, format!("`{}`: {why}", spec.kind()));
+            return None;
+        }
+        if spec.sees_later_tokens() && self.plan.image.is_none() {
+            let message = format!(
+                "`{}` lets tokens see later ones: it is for models of images, which are read whole",
+                spec.kind()
+            );
+            self.faults.add(at, message);
             return None;
         }
         let pages_of = match spec.reads_pages() {

@@ -42,6 +42,11 @@ pub trait LayerSpec: Debug + Send + Sync {
         StateSpec::default()
     }
 
+    /// Whether a token's output depends on later ones.
+    fn sees_later_tokens(&self) -> bool {
+        false
+    }
+
     /// The name under which later layers may read its keys and values.
     fn keeps_pages(&self) -> Option<&str> {
         None

@@ -161,7 +161,7 @@ impl LayerSpec for Mamba2 {
     fn state(&self, _widths: &[usize]) -> StateSpec {
         let slot = vec![
             conv_state(self.d_conv, self.conv_width()),
-            scan_state(self.inner(), self.d_state),
+            scan_state(self.heads, self.head_dim, self.d_state),
         ];
         StateSpec { pages: None, slot }
     }

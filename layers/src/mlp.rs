@@ -16,6 +16,7 @@ words!(Activation as "an activation" {
     GeluTanh = "gelu_tanh",
     Relu = "relu",
     Relu2 = "relu2",
+    Sigmoid = "sigmoid",
     Identity = "identity",
 });
 

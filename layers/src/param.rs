@@ -221,6 +221,7 @@ macro_rules! params {
 
         impl $crate::param::Param for $name {
             fn read(node: &$crate::yaml::Node, faults: &mut $crate::yaml::Faults) -> Option<Self> {
+                #[allow(unused_mut)] // where there are no fields
                 let mut fields = $crate::param::Fields::of(node, $what, faults)?;
                 $(let $field = $crate::params!(@read fields, faults, $field, $type $(, $default)?);)*
                 fields.finish(faults);

@@ -10,6 +10,7 @@ use crate::attention::Attention;
 use crate::conv1d::Conv1d;
 use crate::differential::Differential;
 use crate::gate::{Activate, Gate};
+use crate::image::Image;
 use crate::layer::LayerSpec;
 use crate::linear::Linear;
 use crate::mamba1::Mamba1;
@@ -21,7 +22,9 @@ use crate::norm::Norm;
 use crate::param::{Check, Fields, Param, list_of, mismatch};
 use crate::params;
 use crate::repeat::Repeat;
+use crate::reverse::Reverse;
 use crate::rope::RopeLayer;
+use crate::s4d::S4d;
 use crate::scale::Scale;
 use crate::selective_scan::SelectiveScan;
 use crate::slice::Slice;
@@ -39,7 +42,7 @@ const MAX_BLOCKS: usize = 10_000;
 pub struct Plan {
     /// What it is called.
     pub name: String,
-    /// Number of token ids.
+    /// Number of token ids; of classes when the model reads images.
     pub vocab: usize,
     /// Width of the residual stream.
     pub d_model: usize,
@@ -49,6 +52,8 @@ pub struct Plan {
     pub init_std: f64,
     /// The token embedding.
     pub embed: Embed,
+    /// What is read instead of tokens, by a model of images.
+    pub image: Option<Image>,
     /// Chains whose weights several places use.
     pub shared: Vec<Named>,
     /// The kinds of blocks.
@@ -169,6 +174,8 @@ params! {
         tie: bool,
         /// Multiplies the logits.
         scale: Option<f64> = None,
+        /// Whether a bias is added to the logits.
+        bias: bool = false,
     }
 }
 
@@ -188,11 +195,13 @@ const LAYERS: &[(&str, ReadLayer)] = &[
     ("scale", layer::<Scale>),
     ("slice", layer::<Slice>),
     ("repeat", layer::<Repeat>),
+    ("reverse", layer::<Reverse>),
     ("activate", layer::<Activate>),
     ("gate", layer::<Gate>),
     ("conv1d", layer::<Conv1d>),
     ("selective_scan", layer::<SelectiveScan>),
     ("ssd_scan", layer::<SsdScan>),
+    ("s4d", layer::<S4d>),
     ("rope", layer::<RopeLayer>),
     ("attend", layer::<Attend>),
     ("differential", layer::<Differential>),
@@ -253,6 +262,7 @@ impl Plan {
             ("context", self.context.write()),
             ("init_std", self.init_std.write()),
             ("embed", Param::write(&self.embed)),
+            ("image", self.image.write()),
             ("shared", named(&self.shared)),
             ("blocks", named(&self.blocks)),
             ("stack", Value::List(self.stack.iter().map(place).collect())),
@@ -282,6 +292,7 @@ fn read_plan(node: &Node, faults: &mut Faults) -> Option<Plan> {
         faults.add(at, "`init_std` is a standard deviation: 0 or more");
     }
     let embed = fields.optional("embed", NO_EMBED, faults);
+    let image = fields.optional("image", None::<Image>, faults);
     let shared = fields
         .node("shared")
         .map(|n| read_named(n, "shared", faults));
@@ -307,6 +318,24 @@ fn read_plan(node: &Node, faults: &mut Faults) -> Option<Plan> {
         ("context", context.unwrap_or(1)),
     ];
     fields.positive(&sizes, faults);
+    let (image, head): (Option<Image>, Head) = (image?, head?);
+    if let Some(image) = &image {
+        let (tokens, context) = (image.tokens(), context.unwrap_or(image.tokens()));
+        if tokens != context {
+            let at = fields.at("context");
+            faults.add(
+                at,
+                format!("`context` is {context}, and an image has {tokens} tokens"),
+            );
+        }
+        if head.tie {
+            let at = fields.at("head");
+            faults.add(
+                at,
+                "`tie` is true, but a model of images has no embedding to share",
+            );
+        }
+    }
     Some(Plan {
         name: name?,
         vocab: vocab?,
@@ -314,10 +343,11 @@ fn read_plan(node: &Node, faults: &mut Faults) -> Option<Plan> {
         context: context?,
         init_std: init_std?,
         embed: embed?,
+        image,
         shared: shared.unwrap_or(Some(Vec::new()))?,
         blocks: blocks?,
         stack: stack?,
-        head: head?,
+        head,
     })
 }
 

@@ -97,12 +97,12 @@ pub(crate) fn scan_flops(inner: usize, states: usize) -> f64 {
     5.0 * inner as f64 * states as f64
 }
 
-/// The state of the scan: a matrix (head_dim, d_state) for each head.
-pub(crate) fn scan_state(width: usize, states: usize) -> Part {
+/// The state of the scan: a matrix (d_state, head_dim) for each head.
+pub(crate) fn scan_state(heads: usize, head_dim: usize, states: usize) -> Part {
     Part {
         name: "ssm_state",
-        rows: width,
-        cols: states,
+        rows: heads * states,
+        cols: head_dim,
     }
 }
 
@@ -140,7 +140,7 @@ impl LayerSpec for SsdScan {
     fn state(&self, widths: &[usize]) -> StateSpec {
         StateSpec {
             pages: None,
-            slot: vec![scan_state(widths[0], self.d_state)],
+            slot: vec![scan_state(self.heads, widths[0] / self.heads, self.d_state)],
         }
     }
 

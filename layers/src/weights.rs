@@ -77,6 +77,12 @@ pub enum Init {
     StateDecay,
     /// A of Mamba-2, one a head: minus a draw that is uniform between 1 and 16.
     HeadDecay,
+    /// Imaginary parts of S4D's A: π · (0, 1, …, N − 1) in every channel (S4D-Lin).
+    Harmonics,
+    /// The logarithm of a step size, uniform between those of 0.001 and 0.1.
+    LogStep,
+    /// Normal, of standard deviation 1.
+    UnitNormal,
     /// Bias of the step size: the inverse softplus of a draw that is uniform in the logarithm
     /// between 0.001 and 0.1.
     StepBias,

@@ -6,3 +6,4 @@ mod common;
 mod configs;
 mod goldens;
 mod mappings;
+mod published;

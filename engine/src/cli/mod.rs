@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod classify;
 mod generate;
 mod inspect;
 mod logits;
@@ -48,6 +49,7 @@ enum Command {
     Generate(generate::Generate),
     Chat(chat::Chat),
     Logits(logits::Logits),
+    Classify(classify::Classify),
     #[command(subcommand)]
     Plan(plan::Plan),
     Inspect(inspect::Inspect),
@@ -193,6 +195,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
         Command::Generate(command) => command.run(environment, &terminal),
         Command::Chat(command) => command.run(environment, &terminal),
         Command::Logits(command) => command.run(environment, &terminal),
+        Command::Classify(command) => command.run(environment, &terminal),
         Command::Plan(command) => command.run(environment, &terminal),
         Command::Inspect(command) => command.run(environment, &terminal),
         Command::Bench(command) => command.run(environment, &terminal),

@@ -9,10 +9,12 @@ mod text_files;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use strata_converters::Config;
 use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType};
 use strata_layers::graph::GraphWeight;
+use strata_layers::yaml::Value;
 use strata_layers::{Faults, Role};
 
 use crate::estimate::Format;
@@ -225,10 +227,29 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         threads: cpu.as_ref().map_or(1, |c| c.threads()),
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
         cpu,
+        labels: planned.config.as_ref().map(labels).unwrap_or_default(),
         notes,
         template,
         weights: source,
     })
+}
+
+/// `id2label` of a config, in the order of the classes; empty unless it names all from 0 on.
+fn labels(config: &Config) -> Vec<String> {
+    let entry = config.entries().iter().find(|e| e.key == "id2label");
+    let Some(Value::Map(entries)) = entry.map(|e| &e.value.value) else {
+        return Vec::new();
+    };
+    let label = |i: usize| {
+        let key = i.to_string();
+        let found = entries.iter().find(|e| e.key == key)?;
+        match &found.value.value {
+            Value::Text(text) => Some(text.clone()),
+            _ => None,
+        }
+    };
+    let labels: Option<Vec<String>> = (0..entries.len()).map(label).collect();
+    labels.unwrap_or_default()
 }
 
 /// Bytes of weights that are drawn.

@@ -42,6 +42,8 @@ pub struct Model {
     pub format: Format,
     /// Threads that compute.
     pub threads: usize,
+    /// Names of the classes of a model of images, if its config.json has them.
+    pub labels: Vec<String>,
     /// What is worth knowing.
     pub notes: Vec<String>,
     /// Fast paths in use.

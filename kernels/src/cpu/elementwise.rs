@@ -31,6 +31,7 @@ pub(super) fn activated<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
             let x = s.max(x, s.splat(0.0));
             s.mul(x, x)
         }
+        Activation::Sigmoid => math::sigmoid(s, x),
         Activation::Identity => x,
     }
 }

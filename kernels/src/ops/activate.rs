@@ -17,6 +17,8 @@ pub enum Activation {
     Relu,
     /// max(x, 0)².
     Relu2,
+    /// σ(x), the logistic function.
+    Sigmoid,
     /// x.
     Identity,
 }
@@ -33,6 +35,7 @@ impl Activation {
             }
             Activation::Relu => x.max(0.0),
             Activation::Relu2 => x.max(0.0).powi(2),
+            Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
             Activation::Identity => x,
         }
     }
