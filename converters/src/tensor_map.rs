@@ -718,7 +718,7 @@ mod tests {
         check("a.{z}", "unknown hole");
         check(
             "exp(a)",
-            "there is no transform `exp`; there are neg_exp, squeeze, index, flatten, every and part",
+            "there is no transform `exp`; there are neg_exp, squeeze, index",
         );
         check("index(a)", "should read index(tensor, entry)");
         check("index(a, b)", "should read index(tensor, entry)");
