@@ -35,8 +35,11 @@ fn goldens() -> Vec<PathBuf> {
 }
 
 fn open(folder: &Path, device: &str, threads: usize) -> Model {
+    // A family without a card is a plan.
+    let plan = Some(folder.join("plan.yaml")).filter(|p| p.is_file());
     let options = LoadOptions {
         model: Some(folder.display().to_string()),
+        plan,
         device: device.into(),
         dtype: Some(DType::F32),
         threads: Some(threads),
