@@ -1460,3 +1460,49 @@ fn inspect_bench_and_verify_tell_scripts_what_they_found() {
         );
     }
 }
+
+#[test]
+fn classify_names_classes_and_says_what_is_no_image() {
+    let folder = Folder::new("classify");
+    let model = golden("vision-mamba/middle");
+    let (image, config) = (text(&model.join("1.png")), text(&model.join("config.json")));
+    let model = text(&model);
+    let strata = |args: &[&str]| run(args, &folder.0);
+
+    let done = strata(&["classify", &model, &image, "--top", "2"]);
+    assert_eq!(done.status, 0, "{done:?}");
+    assert!(
+        done.out.lines().count() == 3 && done.out.contains("thing "),
+        "{done:?}"
+    );
+    // One file that is none does not lose the others.
+    let done = strata(&["classify", &model, &image, &config, &image, "--json"]);
+    assert!(
+        done.status == 1 && done.err.contains("1 of 3 images"),
+        "{done:?}"
+    );
+    let json = |l: &str| serde_json::from_str::<serde_json::Value>(l).unwrap();
+    let lines: Vec<_> = done.out.lines().map(json).collect();
+    assert_eq!(lines.len(), 2);
+    let odds = lines[0]["classes"].as_array().unwrap();
+    assert!(odds[0]["probability"].as_f64() >= odds[1]["probability"].as_f64());
+    for (args, says) in [
+        (
+            &["classify", &model, &config][..],
+            "it begins like no image",
+        ),
+        (&["classify", &model, "nowhere.png"], "nowhere.png"),
+        (&["classify", "demo", &image], "reads text, not images"),
+        (
+            &["classify", &model, &image, "--labels", &config],
+            "has 11 classes",
+        ),
+        (&["generate", &model, "--token-ids", "1"], "strata classify"),
+    ] {
+        let done = strata(args);
+        assert!(
+            done.status == 1 && done.err.contains(says),
+            "{args:?}: {done:?}"
+        );
+    }
+}

@@ -177,6 +177,7 @@ fn depth_takes_no_further_buffers() {
             .collect();
         let deep = buffers(Graph::lower(&plan, "deep").unwrap());
         assert_eq!(deep, shallow, "{}", card.family());
-        assert!(deep <= 4, "{}: {deep} buffers", card.family());
+        // A mixer of a layer or two takes four; one that is put together names its parts.
+        assert!(deep <= 12, "{}: {deep} buffers", card.family());
     }
 }

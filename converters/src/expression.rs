@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn expressions_compute_with_the_keys_of_the_config() {
-        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x", "m": {"a": "x"}}"#;
+        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x", "m": {"a": 7}}"#;
         let scope = Scope::new(&Config::parse(text, "config.json").unwrap());
         let check = |expression: &str, expected: &str| {
             let shown = match scope.evaluate(expression) {
@@ -235,8 +235,11 @@ mod tests {
         check("(['m'] * h)|length", "64");
         check("h ** -0.5", "0.125");
         check("(n or q|default(none) or l)[0]", "\"a\"");
-        check("m.a == 'x'", "true");
-        check("m.b|default(3) + h", "67");
+        check("m.a", "7");
+        check("m.b|default(3)", "3");
+        check("(m or {}).a", "7");
+        check("(m or {}).a|default(3)", "7");
+        check("(n or {}).a|default(3)", "3");
         check("h +", "`=h +`: ");
         check("range(1000000)|list|length", "range(1000000)");
         check("s * 1000000000000", "out of fuel");

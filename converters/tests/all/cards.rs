@@ -56,6 +56,94 @@ fn architectures_count_before_model_types() {
 }
 
 #[test]
+fn a_config_that_no_card_opens_is_told_what_it_is_like() {
+    let refused = |text: &str| cards::find(&config(text)).unwrap_err().to_string();
+    let check = |text: &str, expected: &[&str]| {
+        let message = refused(text);
+        for expected in expected {
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+        let help = "model-cards/README.md tells how to write; give it with --card FILE";
+        assert!(message.contains(help), "{message}");
+    };
+    // By its name.
+    check(
+        r#"{"architectures": ["Mamba4ForCausalLM"], "model_type": "mamba4"}"#,
+        &[
+            "no model card is for Mamba4ForCausalLM; there are cards for ",
+            "nearest: mamba (its name is like mamba); mamba2 (",
+        ],
+    );
+    check(
+        r#"{"model_type": "nemotron_h2"}"#,
+        &["nearest: nemotron-h (its name is like nemotron_h)\n"],
+    );
+    // By its keys, whatever it is called; keys that all families have do not count.
+    check(
+        r#"{"architectures": ["OtherForCausalLM"], "model_type": "other", "hidden_size": 64, "vocab_size": 9,
+ "mamba_d_state": 16, "attn_layer_period": 8, "attn_layer_offset": 4, "expert_layer_period": 2, "num_experts": 4}"#,
+        &[
+            "no model card is for OtherForCausalLM; there are cards for ",
+            "nearest: jamba (it has the keys ",
+            "expert_layer_period",
+        ],
+    );
+    check(
+        r#"{"model_type": "x", "ssm_multipliers": [1], "key_multiplier": 1}"#,
+        &["nearest: falcon-h1 (it has the keys ", "key_multiplier"],
+    );
+    // Like none of them.
+    for text in [
+        "{}",
+        r#"{"architectures": ["GPT2LMHeadModel"], "n_embd": 768}"#,
+        r#"{"model_type": ""}"#,
+        r#"{"model_type": "Ω"}"#,
+    ] {
+        check(text, &[]);
+        assert!(!refused(text).contains("nearest"), "{}", refused(text));
+    }
+    let long = format!(r#"{{"model_type": "{}"}}"#, "mamba".repeat(100_000));
+    assert!(!refused(&long).contains("nearest"));
+}
+
+#[test]
+fn a_card_may_say_what_is_not_run() {
+    let unused = |text: &str, config_text: &str| {
+        let card = Card::parse(text, "small.yaml").map_err(|f| f.to_string())?;
+        card.unused(&config(config_text)).map_err(|f| f.to_string())
+    };
+    let none = unused(SMALL, "{}").unwrap();
+    assert_eq!((none.parameters, none.tensors), (0, 0));
+    let with = |more: &str| format!("{SMALL}unused: {more}\n");
+    // More than a size of a layer may be.
+    let text = with("{parameters: =extra * width * 1000000000, tensors: =3 * extra}");
+    let some = unused(&text, r#"{"extra": 2}"#).unwrap();
+    assert_eq!((some.parameters, some.tensors), (16_000_000_000, 6));
+    let choice = with("{if: =extra > 0, then: {parameters: 1, tensors: 1}}");
+    assert_eq!(unused(&choice, r#"{"extra": 0}"#).unwrap(), none);
+    for (text, expected) in [
+        (text.as_str(), "config.json has no extra: `=extra * width"),
+        (&with("{parameters: 1}"), "`unused` needs `tensors`"),
+        (
+            &with("{parameters: -1, tensors: =width / 3}"),
+            "found -1, expected a count for `parameters`",
+        ),
+        (
+            &with("{parameters: -1, tensors: =width / 3}"),
+            "expected a count for `tensors`: `=width / 3` with width = 8 (by default)",
+        ),
+        (
+            &with("{parameters: 1, tensors: 1, files: 1}"),
+            "has no `files`",
+        ),
+        (&with("7"), "found 7, expected"),
+    ] {
+        let message = unused(text, "{}").unwrap_err();
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
+}
+
+#[test]
 fn a_card_says_how_it_is_found() {
     let head = "card: 1\nfamily: f\nstack: [b]\nblocks: {b: []}\ntensors: {}\n";
     for (way, expected) in [
@@ -353,6 +441,120 @@ fn keys_that_config_json_lacks_are_named() {
         message.contains("\"q\" is no kind of block; there are m and s: `=kinds` with kinds"),
         "{message}"
     );
+}
+
+/// A card of a shared chain and of choices, with `{CHOICE}` to be put in.
+const CHOOSING: &str = "\
+card: 1
+family: choosing
+architectures: [Choosing]
+defaults: {scale: 1, norms: true, far: [1, 3]}
+vocab: 16
+d_model: 8
+context: 64
+shared:
+  s0: &chain [own: [linear: {name: mine}], linear: {name: ours}]
+  s1: {if: =far|length > 1, then: *chain}
+stack: {count: 4, at: =far, then: far, else: near}
+blocks:
+  near: [residual: [norm: {eps: 1.0e-6}, {CHOICE}, linear: {}]]
+  far: [residual: [use: \"='s' ~ (use % 2)\"]]
+head: {norm: {eps: 1.0e-6}, tie: true}
+numbers: {s: \"=far[e]\", j: \"=places(far, i)[0]\", f: \"=far[j % 2]\"}
+tensors:
+  embed: e
+  head.norm: last
+  shared.s{e}.ours: l.{s}.ours
+  blocks.{i}.mine: l.{f}.mine.{j}
+  blocks.{i}.{x}: l.{i}.{x}
+ignore: [spare.*]
+";
+
+#[test]
+fn a_choice_stands_for_one_of_its_branches() {
+    let check = |choice: &str, text: &str, expected: &str| {
+        let card = CHOOSING.replace("{CHOICE}", choice);
+        let card = Card::parse(&card, "choosing.yaml").unwrap();
+        let found = match card.plan(&config(text), "m") {
+            Ok(plan) => plan.print(),
+            Err(faults) => faults.to_string(),
+        };
+        assert!(found.contains(expected), "{choice} {text}: {found}");
+    };
+    let scaled = "{if: =scale != 1, then: [scale: {by: =scale}, scale: {by: 2}]}";
+    check(scaled, r#"{"scale": 3}"#, "scale:");
+    check(scaled, "{}", "norm:");
+    let other = "{if: =norms, then: [norm: {name: m, eps: 0.5}], else: [scale: {by: 7}]}";
+    check(other, "{}", "0.5");
+    check(other, r#"{"norms": false}"#, "by: 7");
+    // The other branch may name what is not there.
+    let missing = "{if: =norms, then: [], else: [scale: {by: =nothing}]}";
+    check(missing, "{}", "linear:");
+    check(missing, r#"{"norms": false}"#, "config.json has no nothing");
+    let inside = "norm: {name: m, eps: {if: =norms, then: 0.25, else: 0.5}, weight: {if: =norms, else: false}}";
+    check(inside, "{}", "0.25");
+    check(inside, r#"{"norms": false}"#, "weight: false");
+    let unclear = "{if: =scale, then: []}";
+    check(
+        unclear,
+        "{}",
+        "a condition must be true or false: `=scale` with scale = 1 (by default)",
+    );
+    check(
+        "{if: =nothing, then: []}",
+        "{}",
+        "config.json has no nothing",
+    );
+    check("{if: true, than: []}", "{}", "a choice has no `than`");
+    // A chain that is not chosen is not there.
+    let two = "scale: {by: 1}";
+    check(two, "{}", "s1:");
+    let card = Card::parse(&CHOOSING.replace("{CHOICE}", two), "c.yaml").unwrap();
+    let one = card.plan(&config(r#"{"far": [2]}"#), "m").unwrap();
+    assert!(!one.print().contains("s1:"), "{}", one.print());
+}
+
+#[test]
+fn numbers_of_names_are_computed_both_ways() {
+    let card = Card::parse(&CHOOSING.replace("{CHOICE}", "scale: {by: 1}"), "c.yaml").unwrap();
+    let name = |card: &Card, path: &str| {
+        let sources = card.tensors().find(path).sources;
+        sources.first().map(|s| s.tensor().to_string())
+    };
+    assert_eq!(name(&card, "shared.s0.ours"), None);
+    let bound = card.bound(&config(r#"{"far": [1, 2, 3]}"#)).unwrap();
+    let back = |tensor: &str| bound.tensors().weight_of(tensor).map(|(path, _)| path);
+    for (ours, theirs) in [
+        ("shared.s0.ours", "l.1.ours"),
+        ("shared.s1.ours", "l.2.ours"),
+        ("blocks.1.mine", "l.1.mine.0"),
+        ("blocks.2.mine", "l.2.mine.1"),
+        ("blocks.3.mine", "l.1.mine.2"),
+        ("blocks.0.norm", "l.0.norm"),
+    ] {
+        assert_eq!(name(&bound, ours).as_deref(), Some(theirs), "{ours}");
+        assert_eq!(back(theirs).as_deref(), Some(ours), "{theirs}");
+    }
+    // Block 0 uses no chain, and there is no fourth use.
+    assert_eq!(name(&bound, "blocks.0.mine"), None);
+    assert_eq!(back("l.1.mine.3"), None);
+    assert_eq!(back("l.3.mine.2"), None);
+    let ignored = ["spare.part.7", "spare."].map(|n| bound.tensors().ignores(n));
+    assert_eq!(ignored, [true, true]);
+    assert!(!bound.tensors().ignores("sparse.x"));
+
+    let fault = |numbers: &str, expected: &str| {
+        let text = CHOOSING.replace("{CHOICE}", "scale: {by: 1}");
+        let text = text.replace("s: \"=far[e]\"", numbers);
+        let found = Card::parse(&text, "c.yaml").and_then(|c| c.bound(&config("{}")));
+        let message = found.unwrap_err().to_string();
+        assert!(message.contains(expected), "{numbers}: {message}");
+    };
+    fault("s: \"=far[e + 9]\"", "far[e + 9]");
+    fault("s: \"=i + e\"", "on {i} or on {e}, not on both");
+    fault("s: \"='x'\"", "a name holds whole numbers");
+    fault("s: 3", "found 3, expected an expression");
+    fault("i: \"=3\"", "i and e have a meaning");
 }
 
 #[test]

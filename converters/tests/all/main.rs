@@ -4,5 +4,7 @@ mod cards;
 mod checkpoints;
 mod common;
 mod configs;
+mod contradictions;
 mod goldens;
 mod mappings;
+mod published;
