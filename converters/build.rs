@@ -1,4 +1,5 @@
-//! Lists the model cards and the bundled models, so that a new one needs no line of Rust.
+//! Lists the model cards and the bundled models, so that a new one needs no line of Rust. The configs
+//! of `model-cards/configs` are examples, and no part of the binary.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};

@@ -7,7 +7,7 @@ DIR holds checkouts of the repositories in SOURCES, each in a folder of its own 
 transformers and einops; runs on one CPU thread. See make_golden.py for what a golden is.
 
 That code wants a GPU for its kernels. Here each kernel is replaced, while the program runs, by the plain
-PyTorch function that its own repository has beside it or in its tests. `cross_check` compares the two that
+PyTorch function that its own repository has beside it or in its tests. `check_golden` compares the two that
 there are of Mamba-3, the recurrence and the form in chunks, and the two of Mamba-2.
 """
 
@@ -20,6 +20,7 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from make_golden import (
     FOLDER_LIMIT, GREEDY_DISTINCT, GREEDY_MARGIN, GREEDY_STEPS, ROUTER_MARGIN, TOLERANCE, VISIBLE, distance,
@@ -56,20 +58,100 @@ class Variant:
     head_twice: bool = False
     # Keys of the config, inner ones after a dot, and values that must not give the same logits.
     wrong_keys: tuple = ()
+    # Whether transformers has this very model under other names.
+    in_transformers: bool = False
     # Names of TRAPS.
     traps: tuple = ()
 
 
-MAMBA3 = dict(
-    d_model=32, n_layer=3, vocab_size=90, attn_layer_idx=[], attn_cfg={}, rms_norm=True,
-    residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=16, tie_embeddings=True,
+MAMBA_SSM = dict(
+    d_model=32, n_layer=3, vocab_size=90, rms_norm=True, residual_in_fp32=True, fused_add_norm=True,
+    pad_vocab_size_multiple=8,
 )
+MAMBA3 = MAMBA_SSM | dict(attn_layer_idx=[], attn_cfg={}, pad_vocab_size_multiple=16, tie_embeddings=True)
 MAMBA3_FLA = dict(
     architectures=["Mamba3ForCausalLM"], model_type="mamba3", hidden_size=40, num_hidden_layers=4,
     vocab_size=107, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )
 
 VARIANTS = {
+    "mamba-ssm/mamba1": Variant(
+        # As state-spaces/mamba-130m has it.
+        "mamba", MAMBA_SSM | dict(d_model=40, ssm_cfg={}), torch.float32, seed=3001, sequences=2, tokens=57,
+        head_twice=True, in_transformers=True,
+    ),
+    "mamba-ssm/mamba1-odd": Variant(
+        "mamba",
+        MAMBA_SSM | dict(
+            n_layer=4, d_intermediate=100, pad_vocab_size_multiple=1, vocab_size=101, tie_embeddings=False,
+            ssm_cfg=dict(layer="Mamba1", d_state=7, d_conv=3, expand=3, dt_rank=5, conv_bias=False, bias=True),
+        ),
+        torch.bfloat16, seed=3002, sequences=2, tokens=51,
+    ),
+    "mamba-ssm/bytes": Variant(
+        "mamba", MAMBA_SSM | dict(d_model=24, vocab_size=256, rms_norm=False, ssm_cfg={}), torch.float32,
+        seed=3003, sequences=2, tokens=45,
+    ),
+    "mamba-ssm/mamba2": Variant(
+        # As state-spaces/mamba2-130m has it.
+        "mamba",
+        MAMBA_SSM | dict(
+            d_model=64, d_intermediate=0, ssm_cfg=dict(layer="Mamba2"), attn_layer_idx=[], attn_cfg={},
+            pad_vocab_size_multiple=16, tie_embeddings=True,
+        ),
+        torch.bfloat16, seed=3004, sequences=2, tokens=55, head_twice=True, in_transformers=True,
+    ),
+    "mamba-ssm/mamba2-attention": Variant(
+        # As state-spaces/mamba2attn-2.7b has it.
+        "mamba",
+        MAMBA_SSM | dict(
+            n_layer=4, d_intermediate=0, ssm_cfg=dict(layer="Mamba2", d_state=16, headdim=16), attn_layer_idx=[1, 3],
+            attn_cfg=dict(
+                causal=True, d_conv=4, head_dim=12, num_heads=3, out_proj_bias=False, qkv_proj_bias=False,
+                rotary_emb_dim=6,
+            ),
+            pad_vocab_size_multiple=16, tie_embeddings=True,
+        ),
+        torch.float32, seed=3005, sequences=2, tokens=63,
+        wrong_keys=(("attn_cfg.rotary_emb_interleaved", True), ("attn_cfg.rotary_emb_base", 1000.0)),
+        traps=("convolution with SiLU", "rotation before the convolution"),
+    ),
+    "mamba-ssm/mamba2-odd": Variant(
+        "mamba",
+        MAMBA_SSM | dict(
+            n_layer=4, d_intermediate=50, rms_norm=False,
+            ssm_cfg=dict(
+                layer="Mamba2", d_state=6, headdim=8, ngroups=2, d_conv=3, bias=True, conv_bias=False,
+                norm_before_gate=True, dt_limit=[0.01, 0.5],
+            ),
+            attn_layer_idx=[2], attn_cfg=dict(causal=True, num_heads=4, num_heads_kv=2, softmax_scale=0.5),
+            tie_embeddings=False,
+        ),
+        torch.bfloat16, seed=3006, sequences=2, tokens=47,
+        wrong_keys=(
+            ("ssm_cfg.norm_before_gate", False), ("ssm_cfg.dt_limit", [0.0, math.inf]),
+            ("attn_cfg.softmax_scale", None),
+        ),
+    ),
+    "mamba-ssm/mamba2-bare": Variant(
+        "mamba",
+        MAMBA_SSM | dict(
+            ssm_cfg=dict(layer="Mamba2", d_state=16, headdim=8, rmsnorm=False), attn_layer_idx=[0],
+            attn_cfg=dict(causal=True, num_heads=2, rotary_emb_dim=16, rotary_emb_interleaved=True),
+        ),
+        torch.float32, seed=3007, sequences=2, tokens=47,
+        wrong_keys=(("attn_cfg.rotary_emb_interleaved", False),),
+    ),
+    "black-mamba/experts": Variant(
+        "BlackMamba",
+        dict(
+            num_layers=6, hidden_size=40, state_size=8, vocab_size=96, expansion_factor=2, conv_dimension=4,
+            ffn_hidden_size=28, mamba_moe_layers=["r", "8", "r", "4", "r", "8"], add_bias_linear=False, swiglu=True,
+            max_sequence_length=2048,
+        ),
+        torch.bfloat16, seed=3301, sequences=2, tokens=49,
+        traps=("gate of SiLU", "gate in the second half"),
+    ),
     "mamba3/siso": Variant(
         "mamba",
         MAMBA3 | dict(d_intermediate=72, ssm_cfg=dict(layer="Mamba3", d_state=32, headdim=16, chunk_size=64)),
@@ -146,6 +228,7 @@ class Authors:
         sys.modules.setdefault("pytest", mock.MagicMock())
         self.mamba_ssm()
         self.fla()
+        self.black_mamba()
 
     def mamba_ssm(self):
         sys.path.insert(0, str(self.source / "mamba"))
@@ -167,7 +250,16 @@ class Authors:
                 norm_before_gate=norm.norm_before_gate,
             )
 
-        layer_norm.RMSNorm.forward = normed
+        from mamba_ssm.modules import mamba2, mamba_simple, mha
+        from mamba_ssm.ops import selective_scan_interface
+        from mamba_ssm.ops.triton import ssd_combined
+
+        self.mamba2, self.mha, self.ssd = mamba2, mha, ssd_combined
+        mamba_simple.selective_scan_fn = selective_scan_interface.selective_scan_ref
+        selective_scan_interface.selective_scan_fn = selective_scan_interface.selective_scan_ref
+        mamba2.mamba_chunk_scan_combined = lambda *inputs, **keys: ssd_steps(self, *inputs, **keys)
+        mha.RotaryEmbedding = Rotary
+        layer_norm.RMSNorm.forward = self.normed = normed
         layernorm_gated.RMSNorm.forward = self.gated = gated
         self.scans(mamba3)
 
@@ -193,6 +285,20 @@ class Authors:
         mamba3.RMSNormGated.forward = self.gated
         modeling_mamba3.RMSNorm.forward = normed
 
+    def black_mamba(self):
+        # Modules with names like `ops` and `utils`, which are to hide nobody else's.
+        folder = str(self.source / "BlackMamba")
+        conv = types.ModuleType("causal_conv1d")
+        conv.causal_conv1d_fn = conv.causal_conv1d_update = None
+        sys.path.insert(0, folder)
+        with mock.patch.dict(sys.modules, {"causal_conv1d": conv, "causal_conv1d_cuda": conv}):
+            import mamba_block
+            import mamba_config
+            import mamba_model
+        sys.path.remove(folder)
+        self.black_models, self.BlackConfig = mamba_model, mamba_config.MambaConfig
+        mamba_block.RMSNorm.forward = self.normed
+
     def scans(self, module):
         """Mamba-3's two kernels as recurrences, token by token."""
         module.mamba3_siso_combined = lambda **inputs: siso_steps(self, **inputs)
@@ -211,8 +317,56 @@ class Authors:
             keys = {k: v for k, v in config.items() if k != "architectures"}
             model = self.fla_models.Mamba3ForCausalLM(self.FlaConfig(**keys, fuse_norm=False, use_cache=False))
             return model, config["vocab_size"]
-        model = self.models.MambaLMHeadModel(self.MambaConfig(**config | {"fused_add_norm": False}))
+        if code == "BlackMamba":
+            keys = {k: v for k, v in config.items() if k not in ("max_sequence_length", "swiglu")}
+            keys |= {"bias": config["add_bias_linear"], "gated_linear_unit": config["swiglu"], "device": "cpu"}
+            model = self.black_models.MambaModel(self.BlackConfig(**keys), config["max_sequence_length"])
+            return model, config["vocab_size"]
+        config = copy.deepcopy(config) | {"fused_add_norm": False}
+        if config["ssm_cfg"].get("layer") == "Mamba2":
+            # The other path is for kernels that do all in one.
+            config["ssm_cfg"]["use_mem_eff_path"] = False
+        model = self.models.MambaLMHeadModel(self.MambaConfig(**config))
         return model, model.lm_head.out_features
+
+
+class Rotary(torch.nn.Module):
+    """What the attention wants of flash-attn, for whole sequences."""
+
+    def __init__(self, dim, base=10000.0, interleaved=False, **_unused):
+        super().__init__()
+        self.rates = base ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        self.interleaved = interleaved
+
+    def turn(self, x):  # (S, T, H, D)
+        angles = torch.arange(x.shape[1])[:, None, None] * self.rates
+        first, rest = x.split([2 * len(self.rates), x.shape[-1] - 2 * len(self.rates)], dim=-1)
+        if self.interleaved:
+            a, b = first[..., 0::2], first[..., 1::2]
+        else:
+            a, b = first.chunk(2, dim=-1)
+        a, b = a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()
+        both = torch.stack([a, b], dim=-1).flatten(-2) if self.interleaved else torch.cat([a, b], dim=-1)
+        return torch.cat([both, rest], dim=-1)
+
+    def forward(self, q, kv, **_unused):  # kv: (S, T, 2, H, D)
+        return self.turn(q), torch.stack([self.turn(kv[:, :, 0]), kv[:, :, 1]], dim=2)
+
+
+def ssd_steps(authors, x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit=(0.0, math.inf), **_unused):
+    return authors.ssd.ssd_selective_scan(
+        x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=tuple(dt_limit)
+    )
+
+
+def ssd_chunks(authors, x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit=(0.0, math.inf), **_unused):
+    """In chunks of eleven tokens; the last has fewer, which are filled up with ones that change nothing."""
+    dt = F.softplus(dt.float() + dt_bias).clamp(*dt_limit)
+    tokens, short = x.shape[1], -x.shape[1] % 11
+    padded = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, short)) for t in (x, dt, B, C)]
+    x, dt, B, C = padded
+    y = authors.ssd.ssd_chunk_scan_combined_ref(x, dt, A, B, C, 11, D=D)[:, :tokens]
+    return y if z is None else y * F.silu(z)
 
 
 class Switches:
@@ -291,10 +445,13 @@ def mimo_chunks(
 def chunked(authors):
     """The scans in their other form."""
     modules = [authors.mamba3, authors.fla_mamba3]
+    steps = authors.mamba2.mamba_chunk_scan_combined
+    authors.mamba2.mamba_chunk_scan_combined = lambda *inputs, **keys: ssd_chunks(authors, *inputs, **keys)
     for module in modules:
         module.mamba3_siso_combined = lambda **inputs: siso_chunks(authors, **inputs)
         module.mamba3_mimo_combined = lambda **inputs: mimo_chunks(authors, **inputs)
     yield
+    authors.mamba2.mamba_chunk_scan_combined = steps
     for module in modules:
         authors.scans(module)
 
@@ -319,7 +476,50 @@ def other_decay(authors, to):
             yield
 
 
+@contextlib.contextmanager
+def activated_attention(authors):
+    """The convolution of q, k and v followed by SiLU, as that of a Mamba is."""
+    conv = torch.nn.Conv1d.forward
+
+    def forward(layer, x):
+        y = conv(layer, x)
+        return F.silu(y) if layer.in_channels == 108 else y
+
+    with mock.patch.object(torch.nn.Conv1d, "forward", forward):
+        yield
+
+
+@contextlib.contextmanager
+def early_rotation(authors):
+    """Queries and keys turned first."""
+    rotary, project = Rotary.forward, torch.nn.Linear.forward
+
+    def turned(layer, x):
+        y = project(layer, x)
+        if layer.out_features != 108:
+            return y
+        q, kv = y.split([36, 72], dim=-1)
+        q, kv = q.unflatten(-1, (3, 12)), kv.unflatten(-1, (2, 3, 12))
+        q, kv = rotary(Rotary(6), q, kv)
+        return torch.cat([q.flatten(-2), kv.flatten(-3)], dim=-1)
+
+    with mock.patch.object(torch.nn.Linear, "forward", turned):
+        with mock.patch.object(Rotary, "forward", lambda _, q, kv, **__: (q, kv)):
+            yield
+
+
+@contextlib.contextmanager
+def other_gate(authors, gate):
+    chunk = torch.chunk
+    with mock.patch.object(torch, "chunk", lambda x, n, dim: gate(*chunk(x, n, dim=dim))):
+        yield
+
+
 TRAPS = {
+    "convolution with SiLU": activated_attention,
+    "rotation before the convolution": early_rotation,
+    "gate of SiLU": lambda a: other_gate(a, lambda g, u: (g, F.silu(g) / F.gelu(g) * u)),
+    "gate in the second half": lambda a: other_gate(a, lambda g, u: (u, g)),
     "softplus decay": lambda a: other_decay(a, F.softplus),
     "heavy-tailed decay": lambda a: other_decay(a, a.mamba3.heavy_tail_activation),
     "pairs of halves": lambda _: switched(other_pairs=True),
@@ -330,6 +530,11 @@ TRAPS = {
 
 
 # --- a model ---
+
+
+def published(name):
+    """The name of a tensor in published files, where the authors' code renames it."""
+    return name.replace("embedding.weight", "embedding.word_embeddings.weight") if name[0] == "e" else name
 
 
 def set_key(config, path, value):
@@ -356,7 +561,8 @@ class Model:
     @torch.no_grad()
     def __call__(self, token_ids):
         """(S, T) to (S, T, V)."""
-        return self.net(token_ids).logits
+        out = self.net(token_ids)
+        return getattr(out, "logits", out)
 
     def clear(self, token_ids):
         """The logits, and how far the chosen experts are from the refused ones (infinite without any)."""
@@ -379,9 +585,9 @@ def load(authors, variant: Variant, folder: Path, config=None) -> Model:
     found = {}
     for path in sorted(folder.glob("model*.safetensors")):
         found |= load_file(path)
-    own = model.net.state_dict()
+    own = {published(name): tensor for name, tensor in model.net.state_dict().items()}
     tied = [name for name in own if name not in found]
-    assert not set(found) - set(own) and all("lm_head" in name for name in tied), (set(found) ^ set(own))
+    assert not set(found) - set(own) and all("lm_head" in n or "output_layer" in n for n in tied), (set(found) ^ set(own))
     for name, tensor in found.items():
         own[name].copy_(tensor)
     return model
@@ -398,7 +604,10 @@ def randomise(model: Model, rng: torch.Generator):
 
     for name, p in model.net.named_parameters():
         last = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if name.endswith(("dt_bias", "dt_proj.bias")):
+        if name.endswith("A_log"):  # (I, N) of Mamba-1, (h) of Mamba-2
+            start = torch.arange(1, p.shape[-1] + 1) / 2 if p.dim() == 2 else uniform(p.shape, 0.3, 4.0)
+            w = torch.log(start) + normal(p.shape, 0.4)
+        elif name.endswith(("dt_bias", "dt_proj.bias")):
             # softplus of this runs from 0.002 to 0.5, evenly in the logarithm.
             dt = torch.exp(uniform(p.shape, math.log(0.002), math.log(0.5)))
             w = dt + torch.log(-torch.expm1(-dt))
@@ -415,7 +624,7 @@ def randomise(model: Model, rng: torch.Generator):
         elif "embedding" in name:
             w = normal(p.shape, 2 / math.sqrt(p.shape[1]))
         else:
-            gain = {"lm_head": 2.0}.get(last, 1.0)
+            gain = {"lm_head": 2.0, "router": 3.0, "x_proj": 2.0, "dt_proj": 0.5}.get(last, 1.0)
             w = normal(p.shape, gain / math.sqrt(p.shape[-1]))
         p.data.copy_(w)
 
@@ -427,7 +636,7 @@ def balance(model: Model, token_ids, branch_std=0.7):
         first = output[0] if isinstance(output, tuple) else output
         factor = branch_std / first.std()
         for name, p in module.named_parameters():
-            if any(part in name for part in ("out_proj", "fc2")):
+            if any(part in name for part in ("out_proj", "fc2", "linear_fc2")):
                 p.data.mul_(factor)
         return (first * factor, *output[1:]) if isinstance(output, tuple) else output * factor
 
@@ -444,7 +653,7 @@ def write_model(authors, variant: Variant, folder: Path):
     model = Model(authors, variant)
     randomise(model, rng)
     balance(model, torch.randint(model.vocab, (4, 64), generator=rng))
-    names = dict(model.net.named_parameters())
+    names = {published(name): p for name, p in model.net.named_parameters()}
     if variant.head_twice:
         names["lm_head.weight"] = model.net.lm_head.weight
     tensors = {name: p.data.to(variant.dtype).clone() for name, p in names.items()}
@@ -511,6 +720,24 @@ def write_golden(authors, variant: Variant, folder: Path):
     sort_header(path)
 
 
+@torch.no_grad()
+def by_transformers(model: Model, token_ids):
+    """The logits of transformers' own Mamba-1 or Mamba-2 with the same weights."""
+    config, net = model.config, model.net
+    size = dict(
+        vocab_size=model.vocab, hidden_size=config["d_model"], num_hidden_layers=config["n_layer"],
+        tie_word_embeddings=True,
+    )
+    if config["ssm_cfg"].get("layer") == "Mamba2":
+        size |= dict(num_heads=config["d_model"] * 2 // 64, head_dim=64, state_size=128, n_groups=1, chunk_size=16)
+        other = Mamba2ForCausalLM(Mamba2Config(**size)).eval()
+    else:
+        other = MambaForCausalLM(MambaConfig(**size)).eval()
+    state = {name.replace("embedding.", "embeddings."): p for name, p in net.state_dict().items()}
+    other.load_state_dict(state)
+    return other(input_ids=token_ids, use_cache=False).logits
+
+
 def check_golden(authors, variant: Variant, folder: Path):
     """What is written is what the reference computes, in both of its forms, and the folder is small."""
     golden = load_file(folder / "golden.safetensors")
@@ -520,6 +747,11 @@ def check_golden(authors, variant: Variant, folder: Path):
     with chunked(authors):
         other = distance(model(golden["token_ids"]), golden)
     assert other < TOLERANCE / 10, f"{folder}: the other form differs by {other} standard deviations"
+
+    if variant.in_transformers:
+        theirs = distance(by_transformers(model, golden["token_ids"]), golden)
+        assert theirs < TOLERANCE / 10, f"{folder}: transformers differs by {theirs} standard deviations"
+        print(f"  transformers {theirs:.1e}")
 
     prompt = golden["greedy_prompt"]
     ids = torch.cat([prompt, golden["greedy_tokens"]])[None]

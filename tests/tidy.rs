@@ -388,7 +388,10 @@ fn converters_are_used_by_load_only() {
 #[test]
 fn every_kind_of_layer_is_used_by_a_card() {
     let reason = "a part of mixers: the families that need it are not here yet";
-    let unused = ["repeat", "activate", "ssd_scan", "differential"].map(|kind| (kind, reason));
+    let mut unused = ["repeat", "activate", "ssd_scan", "differential"]
+        .map(|kind| (kind, reason))
+        .to_vec();
+    unused.push(("s4d", "for plans of one's own: no checkpoint is published"));
     let plans: Vec<Plan> = cards::all()
         .iter()
         .map(|card| {
@@ -425,8 +428,10 @@ fn every_card_has_a_golden_and_small_sizes() {
         let variants = std::fs::read_dir(&folder).map_or(0, |variants| {
             variants
                 .filter(|v| {
-                    v.as_ref()
-                        .is_ok_and(|v| v.path().join("golden.safetensors").is_file())
+                    v.as_ref().is_ok_and(|v| {
+                        let holds = |name| v.path().join(name).is_file();
+                        holds("golden.safetensors") || holds("vision.safetensors")
+                    })
                 })
                 .count()
         });
@@ -445,6 +450,28 @@ fn every_card_has_a_golden_and_small_sizes() {
             "a card's file is named for its family"
         );
     }
+}
+
+#[test]
+fn model_cards_holds_cards_bundled_models_and_example_configs() {
+    let listed = files();
+    let mut faults = Vec::new();
+    for path in listed.iter().filter_map(|f| f.strip_prefix("model-cards/")) {
+        let good = match path.split_once('/') {
+            None => path == "README.md" || path.ends_with(".yaml"),
+            Some(("configs", name)) => name.ends_with(".json") && !name.contains('/'),
+            // What the build script takes for a model.
+            Some((model, _)) => listed.contains(&format!("model-cards/{model}/config.json")),
+        };
+        if !good {
+            faults.push(format!("model-cards/{path}"));
+        }
+    }
+    assert!(!strata_converters::bundled::names().any(|name| name == "configs"));
+    none(
+        faults,
+        "model-cards/ holds its guide, a card a family, folders of bundled models, and in configs/ the configs of published models",
+    );
 }
 
 #[test]
@@ -688,6 +715,10 @@ fn files_have_one_purpose() {
         (
             "engine/src/text/chat_template.rs",
             "Python's text methods and printing, as templates use them",
+        ),
+        (
+            "tests/make_golden_authors.py",
+            "a reference for each family of the authors' own code, over one way to write goldens",
         ),
         (
             "model-cards/demo/text.py",

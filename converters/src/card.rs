@@ -43,7 +43,17 @@ pub struct Card {
     shared: Option<Node>,
     blocks: Vec<Entry>,
     tensors: TensorMap,
+    unused: Option<Node>,
     tiny: Config,
+}
+
+/// What a family's checkpoints hold and no plan of its card runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Unused {
+    /// Elements of such tensors.
+    pub parameters: u64,
+    /// Their number.
+    pub tensors: u64,
 }
 
 impl Card {
@@ -117,6 +127,27 @@ impl Card {
             ..self.clone()
         };
         resolver.faults.or(Some(bound))
+    }
+
+    /// What checkpoints with this config hold and the plan does not run; nothing, as most cards say.
+    pub fn unused(&self, config: &Config) -> Result<Unused, Faults> {
+        let Some(node) = &self.unused else {
+            return Ok(Unused::default());
+        };
+        let mut resolver = Resolver::new(self, config);
+        resolver.defaults();
+        let node = resolver.node(node);
+        let unused = match node.value {
+            Value::Null => Some(Unused::default()),
+            _ => read_unused(&node, &mut resolver),
+        };
+        resolver.faults.or(unused)
+    }
+
+    /// The keys of config.json that it knows.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
+        let entries = self.defaults.iter().chain(self.tiny.entries());
+        entries.map(|e| e.key.as_str())
     }
 
     /// The plan of a model with this config. Faults stand at the card's lines, and say which keys of
@@ -213,6 +244,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let tensors = fields.node("tensors");
     let ignore = fields.node("ignore");
     let numbers = fields.node("numbers");
+    let unused = fields.node("unused").cloned();
     for (key, there) in [("stack", stack.is_some()), ("tensors", tensors.is_some())] {
         if !there {
             faults.add(node.at, format!("a card needs `{key}`"));
@@ -238,7 +270,37 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         shared,
         blocks: blocks?,
         tensors,
+        unused,
         tiny: Config::from_node(tiny, file),
+    })
+}
+
+fn read_unused(node: &Node, resolver: &mut Resolver<'_>) -> Option<Unused> {
+    let faults = &mut resolver.faults;
+    let mut fields = Fields::of(node, "`unused`", faults)?;
+    let nodes = ["parameters", "tensors"].map(|key| (key, fields.node(key)));
+    fields.finish(faults);
+    let [parameters, tensors] = nodes.map(|(key, found)| match found.map(|n| (n.at, &n.value)) {
+        Some((_, Value::Int(count))) if *count >= 0 => Some(*count as u64),
+        Some((at, _)) if resolver.failed.contains(&at) => None,
+        Some((at, other)) => {
+            let told = resolver.told.get(&at).map(|t| format!(": {t}"));
+            let found = other.describe();
+            let message = format!(
+                "found {found}, expected a count for `{key}`{}",
+                told.unwrap_or_default()
+            );
+            faults.add(at, message);
+            None
+        }
+        None => {
+            faults.add(node.at, format!("`unused` needs `{key}`"));
+            None
+        }
+    });
+    Some(Unused {
+        parameters: parameters?,
+        tensors: tensors?,
     })
 }
 

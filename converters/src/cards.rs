@@ -7,6 +7,7 @@ use strata_layers::param::list_of;
 use crate::card::Card;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::nearest;
 
 /// Names and texts, sorted by name; listed while building.
 const TEXTS: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/cards.rs"));
@@ -68,9 +69,15 @@ pub fn find(config: &Config) -> Result<&'static Card> {
             ),
             (names, _) => format!("no model card is for {}", list_of(names.iter().copied())),
         };
+        let nearest = nearest::families(config, all());
+        let like = match nearest.is_empty() {
+            true => String::new(),
+            false => format!("\n  nearest: {}", nearest.join("; ")),
+        };
+        let write = "\n  a new family is one file, which model-cards/README.md tells how to write; give it with --card FILE";
         Error::file(
             config.file(),
-            format!("{found}; there are cards for {known}"),
+            format!("{found}; there are cards for {known}{like}{write}"),
         )
     })
 }

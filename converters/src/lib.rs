@@ -14,13 +14,14 @@ mod error;
 mod expression;
 pub mod files;
 pub mod mapping;
+mod nearest;
 mod report;
 pub mod safetensors;
 mod stack;
 pub mod tensor_map;
 pub mod transforms;
 
-pub use card::Card;
+pub use card::{Card, Unused};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use files::ModelFiles;

@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use strata_kernels::{DType, HostTensor};
 use strata_layers::graph::GraphWeight;
+use strata_layers::param::list_of;
 use strata_layers::{Faults, Mark, Plan};
 
 use crate::card::Card;
+use crate::cards;
 use crate::error::{Error, Result};
 use crate::report::Report;
 use crate::safetensors::{Checkpoint, TensorInfo};
@@ -79,6 +81,9 @@ impl Mapping {
             resolve.tied_head();
         }
         resolve.left_over(weights, origin);
+        if !resolve.report.is_empty() && card.is_some() {
+            resolve.other_family();
+        }
         let Resolve {
             rows,
             report,
@@ -167,6 +172,7 @@ const MISSING: &str = "missing weights";
 const MISSHAPEN: &str = "weights of another shape";
 const UNREADABLE: &str = "tensors that cannot be read";
 const LEFT_OVER: &str = "tensors that are left over";
+const HINTS: &str = "hints";
 
 struct Resolve<'a> {
     map: &'a TensorMap,
@@ -252,6 +258,30 @@ impl Resolve<'_> {
                 "the plan says `tie: true`, but {name} differs from the embedding; say `tie: false`"
             );
             self.report.add(MISSHAPEN, self.map.find(HEAD).at, message);
+        }
+    }
+
+    /// Adds which cards know the names of all tensors, where this one does not: a config may be another
+    /// model's.
+    fn other_family(&mut self) {
+        let known = |map: &TensorMap| {
+            let mut names = self.checkpoint.tensors().map(|(name, _)| name);
+            names.all(|name| map.weight_of(name).is_some() || map.ignores(name))
+        };
+        if known(self.map) {
+            return;
+        }
+        let others: Vec<&str> = cards::all()
+            .iter()
+            .filter(|c| known(c.tensors()))
+            .map(Card::family)
+            .collect();
+        if !others.is_empty() {
+            let message = format!(
+                "the tensors are named as those of {}: is config.json another model's?",
+                list_of(others)
+            );
+            self.report.add(HINTS, Mark::default(), message);
         }
     }
 

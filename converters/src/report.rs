@@ -40,6 +40,11 @@ impl Report {
         }
     }
 
+    /// Whether there are none so far.
+    pub fn is_empty(&self) -> bool {
+        self.groups.is_empty()
+    }
+
     /// All faults, if there are any.
     pub fn finish(self) -> Result<(), Faults> {
         let mut faults = Faults::new(&self.file);

@@ -83,6 +83,10 @@ pub struct Estimate {
     pub parameters: u64,
     /// Elements of the weights that one token meets.
     pub active_parameters: u64,
+    /// Elements of further tensors of the checkpoint, which do not run and are not loaded.
+    pub unused_parameters: u64,
+    /// Number of those tensors.
+    pub unused_tensors: u64,
     /// Bytes of all weights.
     pub weight_bytes: u64,
     /// Bytes of keys and values that a token adds.
@@ -162,6 +166,8 @@ pub fn estimate(
         weights: weights.len(),
         parameters,
         active_parameters: active,
+        unused_parameters: 0,
+        unused_tensors: 0,
         weight_bytes,
         kv_bytes_per_token,
         state_bytes_per_sequence,

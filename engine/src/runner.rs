@@ -35,10 +35,9 @@ enum Input {
     /// Rows of a table, and those of the prefix.
     Tokens(Matrix, Option<Matrix>),
     /// Patches of an image.
-    Image(PatchEmbed),
+    Image(Arc<PatchEmbed>),
 }
 
-#[derive(Clone)]
 struct PatchEmbed {
     w: Matrix,
     bias: Tensor,
@@ -77,12 +76,12 @@ impl Network {
                     specs: &specs,
                 };
                 let positions = weights.values("positions")?;
-                Input::Image(PatchEmbed {
+                Input::Image(Arc::new(PatchEmbed {
                     w: weights.matrix("patch")?,
                     bias: weights.vector("patch.bias")?,
                     class_token: weights.vector("class_token")?,
                     positions: weights.upload(image.tokens(), graph.d_model, &positions)?,
-                })
+                }))
             }
         };
         let head = match &input {

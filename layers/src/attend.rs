@@ -36,7 +36,7 @@ impl Shape {
         fields.positive(&sizes, faults);
         if kv_heads > 0 && heads % kv_heads != 0 {
             let message = format!("`heads` is {heads}, no multiple of the {kv_heads} `kv_heads`");
-            faults.add(fields.at("heads"), message);
+            faults.add(fields.at("kv_heads"), message);
         }
         if self.window == Some(0) {
             faults.add(fields.at("window"), "a `window` must hold at least 1 token");

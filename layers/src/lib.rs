@@ -18,6 +18,7 @@ mod differential;
 mod gate;
 pub mod image;
 mod linear;
+mod lower;
 mod mamba1;
 mod mamba2;
 mod mamba3;

@@ -56,7 +56,7 @@ impl Check for SsdScan {
 pub(crate) fn check_groups(heads: usize, groups: usize, fields: &Fields<'_>, faults: &mut Faults) {
     if groups > 0 && !heads.is_multiple_of(groups) {
         let message = format!("`heads` is {heads}, no multiple of the {groups} `groups`");
-        faults.add(fields.at("heads"), message);
+        faults.add(fields.at("groups"), message);
     }
 }
 

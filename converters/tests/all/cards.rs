@@ -56,6 +56,94 @@ fn architectures_count_before_model_types() {
 }
 
 #[test]
+fn a_config_that_no_card_opens_is_told_what_it_is_like() {
+    let refused = |text: &str| cards::find(&config(text)).unwrap_err().to_string();
+    let check = |text: &str, expected: &[&str]| {
+        let message = refused(text);
+        for expected in expected {
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+        let help = "model-cards/README.md tells how to write; give it with --card FILE";
+        assert!(message.contains(help), "{message}");
+    };
+    // By its name.
+    check(
+        r#"{"architectures": ["Mamba4ForCausalLM"], "model_type": "mamba4"}"#,
+        &[
+            "no model card is for Mamba4ForCausalLM; there are cards for ",
+            "nearest: mamba (its name is like mamba); mamba2 (",
+        ],
+    );
+    check(
+        r#"{"model_type": "nemotron_h2"}"#,
+        &["nearest: nemotron-h (its name is like nemotron_h)\n"],
+    );
+    // By its keys, whatever it is called; keys that all families have do not count.
+    check(
+        r#"{"architectures": ["OtherForCausalLM"], "model_type": "other", "hidden_size": 64, "vocab_size": 9,
+ "mamba_d_state": 16, "attn_layer_period": 8, "attn_layer_offset": 4, "expert_layer_period": 2, "num_experts": 4}"#,
+        &[
+            "no model card is for OtherForCausalLM; there are cards for ",
+            "nearest: jamba (it has the keys ",
+            "expert_layer_period",
+        ],
+    );
+    check(
+        r#"{"model_type": "x", "ssm_multipliers": [1], "key_multiplier": 1}"#,
+        &["nearest: falcon-h1 (it has the keys ", "key_multiplier"],
+    );
+    // Like none of them.
+    for text in [
+        "{}",
+        r#"{"architectures": ["GPT2LMHeadModel"], "n_embd": 768}"#,
+        r#"{"model_type": ""}"#,
+        r#"{"model_type": "Ω"}"#,
+    ] {
+        check(text, &[]);
+        assert!(!refused(text).contains("nearest"), "{}", refused(text));
+    }
+    let long = format!(r#"{{"model_type": "{}"}}"#, "mamba".repeat(100_000));
+    assert!(!refused(&long).contains("nearest"));
+}
+
+#[test]
+fn a_card_may_say_what_is_not_run() {
+    let unused = |text: &str, config_text: &str| {
+        let card = Card::parse(text, "small.yaml").map_err(|f| f.to_string())?;
+        card.unused(&config(config_text)).map_err(|f| f.to_string())
+    };
+    let none = unused(SMALL, "{}").unwrap();
+    assert_eq!((none.parameters, none.tensors), (0, 0));
+    let with = |more: &str| format!("{SMALL}unused: {more}\n");
+    // More than a size of a layer may be.
+    let text = with("{parameters: =extra * width * 1000000000, tensors: =3 * extra}");
+    let some = unused(&text, r#"{"extra": 2}"#).unwrap();
+    assert_eq!((some.parameters, some.tensors), (16_000_000_000, 6));
+    let choice = with("{if: =extra > 0, then: {parameters: 1, tensors: 1}}");
+    assert_eq!(unused(&choice, r#"{"extra": 0}"#).unwrap(), none);
+    for (text, expected) in [
+        (text.as_str(), "config.json has no extra: `=extra * width"),
+        (&with("{parameters: 1}"), "`unused` needs `tensors`"),
+        (
+            &with("{parameters: -1, tensors: =width / 3}"),
+            "found -1, expected a count for `parameters`",
+        ),
+        (
+            &with("{parameters: -1, tensors: =width / 3}"),
+            "expected a count for `tensors`: `=width / 3` with width = 8 (by default)",
+        ),
+        (
+            &with("{parameters: 1, tensors: 1, files: 1}"),
+            "has no `files`",
+        ),
+        (&with("7"), "found 7, expected"),
+    ] {
+        let message = unused(text, "{}").unwrap_err();
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
+}
+
+#[test]
 fn a_card_says_how_it_is_found() {
     let head = "card: 1\nfamily: f\nstack: [b]\nblocks: {b: []}\ntensors: {}\n";
     for (way, expected) in [

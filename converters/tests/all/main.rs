@@ -4,6 +4,6 @@ mod cards;
 mod checkpoints;
 mod common;
 mod configs;
+mod contradictions;
 mod goldens;
 mod mappings;
-mod published;

@@ -326,3 +326,33 @@ fn without_a_card_the_tensors_have_our_names() {
         &["embed is missing: there is no tensor embed"],
     );
 }
+
+/// The tensors of one family under the config of another.
+#[test]
+fn a_checkpoint_under_another_familys_name_is_told_apart() {
+    for (tensors_of, config_of, names) in [
+        ("mamba2/tied", "jamba/moe-shards", "mamba2"),
+        ("jamba/moe-shards", "mamba/tied", "jamba"),
+        ("nemotron-h/dense", "bamba/groups-biases", "nemotron-h"),
+        ("mamba3/siso", "mamba3-fla/softplus", "mamba3"),
+    ] {
+        let (card, plan) = card_and_plan(&golden(config_of));
+        let checkpoint = Arc::new(Checkpoint::open(&golden(tensors_of)).unwrap());
+        let message = resolve(card, &plan, checkpoint, Origin::Card).unwrap_err();
+        contains(
+            &message,
+            &[
+                "is missing: there is no tensor ",
+                "is left over",
+                "named as those of ",
+                names,
+                "is config.json another model's?",
+            ],
+        );
+    }
+    // Where the names fit, it is the sizes that tell, and nothing is guessed.
+    let (card, plan) = card_and_plan(&golden("jamba/odd"));
+    let checkpoint = Arc::new(Checkpoint::open(&golden("jamba/moe-shards")).unwrap());
+    let message = resolve(card, &plan, checkpoint, Origin::Card).unwrap_err();
+    assert!(!message.contains("another model"), "{message}");
+}

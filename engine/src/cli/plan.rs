@@ -186,7 +186,11 @@ impl Workload {
         let config = EngineConfig::new(context, self.batch as usize, dtype)
             .with_row_bytes(footprint.per_row());
         let rows = config.token_budget;
-        let found = estimate(&planned.graph, &config, format, &footprint, rows);
+        let found = Estimate {
+            unused_parameters: planned.unused.parameters,
+            unused_tensors: planned.unused.tensors,
+            ..estimate(&planned.graph, &config, format, &footprint, rows)
+        };
         Ok(if json {
             format!("{}\n", self.object(&planned, &config, &found))
         } else {
@@ -198,6 +202,7 @@ impl Workload {
         json!({
             "name": planned.plan.name, "parameters": e.parameters, "weights": e.weights,
             "active_parameters": e.active_parameters,
+            "unused_parameters": e.unused_parameters, "unused_tensors": e.unused_tensors,
             "context": config.context, "batch": config.max_sequences,
             "weights_bytes": e.weight_bytes, "kv_bytes_per_token": e.kv_bytes_per_token,
             "state_bytes_per_sequence": e.state_bytes_per_sequence, "kv_bytes": e.kv_bytes,
@@ -222,7 +227,7 @@ impl Workload {
             1 => "1 sequence".to_string(),
             n => format!("{n} sequences"),
         };
-        let rows = [
+        let mut rows = vec![
             (
                 "weights",
                 bytes(e.weight_bytes),
@@ -264,6 +269,14 @@ impl Workload {
                 "a token, at the end of the context".into(),
             ),
         ];
+        if e.unused_tensors > 0 {
+            let more = format!(
+                "and {} parameters in {} tensors that are not run",
+                grouped(e.unused_parameters),
+                grouped(e.unused_tensors)
+            );
+            rows.insert(1, ("", String::new(), more));
+        }
         let mut text = format!("{}\n", planned.plan.name);
         for (what, value, more) in rows {
             let line = format!("  {what:<15}  {value:>12}  {more}");

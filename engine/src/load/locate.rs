@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use strata_converters::mapping::{self, Mapping, Origin};
-use strata_converters::{Card, Checkpoint, Config, ModelFiles, bundled, cards};
+use strata_converters::{Card, Checkpoint, Config, ModelFiles, Unused, bundled, cards};
 use strata_kernels::DType;
 use strata_layers::{Graph, Plan};
 
@@ -31,6 +31,8 @@ pub struct Planned {
     pub plan: Plan,
     /// What it lowers to.
     pub graph: Graph,
+    /// What the checkpoint holds beside.
+    pub unused: Unused,
     pub(super) label: String,
     origin: Origin,
     card: Option<Card>,
@@ -129,9 +131,7 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         (None, Some(card), Some(config)) => {
             let name = match located {
                 Located::Files(files) => short_name(files.name()),
-                Located::Config(path) => {
-                    short_name(&path.parent().unwrap_or(path).display().to_string())
-                }
+                Located::Config(path) => config_name(path),
                 Located::Plan(_) => unreachable!("a plan was found above"),
             };
             let plan = card.plan(config, &name)?;
@@ -148,13 +148,18 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         }
     };
     let graph = Graph::lower(&plan, &label)?;
+    let mut unused = Unused::default();
     let card = match (card, &config) {
-        (Some(card), Some(config)) => Some(card.bound(config)?),
+        (Some(card), Some(config)) => {
+            unused = card.unused(config)?;
+            Some(card.bound(config)?)
+        }
         (card, _) => card,
     };
     Ok(Planned {
         plan,
         graph,
+        unused,
         label,
         origin,
         card,
@@ -172,6 +177,15 @@ fn short_name(folder: &str) -> String {
         return repo.replacen("--", "/", 1);
     }
     parts.last().map_or("model".into(), |p| p.to_string())
+}
+
+/// A config's model: the folder of a `config.json`, else the file's own name.
+fn config_name(path: &Path) -> String {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    match (stem.as_ref(), path.parent()) {
+        ("config", Some(folder)) => short_name(&folder.display().to_string()),
+        (stem, _) => stem.into(),
+    }
 }
 
 /// Opens the checkpoint and finds every weight of the plan in it.

@@ -1,0 +1,106 @@
+//! An engine holds what was estimated: weights, keys and values, state and buffers, each within one part
+//! in a hundred.
+
+use std::path::{Path, PathBuf};
+
+use strata::estimate::{Format, estimate};
+use strata::load::{LoadOptions, Model, Silent, load};
+use strata::session::{Engine, EngineConfig, Request};
+use strata_converters::cards;
+use strata_kernels::DType;
+
+const TYPES: [DType; 2] = [DType::F32, DType::BF16];
+
+fn open(model: &Path, dtype: DType, random: Option<u64>) -> Model {
+    let options = LoadOptions {
+        model: Some(model.display().to_string()),
+        device: "cpu".into(),
+        dtype: Some(dtype),
+        random,
+        threads: Some(2),
+        ..LoadOptions::default()
+    };
+    load(&options, &mut Silent::default()).unwrap_or_else(|e| panic!("{}: {e}", model.display()))
+}
+
+/// Runs prompts of different lengths, `batch` at a time; says where the estimate is off.
+fn off(model: &Model, batch: usize) -> Option<String> {
+    const CONTEXT: usize = 200;
+    let config =
+        EngineConfig::new(CONTEXT, batch, model.kv_dtype).with_row_bytes(model.footprint.per_row());
+    let mut engine = Engine::new(model.network.clone(), config.clone()).unwrap();
+    let vocab = model.plan.vocab;
+    for length in [1, 130, 37, 64] {
+        let prompt = (0..length).map(|i| (i * 7 % vocab) as u32).collect();
+        let request = Request {
+            prompt,
+            max_tokens: 3,
+            ..Request::default()
+        };
+        engine.submit(request).unwrap();
+    }
+    while engine.step(&mut |_, _, _| {}).unwrap() {}
+    let (allocated, rows) = engine.allocated();
+    assert!(rows >= 130, "{rows} rows");
+    allocated.beside(&model.estimate(&config, rows))
+}
+
+#[test]
+fn every_card_runs_in_the_memory_that_was_estimated() {
+    let mut wrong = Vec::new();
+    for card in cards::all() {
+        let plan = card.plan(card.tiny(), card.family()).unwrap();
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.yaml", card.family()));
+        std::fs::write(&file, plan.print()).unwrap();
+        for dtype in TYPES {
+            let model = open(&file, dtype, Some(1));
+            // Images are read one at a time, by no engine.
+            let batches: &[usize] = if plan.image.is_some() { &[] } else { &[1, 3] };
+            for &batch in batches {
+                let found = off(&model, batch);
+                let name = card.family();
+                wrong.extend(found.map(|o| format!("{name}, {dtype}, {batch} at a time: {o}")));
+            }
+            // As `strata plan estimate` has it, before there is a model.
+            let config = EngineConfig::new(200, 1, dtype);
+            let format = Format::Dense(dtype);
+            let before = estimate(&model.network.graph, &config, format, &model.footprint, 1);
+            assert_eq!(
+                before.weight_bytes,
+                model.weights_bytes,
+                "{}",
+                card.family()
+            );
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The folders of all goldens.
+fn goldens() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let mut found = Vec::new();
+    for card in cards::all() {
+        let variants = std::fs::read_dir(root.join(card.family())).unwrap();
+        found.extend(variants.map(|v| v.unwrap().path()));
+    }
+    found.retain(|v| v.join("golden.safetensors").is_file());
+    found.sort();
+    found
+}
+
+#[test]
+fn every_golden_runs_in_the_memory_that_was_estimated() {
+    let mut wrong = Vec::new();
+    for folder in goldens() {
+        for dtype in TYPES {
+            let model = open(&folder, dtype, None);
+            for batch in [1, 3] {
+                let found = off(&model, batch);
+                let name = folder.display();
+                wrong.extend(found.map(|o| format!("{name}, {dtype}, {batch} at a time: {o}")));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
