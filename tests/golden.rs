@@ -215,3 +215,15 @@ fn every_golden_keeps_the_exactness_contract() {
         }
     }
 }
+
+#[test]
+fn a_vocabulary_of_256_without_files_on_tokens_is_bytes() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let model = open(&root.join("mamba-ssm/bytes"), "cpu", 1);
+    let tokenizer = model.tokenizer.expect("bytes need no file");
+    let text = "né\u{0}";
+    let ids = tokenizer.encode(text, true).unwrap();
+    assert_eq!(ids, [110, 195, 169, 0]);
+    assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+    assert!(open(&root.join("mamba/tied"), "cpu", 1).tokenizer.is_none());
+}

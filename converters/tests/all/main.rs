@@ -7,4 +7,3 @@ mod configs;
 mod contradictions;
 mod goldens;
 mod mappings;
-mod published;

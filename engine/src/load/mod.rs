@@ -207,7 +207,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     };
 
     let (tokenizer, generation) = match &located {
-        Located::Files(files) => text_of(files)?,
+        Located::Files(files) => text_of(files, planned.plan.vocab)?,
         Located::Config(_) | Located::Plan(_) => (None, GenerationConfig::default()),
     };
     let template = tokenizer

@@ -34,11 +34,15 @@ impl TextFiles for Files<'_> {
     }
 }
 
-/// The tokenizer, if the files have one, and how the model asks to be sampled.
-pub(super) fn text_of(files: &ModelFiles) -> Result<(Option<Arc<Tokenizer>>, GenerationConfig)> {
+/// The tokenizer of a model with a vocabulary of `vocab`, if the files have one or it reads bytes, and
+/// how the model asks to be sampled.
+pub(super) fn text_of(
+    files: &ModelFiles,
+    vocab: usize,
+) -> Result<(Option<Arc<Tokenizer>>, GenerationConfig)> {
     let files = Files(files);
     let generation = GenerationConfig::open(&files)?;
-    let bytes = byte_offset(&files)?.map(|offset| Bytes {
+    let bytes = byte_offset(&files, vocab)?.map(|offset| Bytes {
         offset,
         bos: None,
         eos: generation.eos_token_ids.first().copied(),
@@ -51,9 +55,13 @@ pub(super) fn text_of(files: &ModelFiles) -> Result<(Option<Arc<Tokenizer>>, Gen
     Ok((tokenizer, generation))
 }
 
-/// The `byte_offset` of tokenizer_config.json: the id of byte 0 in a model that reads bytes.
-fn byte_offset(files: &Files<'_>) -> Result<Option<u32>> {
+/// The id of byte 0 in a model that reads bytes: the `byte_offset` of tokenizer_config.json. Where there
+/// is no file on tokens at all, 256 of them are the bytes themselves.
+fn byte_offset(files: &Files<'_>, vocab: usize) -> Result<Option<u32>> {
     let name = "tokenizer_config.json";
+    if vocab == 256 && !files.0.exists(name) && !files.0.exists("tokenizer.json") {
+        return Ok(Some(0));
+    }
     let config = text::read_object(files, name)?.unwrap_or_default();
     let Some(offset) = config.get("byte_offset") else {
         return Ok(None);
