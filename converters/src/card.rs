@@ -34,6 +34,7 @@ pub struct Card {
     family: String,
     architectures: Vec<String>,
     model_types: Vec<String>,
+    also: Option<String>,
     matches: Vec<String>,
     defaults: Vec<Entry>,
     require: Vec<Node>,
@@ -82,6 +83,11 @@ impl Card {
     /// The `model_type`s it opens when no card knows the architecture.
     pub fn model_types(&self) -> &[String] {
         &self.model_types
+    }
+
+    /// A file beside config.json in which its models have more keys.
+    pub fn also(&self) -> Option<&str> {
+        self.also.as_deref()
     }
 
     /// Whether one of its `match` expressions is true of a config. One that needs a key which is not
@@ -184,6 +190,10 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let family = fields.required("family", faults);
     let architectures = fields.optional("architectures", Vec::new(), faults);
     let model_types = fields.optional("model_types", Vec::new(), faults);
+    let also = match fields.node("also") {
+        Some(node) => Some(String::read(node, faults)?),
+        None => None,
+    };
     let matches = fields.optional("match", Vec::new(), faults);
     let ways = [&architectures, &model_types, &matches];
     if ways
@@ -251,6 +261,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         family: family?,
         architectures: architectures?,
         model_types: model_types?,
+        also,
         matches: matches?,
         defaults: defaults?,
         require,

@@ -25,6 +25,11 @@ pub fn all() -> &'static [Card] {
     &CARDS
 }
 
+/// The files beside a config.json that some family's models have more keys in.
+pub fn beside_config() -> impl Iterator<Item = &'static str> {
+    all().iter().filter_map(Card::also)
+}
+
 /// The card of a family.
 pub fn named(family: &str) -> Option<&'static Card> {
     all().iter().find(|c| c.family() == family)

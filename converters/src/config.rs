@@ -11,6 +11,7 @@ use std::str::Chars;
 use strata_layers::yaml::{Entry, Value};
 use strata_layers::{Faults, Mark, Node};
 
+use crate::cards;
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
 
@@ -24,29 +25,33 @@ const MAX_DEPTH: usize = 64;
 pub struct Config {
     file: String,
     root: Node,
+    /// Further files of the model, for keys that this one lacks.
+    also: Vec<Config>,
 }
 
 impl Config {
-    /// The `config.json` of a model.
+    /// The `config.json` of a model, and what else the cards say that a model may have beside it.
     pub fn open(files: &ModelFiles) -> Result<Self> {
-        match files.text("config.json")? {
-            Some(text) => Ok(Config::parse(&text, &files.label("config.json"))?),
-            None => Err(Error::file(
+        let Some(text) = files.text("config.json")? else {
+            return Err(Error::file(
                 files.name(),
                 "there is no config.json; the folder of a model from Hugging Face has one",
-            )),
+            ));
+        };
+        let mut config = Config::parse(&text, &files.label("config.json"))?;
+        for name in cards::beside_config() {
+            if let Some(text) = files.text(name)? {
+                config.also.push(Config::parse(&text, &files.label(name))?);
+            }
         }
+        Ok(config)
     }
 
     /// Reads JSON text. `file` is its name for messages.
     pub fn parse(text: &str, file: &str) -> std::result::Result<Self, Faults> {
         let mut faults = Faults::new(file);
         let root = parse(text, &mut faults);
-        let config = root.map(|root| Config {
-            file: file.into(),
-            root,
-        });
-        faults.or(config)
+        faults.or(root.map(|root| Config::from_node(root, file)))
     }
 
     /// A config made by code: the entries of a mapping.
@@ -54,7 +59,13 @@ impl Config {
         Config {
             file: file.into(),
             root,
+            also: Vec::new(),
         }
+    }
+
+    /// The files that it was read from, config.json first: of a key in several the first counts.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Config> {
+        std::iter::once(self).chain(&self.also)
     }
 
     /// Its name for messages.

@@ -38,17 +38,18 @@ impl Scope {
             values: BTreeMap::new(),
             told: BTreeMap::new(),
         };
-        let file = config.file().rsplit('/').next().unwrap_or_default();
-        for entry in config.entries() {
-            let value = &entry.value.value;
-            let line = entry.value.at.line;
-            let told = format!(
-                "{} = {} (line {line} of {file})",
-                entry.key,
-                value.describe()
-            );
-            scope.values.insert(entry.key.clone(), jinja(value));
-            scope.told.insert(entry.key.clone(), told);
+        for config in config.files() {
+            let file = config.file().rsplit('/').next().unwrap_or_default();
+            for entry in config.entries() {
+                let (key, value) = (&entry.key, &entry.value.value);
+                if scope.has(key) {
+                    continue;
+                }
+                let line = entry.value.at.line;
+                let told = format!("{key} = {} (line {line} of {file})", value.describe());
+                scope.values.insert(key.clone(), jinja(value));
+                scope.told.insert(key.clone(), told);
+            }
         }
         scope
     }
@@ -194,7 +195,7 @@ mod tests {
 
     #[test]
     fn expressions_compute_with_the_keys_of_the_config() {
-        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x", "m": {"a": 7}}"#;
+        let text = r#"{"h": 64, "r": "auto", "n": null, "e": 1e-6, "big": 1e30, "l": ["a", "b"], "z": 0, "s": "x", "m": {"a": 7, "k": {"n": 3}}}"#;
         let scope = Scope::new(&Config::parse(text, "config.json").unwrap());
         let check = |expression: &str, expected: &str| {
             let shown = match scope.evaluate(expression) {
@@ -215,6 +216,9 @@ mod tests {
         check("big * h", "e31");
         check("'s' ~ (3 % 2)", "\"s1\"");
         check("l", "a list");
+        check("m.k.n", "3");
+        check("m.k.q|default(7)", "7");
+        check("m.k.q is defined", "false");
         check("h if h is defined else q", "64");
         check("q", "config.json has no q: `=q`");
         check(

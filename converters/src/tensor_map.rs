@@ -176,7 +176,7 @@ enum Expression {
 
 #[derive(Debug, Clone, Copy)]
 enum Argument {
-    Literal(usize),
+    Literal(f64),
     Hole(char),
 }
 
@@ -210,10 +210,14 @@ impl Expression {
         if numbers.len() != transform.numbers.len() {
             return Err(usage());
         }
-        let number = |text: &&str| match text.trim() {
-            "{e}" => Ok(Argument::Hole('e')),
-            "{i}" => Ok(Argument::Hole('i')),
-            digits => digits.parse().map(Argument::Literal).map_err(|_| usage()),
+        let fits =
+            |n: &f64| n.is_finite() && (transform.fractions || (*n >= 0.0 && n.fract() == 0.0));
+        let number = |text: &&str| match Pattern::parse(text.trim()).map(|p| p.0).as_deref() {
+            Ok([Piece::Hole(hole)]) => Ok(Argument::Hole(*hole)),
+            _ => {
+                let number = text.trim().parse().ok().filter(fits);
+                number.map(Argument::Literal).ok_or_else(usage)
+            }
         };
         let numbers = numbers
             .iter()
@@ -252,7 +256,7 @@ impl Expression {
                     Argument::Literal(n) => Some(*n),
                     Argument::Hole(hole) => captures.get(hole)?.parse().ok(),
                 };
-                let numbers: Option<Vec<usize>> = numbers.iter().map(number).collect();
+                let numbers: Option<Vec<f64>> = numbers.iter().map(number).collect();
                 Source::Call(transform, Box::new(of.fill(captures)?), numbers?)
             }
         })
@@ -265,7 +269,7 @@ pub enum Source {
     /// A tensor of the checkpoint.
     Tensor(String),
     /// A transform of one, with its numbers.
-    Call(&'static Transform, Box<Source>, Vec<usize>),
+    Call(&'static Transform, Box<Source>, Vec<f64>),
 }
 
 impl Source {
@@ -718,7 +722,7 @@ mod tests {
         check("a.{z}", "unknown hole");
         check(
             "exp(a)",
-            "there is no transform `exp`; there are neg_exp, squeeze, index, flatten, every and part",
+            "there is no transform `exp`; there are neg_exp, plus, ",
         );
         check("index(a)", "should read index(tensor, entry)");
         check("index(a, b)", "should read index(tensor, entry)");

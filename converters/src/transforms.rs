@@ -1,7 +1,7 @@
 //! What a card may do to a tensor on its way into a plan: pure functions, named from cards.
 //!
 //! Most are views. Those that compute make a small tensor of their own in f32, so none is meant for
-//! large matrices; `every` copies.
+//! large matrices; `every` and `unzip` copy.
 
 use std::sync::Arc;
 
@@ -21,10 +21,17 @@ pub struct Transform {
     pub numbers: &'static [&'static str],
     /// Whether the result is in f32, whatever came in.
     pub widens: bool,
+    /// Whether its numbers may have fractions.
+    pub fractions: bool,
     /// The shape of the result, or why there is none. Nothing is read yet.
-    pub shape: fn(&[usize], &[usize]) -> Shaped,
+    pub shape: fn(&[usize], &[f64]) -> Shaped,
     /// The result, after `shape` has agreed.
-    pub apply: fn(&HostTensor, &[usize]) -> Result<HostTensor>,
+    pub apply: fn(&HostTensor, &[f64]) -> Result<HostTensor>,
+}
+
+/// Numbers of rows, or places among them.
+fn whole<const N: usize>(numbers: &[f64]) -> [usize; N] {
+    std::array::from_fn(|i| numbers[i] as usize)
 }
 
 /// All transforms: a new one adds an entry here.
@@ -34,9 +41,35 @@ pub const TRANSFORMS: &[Transform] = &[
         name: "neg_exp",
         numbers: &[],
         widens: true,
+        fractions: false,
         shape: |shape, _| Ok(shape.to_vec()),
         apply: |x, _| {
             let values: Vec<f32> = x.to_f32().iter().map(|v| -v.exp()).collect();
+            Ok(HostTensor::from_f32(x.shape(), &values)?)
+        },
+    },
+    // x + c: weights that are stored as what they differ by from c.
+    Transform {
+        name: "plus",
+        numbers: &["amount"],
+        widens: true,
+        fractions: true,
+        shape: |shape, _| Ok(shape.to_vec()),
+        apply: |x, numbers| {
+            let amount = numbers[0] as f32;
+            let values: Vec<f32> = x.to_f32().iter().map(|v| v + amount).collect();
+            Ok(HostTensor::from_f32(x.shape(), &values)?)
+        },
+    },
+    // Zeros in the shape of x: a weight that the family does without.
+    Transform {
+        name: "zeros",
+        numbers: &[],
+        widens: true,
+        fractions: false,
+        shape: |shape, _| Ok(shape.to_vec()),
+        apply: |x, _| {
+            let values = vec![0.0; x.shape().iter().product()];
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
     },
@@ -45,9 +78,11 @@ pub const TRANSFORMS: &[Transform] = &[
         name: "squeeze",
         numbers: &["dimension"],
         widens: false,
-        shape: |shape, numbers| squeezed(shape, numbers[0]),
+        fractions: false,
+        shape: |shape, numbers| squeezed(shape, numbers[0] as usize),
         apply: |x, numbers| {
-            let shape = squeezed(x.shape(), numbers[0]).unwrap_or_else(|_| x.shape().to_vec());
+            let shape =
+                squeezed(x.shape(), numbers[0] as usize).unwrap_or_else(|_| x.shape().to_vec());
             Ok(x.reshape(&shape)?)
         },
     },
@@ -56,12 +91,14 @@ pub const TRANSFORMS: &[Transform] = &[
         name: "index",
         numbers: &["entry"],
         widens: false,
+        fractions: false,
         shape: |shape, numbers| match shape.split_first() {
-            Some((&outer, rest)) if numbers[0] < outer => Ok(rest.to_vec()),
+            Some((&outer, rest)) if (numbers[0] as usize) < outer => Ok(rest.to_vec()),
             _ => Err(format!("there is no entry {} in {shape:?}", numbers[0])),
         },
         apply: |x, numbers| {
-            let entry = x.slice(numbers[0]..numbers[0].saturating_add(1))?;
+            let [n] = whole(numbers);
+            let entry = x.slice(n..n.saturating_add(1))?;
             Ok(entry.reshape(entry.shape().get(1..).unwrap_or_default())?)
         },
     },
@@ -70,6 +107,7 @@ pub const TRANSFORMS: &[Transform] = &[
         name: "flatten",
         numbers: &[],
         widens: false,
+        fractions: false,
         shape: |shape, _| flattened(shape),
         apply: |x, _| {
             let shape = flattened(x.shape()).unwrap_or_else(|_| x.shape().to_vec());
@@ -81,6 +119,7 @@ pub const TRANSFORMS: &[Transform] = &[
         name: "matrix",
         numbers: &[],
         widens: false,
+        fractions: false,
         shape: |shape, _| match shape {
             [rows, rest @ ..] if !rest.is_empty() => Ok(vec![*rows, rest.iter().product()]),
             _ => Err(format!("{shape:?} has one dimension")),
@@ -96,8 +135,9 @@ pub const TRANSFORMS: &[Transform] = &[
         name: "every",
         numbers: &["first", "step"],
         widens: false,
-        shape: |shape, numbers| match (shape.split_first(), numbers) {
-            (Some((&rows, rest)), &[first, step]) if first < step && rows % step == 0 => {
+        fractions: false,
+        shape: |shape, numbers| match (shape.split_first(), whole(numbers)) {
+            (Some((&rows, rest)), [first, step]) if first < step && rows % step == 0 => {
                 Ok([&[rows / step], rest].concat())
             }
             _ => Err(format!(
@@ -106,16 +146,55 @@ pub const TRANSFORMS: &[Transform] = &[
             )),
         },
         apply: |x, numbers| {
-            let rows = x.shape().first().copied().unwrap_or_default();
-            let row = x.bytes().len() / rows.max(1);
-            let mut shape = x.shape().to_vec();
-            shape[0] = rows / numbers[1];
-            let mut bytes = Vec::with_capacity(shape[0] * row);
-            for at in (numbers[0]..rows).step_by(numbers[1]) {
-                bytes.extend_from_slice(&x.bytes()[at * row..(at + 1) * row]);
+            let ([first, step], rows) = (whole(numbers), rows_of(x));
+            gathered(x, rows / step, (first..rows).step_by(step))
+        },
+    },
+    // Runs of `width` rows, dealt to n piles which lie one behind the other: heads whose two matrices take
+    // turns.
+    Transform {
+        name: "unzip",
+        numbers: &["piles", "width"],
+        widens: false,
+        fractions: false,
+        shape: |shape, numbers| match (shape.first(), whole(numbers)) {
+            (Some(&rows), [piles, width])
+                if piles
+                    .checked_mul(width)
+                    .is_some_and(|p| p > 0 && rows % p == 0) =>
+            {
+                Ok(shape.to_vec())
             }
-            let range = 0..bytes.len();
-            Ok(HostTensor::new(x.dtype(), &shape, Arc::new(bytes), range)?)
+            _ => Err(format!(
+                "the rows of {shape:?} are no {} piles of runs of {}",
+                numbers[0], numbers[1]
+            )),
+        },
+        apply: |x, numbers| {
+            let ([piles, width], rows) = (whole(numbers), rows_of(x));
+            let run = move |at: usize| at..at + width;
+            let pile = move |k: usize| (k * width..rows).step_by(piles * width).flat_map(run);
+            gathered(x, rows, (0..piles).flat_map(pile))
+        },
+    },
+    // Rows from one to before another: one of several matrices that are stored as one.
+    Transform {
+        name: "rows",
+        numbers: &["from", "to"],
+        widens: false,
+        fractions: false,
+        shape: |shape, numbers| match (shape.split_first(), whole(numbers)) {
+            (Some((&rows, rest)), [from, to]) if from < to && to <= rows => {
+                Ok([&[to - from], rest].concat())
+            }
+            _ => Err(format!(
+                "there are no rows {} to {} in {shape:?}",
+                numbers[0], numbers[1]
+            )),
+        },
+        apply: |x, numbers| {
+            let [from, to] = whole(numbers);
+            Ok(x.slice(from..to)?)
         },
     },
     // The k-th of n equal parts of the rows: gate and up that are stored as one.
@@ -123,8 +202,9 @@ pub const TRANSFORMS: &[Transform] = &[
         name: "part",
         numbers: &["which", "of how many"],
         widens: false,
-        shape: |shape, numbers| match (shape.split_first(), numbers) {
-            (Some((&rows, rest)), &[which, parts]) if which < parts && rows % parts == 0 => {
+        fractions: false,
+        shape: |shape, numbers| match (shape.split_first(), whole(numbers)) {
+            (Some((&rows, rest)), [which, parts]) if which < parts && rows % parts == 0 => {
                 Ok([&[rows / parts], rest].concat())
             }
             _ => Err(format!(
@@ -133,12 +213,32 @@ pub const TRANSFORMS: &[Transform] = &[
             )),
         },
         apply: |x, numbers| {
-            let rows = x.shape().first().map_or(0, |r| r / numbers[1].max(1));
-            let start = rows.saturating_mul(numbers[0]);
+            let [which, parts] = whole(numbers);
+            let rows = rows_of(x) / parts.max(1);
+            let start = rows.saturating_mul(which);
             Ok(x.slice(start..start.saturating_add(rows))?)
         },
     },
 ];
+
+fn rows_of(x: &HostTensor) -> usize {
+    x.shape().first().copied().unwrap_or_default()
+}
+
+/// A copy of some rows.
+fn gathered(x: &HostTensor, count: usize, rows: impl Iterator<Item = usize>) -> Result<HostTensor> {
+    let row = x.bytes().len() / rows_of(x).max(1);
+    let mut shape = x.shape().to_vec();
+    if let Some(outer) = shape.first_mut() {
+        *outer = count;
+    }
+    let mut bytes = Vec::with_capacity(count * row);
+    for at in rows {
+        bytes.extend_from_slice(&x.bytes()[at * row..(at + 1) * row]);
+    }
+    let range = 0..bytes.len();
+    Ok(HostTensor::new(x.dtype(), &shape, Arc::new(bytes), range)?)
+}
 
 fn flattened(shape: &[usize]) -> Shaped {
     match shape {
@@ -187,7 +287,7 @@ mod tests {
     fn run(
         name: &str,
         shape: &[usize],
-        numbers: &[usize],
+        numbers: &[f64],
     ) -> std::result::Result<HostTensor, String> {
         let values: Vec<f32> = (0..shape.iter().product()).map(|i| i as f32).collect();
         let x = HostTensor::from_f32(shape, &values).unwrap();
@@ -201,21 +301,38 @@ mod tests {
 
     #[test]
     fn each_does_what_its_name_says() {
-        assert_eq!(run("squeeze", &[3, 1, 2], &[1]).unwrap().shape(), [3, 2]);
-        assert_eq!(run("squeeze", &[3, 1, 1], &[1]).unwrap().shape(), [3, 1]);
-        assert!(run("squeeze", &[3, 2], &[1]).is_err() && run("squeeze", &[1], &[1]).is_err());
-        assert_eq!(run("index", &[2, 2, 1], &[1]).unwrap().to_f32(), [2.0, 3.0]);
-        assert!(run("index", &[2, 2], &[2]).is_err() && run("index", &[], &[0]).is_err());
-        assert_eq!(run("part", &[4, 1], &[1, 2]).unwrap().to_f32(), [2.0, 3.0]);
-        for bad in [[2, 2], [0, 3], [0, 0]] {
+        assert_eq!(run("squeeze", &[3, 1, 2], &[1.0]).unwrap().shape(), [3, 2]);
+        assert_eq!(run("squeeze", &[3, 1, 1], &[1.0]).unwrap().shape(), [3, 1]);
+        assert!(run("squeeze", &[3, 2], &[1.0]).is_err() && run("squeeze", &[1], &[1.0]).is_err());
+        assert_eq!(
+            run("index", &[2, 2, 1], &[1.0]).unwrap().to_f32(),
+            [2.0, 3.0]
+        );
+        assert!(run("index", &[2, 2], &[2.0]).is_err() && run("index", &[], &[0.0]).is_err());
+        assert_eq!(
+            run("part", &[4, 1], &[1.0, 2.0]).unwrap().to_f32(),
+            [2.0, 3.0]
+        );
+        for bad in [[2.0, 2.0], [0.0, 3.0], [0.0, 0.0]] {
             assert!(run("part", &[4, 1], &bad).is_err(), "{bad:?}");
         }
         assert_eq!(run("neg_exp", &[1], &[]).unwrap().to_f32(), [-1.0]);
+        assert_eq!(run("plus", &[2], &[0.5]).unwrap().to_f32(), [0.5, 1.5]);
+        assert_eq!(run("zeros", &[2], &[]).unwrap().to_f32(), [0.0, 0.0]);
+        assert_eq!(run("rows", &[4], &[1.0, 3.0]).unwrap().to_f32(), [1.0, 2.0]);
+        for bad in [[1.0, 5.0], [2.0, 2.0]] {
+            assert!(run("rows", &[4, 1], &bad).is_err(), "{bad:?}");
+        }
+        let heads = run("unzip", &[8, 1], &[2.0, 2.0]).unwrap();
+        assert_eq!(heads.to_f32(), [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]);
+        for bad in [[2.0, 3.0], [0.0, 1.0], [1e300, 1e300]] {
+            assert!(run("unzip", &[8, 1], &bad).is_err(), "{bad:?}");
+        }
         assert_eq!(run("flatten", &[3, 2, 4], &[]).unwrap().shape(), [6, 4]);
         assert!(run("flatten", &[3], &[]).is_err());
-        let odd = run("every", &[4, 2], &[1, 2]).unwrap();
+        let odd = run("every", &[4, 2], &[1.0, 2.0]).unwrap();
         assert_eq!(odd.to_f32(), [2.0, 3.0, 6.0, 7.0]);
-        for bad in [[2, 2], [0, 3], [0, 0]] {
+        for bad in [[2.0, 2.0], [0.0, 3.0], [0.0, 0.0]] {
             assert!(run("every", &[4, 1], &bad).is_err(), "{bad:?}");
         }
     }
@@ -225,9 +342,9 @@ mod tests {
         let x = HostTensor::from_f32(&[2, 4], &[0.0; 8]).unwrap();
         let views = TRANSFORMS
             .iter()
-            .filter(|t| !t.widens && !["squeeze", "every"].contains(&t.name));
+            .filter(|t| !t.widens && !["squeeze", "every", "unzip"].contains(&t.name));
         for t in views {
-            let numbers = [1, 2];
+            let numbers = [1.0, 2.0];
             let y = (t.apply)(&x, &numbers[..t.numbers.len()]).unwrap();
             assert!(
                 x.bytes().as_ptr_range().contains(&y.bytes().as_ptr()),

@@ -157,7 +157,7 @@ pub fn estimate(
     let parameters = weights.iter().map(|w| w.spec.elements() as u64).sum();
     let kv_bytes_per_token = (graph.page_elements_per_token() * config.kv_dtype.size()) as u64;
     let state_bytes_per_sequence = graph.slot_bytes() as u64;
-    let (pages, slots) = (config.pages() as u64, config.slots() as u64);
+    let (pages, slots) = (config.pages(graph.prefix) as u64, config.slots() as u64);
     let head = (graph.vocab * graph.d_model) as f64;
     let flops = |position| 2.0 * (multiplied(graph) + head) + other_flops(graph, position);
     let last = config.context.saturating_sub(1);

@@ -107,7 +107,7 @@ pub fn generate(
             break;
         }
         if first.is_none() {
-            watch.prompt(engine.sequence(id).map_or(0, |s| s.computed));
+            watch.prompt(engine.computed(id));
         }
         let mut stopped = false;
         for output in engine.outputs() {

@@ -23,6 +23,8 @@ use hf_hub::{Cache, Repo, RepoType};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
+use strata_converters::cards::beside_config;
+
 use address::{escape, origin, proxy};
 use disk::{check_space, free_bytes, link};
 use id::{plain, shards};
@@ -253,7 +255,7 @@ impl<'a> Hub<'a> {
         )?;
         let commit = config.commit.clone();
         let mut files = vec![config];
-        for name in &FILES[1..] {
+        for name in FILES.into_iter().skip(1).chain(beside_config()) {
             files.extend(self.look_up(name, &commit, progress)?);
         }
         if let Some(index) = self.look_up(INDEX, &commit, progress)? {

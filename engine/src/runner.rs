@@ -32,8 +32,8 @@ pub struct Network {
 /// Where the first value comes from.
 #[derive(Clone)]
 enum Input {
-    /// Rows of a table.
-    Tokens(Matrix),
+    /// Rows of a table, and those of the prefix.
+    Tokens(Matrix, Option<Matrix>),
     /// Patches of an image.
     Image(Arc<PatchEmbed>),
 }
@@ -58,9 +58,15 @@ impl Network {
             counted: RefCell::default(),
         };
         let table =
-            |path: &str| source.matrix(path, &WeightSpec::matrix("", graph.vocab, graph.d_model));
+            |path: &str, rows| source.matrix(path, &WeightSpec::matrix("", rows, graph.d_model));
         let input = match &graph.image {
-            None => Input::Tokens(table("embed")?),
+            None => Input::Tokens(
+                table("embed", graph.vocab)?,
+                match graph.prefix {
+                    0 => None,
+                    rows => Some(table("embed.prefix", rows)?),
+                },
+            ),
             Some(image) => {
                 let specs = image.weights(graph.d_model);
                 let weights = Weights {
@@ -79,8 +85,8 @@ impl Network {
             }
         };
         let head = match &input {
-            Input::Tokens(embed) if graph.tied => embed.clone(),
-            _ => table("head")?,
+            Input::Tokens(embed, _) if graph.tied => embed.clone(),
+            _ => table("head", graph.vocab)?,
         };
         let bias = WeightSpec::vector("bias", &[graph.vocab], Init::Constant(0.0));
         let weights = Weights {
@@ -176,6 +182,7 @@ pub struct Runner {
     scratch: Scratch,
     /// What the layer that runs reads beside the stream.
     operands: Vec<Tensor>,
+    prefix_ids: Vec<u32>,
     empty: LayerState,
     picked: Tensor,
     logits: Tensor,
@@ -200,6 +207,7 @@ impl Runner {
             buffer_of,
             scratch: Scratch::default(),
             operands: Vec::new(),
+            prefix_ids: Vec::new(),
             empty: LayerState::default(),
             picked: backend.alloc(DType::F32, LOGIT_ROWS, graph.d_model)?,
             logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
@@ -319,26 +327,46 @@ impl Runner {
     fn embed(&mut self, step: &Step<'_>, rows: usize) -> Result<()> {
         let network = self.network.clone();
         let (graph, backend) = (&network.graph, &*network.backend);
-        let Input::Tokens(table) = &network.input else {
-            panic!("a model of images was given tokens");
-        };
-        let ids = step.tokens;
         let mut x = self.value(0, rows);
         let Some(by) = graph.embed_scale else {
-            let y = &mut x;
-            return backend.embed(Embed { ids, table, y });
+            return self.look_up(step.tokens, &mut x);
         };
         self.scratch.reset(backend)?;
         let mut raw = self
             .context(backend, step.ragged, usize::MAX)
             .take(rows, graph.d_model)?;
-        let y = &mut raw;
-        backend.embed(Embed { ids, table, y })?;
+        self.look_up(step.tokens, &mut raw)?;
         backend.scale(Scale {
             x: &raw,
             by: by as f32,
             y: &mut x,
         })
+    }
+
+    /// Rows of the embedding; ids behind the vocabulary are rows of the prefix.
+    fn look_up(&mut self, ids: &[u32], y: &mut Tensor) -> Result<()> {
+        let (network, backend) = (&self.network, &*self.network.backend);
+        let Input::Tokens(table, prefix) = &network.input else {
+            panic!("a model of images was given tokens");
+        };
+        let Some(prefix) = prefix else {
+            return backend.embed(Embed { ids, table, y });
+        };
+        let vocab = network.graph.vocab as u32;
+        let mut start = 0;
+        for ids in ids.chunk_by(|a, b| (*a < vocab) == (*b < vocab)) {
+            let y = &mut y.row_range(start..start + ids.len());
+            start += ids.len();
+            if ids[0] < vocab {
+                backend.embed(Embed { ids, table, y })?;
+            } else {
+                self.prefix_ids.clear();
+                self.prefix_ids.extend(ids.iter().map(|id| id - vocab));
+                let (ids, table) = (&self.prefix_ids, prefix);
+                backend.embed(Embed { ids, table, y })?;
+            }
+        }
+        Ok(())
     }
 
     /// All nodes, in their order.

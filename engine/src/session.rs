@@ -1,6 +1,7 @@
 //! The engine: requests in, tokens out. It owns the state of all sequences, and their snapshots.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use strata_kernels::{DType, Ragged, Span, Tensor};
@@ -75,9 +76,10 @@ impl EngineConfig {
         }
     }
 
-    /// Pages that hold the context of all sequences, with one to spare for each.
-    pub fn pages(&self) -> usize {
-        self.max_sequences * (self.context.div_ceil(self.page_size) + 1)
+    /// Pages that hold the context of all sequences, with a prefix before it and one to spare for each.
+    pub fn pages(&self, prefix: usize) -> usize {
+        let tokens = self.context.saturating_add(prefix);
+        self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
     }
 
     /// Slots: one a sequence, and one for a sequence that is being restored.
@@ -198,7 +200,7 @@ pub struct Engine {
 impl Engine {
     /// An engine for `network`. State is reserved here and committed as it is used.
     pub fn new(network: Arc<Network>, config: EngineConfig) -> Result<Self, Error> {
-        let pages = config.pages();
+        let pages = config.pages(network.graph.prefix);
         Engine::with_pages(network, config, pages)
     }
 
@@ -232,7 +234,7 @@ impl Engine {
             token_budget: config.token_budget,
             max_sequences: config.max_sequences,
             chunk: config.chunk,
-            context: config.context,
+            context: config.context.saturating_add(graph.prefix),
         })?;
         let size = StateSize {
             page_size: config.page_size,
@@ -281,7 +283,19 @@ impl Engine {
         &self.config
     }
 
-    /// A sequence, until it is removed.
+    /// How many tokens of a sequence's own have been computed, until it is removed.
+    pub fn computed(&self, id: SeqId) -> usize {
+        let computed = self.sequence(id).map_or(0, |s| s.computed);
+        computed.saturating_sub(self.prefix().len())
+    }
+
+    /// The ids that stand before the tokens of every sequence. Nobody outside sees them.
+    fn prefix(&self) -> Range<TokenId> {
+        let graph = &self.network().graph;
+        graph.vocab as TokenId..(graph.vocab + graph.prefix) as TokenId
+    }
+
+    /// A sequence, until it is removed. Its tokens begin with the model's prefix, if that has one.
     pub fn sequence(&self, id: SeqId) -> Option<&Sequence> {
         self.scheduler.sequence(id)
     }
@@ -325,8 +339,13 @@ impl Engine {
             stop: request.stop,
         };
         let prompt_logits = request.prompt_logits;
+        let mut prompt = request.prompt;
+        // A prompt without a token is refused further on, also behind a prefix.
+        if !prompt.is_empty() {
+            prompt.splice(0..0, self.prefix());
+        }
         let sequence = SequenceRequest {
-            prompt: request.prompt,
+            prompt,
             limits,
             prompt_logits,
             cut: None,
@@ -400,6 +419,7 @@ impl Engine {
 
     /// Runs the batch and samples.
     fn run(&mut self, observe: &mut dyn FnMut(SeqId, usize, &[f32])) -> Result<(), Error> {
+        let prefix = self.prefix().len();
         let Engine {
             runner,
             scheduler,
@@ -432,7 +452,10 @@ impl Engine {
             match span.logits {
                 Logits::None => {}
                 Logits::Last => logit_rows.push(end - 1),
-                Logits::All => logit_rows.extend(span.start..end),
+                Logits::All => {
+                    let hidden = prefix.saturating_sub(span.position).min(span.len);
+                    logit_rows.extend(span.start + hidden..end);
+                }
             }
         }
         let page_size = self.config.page_size;
@@ -455,7 +478,7 @@ impl Engine {
                 at += 1;
             }
             let span = &batch.spans[at];
-            observe(span.seq, span.position + row - span.start, logits);
+            observe(span.seq, span.position + row - span.start - prefix, logits);
             if !span.sample || row + 1 < span.start + span.len || failed.is_some() {
                 return;
             }
@@ -466,7 +489,7 @@ impl Engine {
                 .get_mut(&span.seq)
                 .expect("every sequence has a sampler");
             let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len);
-            match sampler.sample(logits, prompt, generated) {
+            match sampler.sample(logits, &prompt[prefix..], generated) {
                 Ok(sampled) => {
                     tokens.push((span.seq, sampled.token));
                     outputs.push(Output::Token {
@@ -517,7 +540,8 @@ impl Engine {
 
     /// The tokens whose state a snapshot holds.
     pub fn snapshot_tokens(&self, id: SnapshotId) -> Result<&[TokenId], Error> {
-        Ok(&self.get(id)?.tokens)
+        let tokens = &self.get(id)?.tokens;
+        Ok(&tokens[self.prefix().len().min(tokens.len())..])
     }
 
     pub(crate) fn get(&self, id: SnapshotId) -> Result<&Snapshot, Error> {
@@ -527,15 +551,13 @@ impl Engine {
     /// Takes a request on whose prompt begins with the tokens of a snapshot and goes on by at least
     /// one: those are not computed again. The snapshot stays as it is.
     pub fn restore(&mut self, id: SnapshotId, request: Request) -> Result<SeqId, Error> {
-        let snapshot = self.snapshots.get(&id).ok_or(Error::NoSnapshot(id))?;
-        let prompt = &request.prompt;
-        if let Some(position) =
-            (0..snapshot.tokens.len()).find(|i| prompt.get(*i) != Some(&snapshot.tokens[*i]))
-        {
+        let snapshot = self.get(id)?;
+        let (prompt, tokens) = (&request.prompt, self.snapshot_tokens(id)?);
+        if let Some(position) = (0..tokens.len()).find(|i| prompt.get(*i) != Some(&tokens[*i])) {
             let found = prompt
                 .get(position)
                 .map_or("no token".into(), |t| format!("token {t}"));
-            let expected = snapshot.tokens[position];
+            let expected = tokens[position];
             return Err(Error::Diverged {
                 position,
                 found,

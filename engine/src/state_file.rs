@@ -323,14 +323,16 @@ pub fn load(
         .remove("tokens")
         .ok_or_else(|| damaged("there are no tokens".into()))?;
     let tokens = tokens_entry.shape.first().copied().unwrap_or(0);
-    let context = engine.config().context;
+    let graph = &engine.network().graph;
+    let (context, prefix) = (engine.config().context, graph.prefix);
+    let ids_known = graph.vocab + prefix;
     if tokens == 0 || tokens_entry.dtype != "U32" || tokens_entry.shape.len() != 1 {
         return Err(damaged("its tokens are no list of U32".into()));
     }
-    if tokens > context {
+    if tokens > context.saturating_add(prefix) {
         return Err(Error::TooLong {
             path: path.into(),
-            tokens,
+            tokens: tokens - prefix,
             context,
         });
     }
@@ -386,8 +388,8 @@ pub fn load(
         .iter()
         .map(|b| u32::from_le_bytes(*b))
         .collect();
-    let vocab = engine.network().graph.vocab;
-    if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+    if let Some(id) = ids.iter().find(|id| **id as usize >= ids_known) {
+        let vocab = engine.network().graph.vocab;
         return Err(damaged(format!(
             "token id {id} is outside the vocabulary of {vocab}"
         )));

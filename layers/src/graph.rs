@@ -34,6 +34,8 @@ pub struct Graph {
     pub tied: bool,
     /// Multiplies the embedding's rows.
     pub embed_scale: Option<f64>,
+    /// Learned rows before the tokens of every sequence; as ids they come behind the vocabulary.
+    pub prefix: usize,
     /// Multiplies the logits.
     pub logit_scale: Option<f64>,
     /// Whether the logits have a bias.
@@ -99,6 +101,10 @@ impl Graph {
                 list.push(GraphWeight { path, spec });
             }
         };
+        let table = |rows| WeightSpec {
+            role: Role::Table,
+            ..WeightSpec::matrix("", rows, self.d_model)
+        };
         match &self.image {
             Some(image) => {
                 for want in image.weights(self.d_model) {
@@ -106,9 +112,10 @@ impl Graph {
                 }
             }
             None => {
-                let table = WeightSpec::matrix("", self.vocab, self.d_model);
-                let role = Role::Table;
-                add("embed".into(), WeightSpec { role, ..table });
+                add("embed".into(), table(self.vocab));
+                if self.prefix > 0 {
+                    add("embed.prefix".into(), table(self.prefix));
+                }
             }
         }
         for node in &self.nodes {
@@ -172,9 +179,13 @@ impl Graph {
                 state => writeln!(out, " weights={weights:<26} state={state}"),
             };
         };
+        let tokens = match self.prefix {
+            0 => "tokens".to_string(),
+            n => format!("{n} + tokens"),
+        };
         match self.image {
             Some(_) => line(0, "image", "patches", "image", ""),
-            None => line(0, "embed", "tokens", "embed", ""),
+            None => line(0, "embed", &tokens, "embed", ""),
         }
         for node in &self.nodes {
             let inputs: Vec<String> = node.inputs.iter().map(|v| format!("%{v}")).collect();

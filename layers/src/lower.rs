@@ -37,7 +37,7 @@ pub(crate) fn lower(plan: &Plan, file: &str) -> Result<Graph, Faults> {
         widths: vec![plan.d_model],
         specs: BTreeMap::new(),
         wanted: 0,
-        elements: 2 * plan.vocab as u128 * plan.d_model as u128,
+        elements: (2 * plan.vocab as u128 + plan.embed.prefix as u128) * plan.d_model as u128,
         walked: 0,
         kept: BTreeMap::new(),
         pages: BTreeMap::new(),
@@ -58,6 +58,7 @@ pub(crate) fn lower(plan: &Plan, file: &str) -> Result<Graph, Faults> {
         d_model: plan.d_model,
         tied: plan.head.tie,
         embed_scale: plan.embed.scale,
+        prefix: plan.embed.prefix,
         logit_scale: plan.head.scale,
         last,
     }))

@@ -142,10 +142,28 @@ params! {
     pub struct Embed as "embed" {
         /// Multiplies the rows.
         scale: Option<f64> = None,
+        /// So many learned rows stand before the tokens of every sequence. Positions count them; no one
+        /// sees their logits.
+        prefix: usize = 0,
     }
 }
 
-impl Check for Embed {}
+const NO_EMBED: Embed = Embed {
+    scale: None,
+    prefix: 0,
+};
+
+/// Longest prefix: every sequence begins with it.
+const MAX_PREFIX: usize = 65_536;
+
+impl Check for Embed {
+    fn check(&self, fields: &Fields<'_>, faults: &mut Faults) {
+        if self.prefix > MAX_PREFIX {
+            let message = format!("`prefix` is {}; it may be {MAX_PREFIX}", self.prefix);
+            faults.add(fields.at("prefix"), message);
+        }
+    }
+}
 
 params! {
     /// From the last block to logits.
@@ -273,7 +291,7 @@ fn read_plan(node: &Node, faults: &mut Faults) -> Option<Plan> {
         let at = fields.at("init_std");
         faults.add(at, "`init_std` is a standard deviation: 0 or more");
     }
-    let embed = fields.optional("embed", Embed { scale: None }, faults);
+    let embed = fields.optional("embed", NO_EMBED, faults);
     let image = fields.optional("image", None::<Image>, faults);
     let shared = fields
         .node("shared")
@@ -604,6 +622,7 @@ head: {norm: {eps: 1.0e-6}, tie: true}
             ("[m, a, m*2, m@0]", "[]"),
             ("[m, a, m*2, m@0]", "7"),
             ("d_model: 8", "d_model: [8]"),
+            ("d_model: 8", "d_model: 8\nembed: {prefix: 70000}"),
         ] {
             assert!(
                 TINY.contains(from) && Plan::parse(&TINY.replace(from, to), "p").is_err(),

@@ -231,7 +231,7 @@ impl Conversation<'_> {
                 .step(&mut |_, _, _| {})
                 .map_err(|e| self.model.explain(e.into()))?
             {
-                watch.prompt(self.engine.sequence(id).map_or(0, |s| s.computed));
+                watch.prompt(self.engine.computed(id));
                 if interrupted() {
                     self.engine.remove(id);
                     watch.bar.finish_and_clear();

@@ -226,7 +226,7 @@ impl Generate {
         }
         let generated = done.tokens.len();
         // Ctrl-C may have come before the end of the prompt.
-        let read = engine.sequence(id).map_or(0, |s| s.computed);
+        let read = engine.computed(id);
         let prefill_rate = rate(read.min(prompt_tokens), done.prefill);
         let decode_rate = rate(generated.saturating_sub(1), done.decode);
         if self.common.source.json {
