@@ -100,7 +100,9 @@ VARIANTS = {
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0, "eos_token_id": 2,
         },
         torch.bfloat16, seed=511, tokens=49, wrong_keys=(("sliding_window", 8), ("layer_norm_eps", 1e-4)),
-        drop_keys=("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank", "mamba_conv_bias", "mamba_proj_bias"),
+        drop_keys=(
+            "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank", "mamba_conv_bias", "mamba_proj_bias",
+        ),
     ),
     "mamba-in-llama/split": Variant(
         {
@@ -174,7 +176,8 @@ VARIANTS = {
             "tie_word_embeddings": False, "max_position_embeddings": 65536, "eos_token_id": 2,
             "ssm_cfg": {
                 "activation": "silu", "bias": False, "chunk_size": 128, "conv_bias": True, "d_conv": 4,
-                "d_inner": 48, "d_state": 8, "d_xb": 16, "dt_rank": "auto", "expand": 1, "n_qk_heads": 4, "n_v_heads": 4,
+                "d_inner": 48, "d_state": 8, "d_xb": 16, "dt_rank": "auto", "expand": 1,
+                "n_qk_heads": 4, "n_v_heads": 4,
             },
         },
         torch.bfloat16, seed=541, tokens=47, dt_bias_scale=0.5,
@@ -186,7 +189,9 @@ VARIANTS = {
             "num_key_value_heads": 1, "head_dim": 12, "hybrid_block_layout": ["t", "m2", "m2"],
             "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
             "max_position_embeddings": 65536, "eos_token_id": 2,
-            "ssm_cfg": {"d_inner": 36, "d_state": 6, "d_xb": 12, "dt_rank": 3, "repeat_kv_before_conv": False, "d_conv": 3},
+            "ssm_cfg": {
+                "d_inner": 36, "d_state": 6, "d_xb": 12, "dt_rank": 3, "repeat_kv_before_conv": False, "d_conv": 3,
+            },
         },
         torch.float32, seed=542, tokens=43, dt_bias_scale=0.5,
         join=((".in_proj.weight", (".in_proj.weight", ".dt_in_proj.weight")),),
@@ -216,7 +221,8 @@ VARIANTS = {
             "hidden_act": "silu", "num_experts": 1, "num_experts_per_tok": 1, "num_mamba": 1, "rope": True,
             "rope_theta": 10000.0, "rope_type": "ntk", "max_position_embeddings": 8192,
             "orig_max_position_embeddings": 2048, "seq_length": 64, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
-            "tie_word_embeddings": True, "use_cache": False, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+            "tie_word_embeddings": True, "use_cache": False, "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
             "use_mamba_kernels": True, "pad_token_id": 0, "eos_token_id": 2,
         },
         torch.bfloat16, seed=561, tokens=47,

@@ -129,8 +129,9 @@ KERNELS = {
 # Packages that are not there; whatever is imported from them and is not in KERNELS is never called.
 ABSENT = (
     "causal_conv1d", "deepspeed", "fla", "flash_attn", "mamba_ssm", "transformer_engine", "utils",
-    "hmf.extras", "lit_gpt.selective_scan_interface", "lit_gpt.rmsnorm", "lit_gpt.triton_sequential_scan", "lit_gpt.ops",
-    "modules.mixers.discrete_mamba2_ref", "hmf.model.hybrid_zoo.layers.bmojo_f", "hmf.model.hybrid_zoo.layers.gated_deltanet",
+    "hmf.extras", "lit_gpt.selective_scan_interface", "lit_gpt.rmsnorm", "lit_gpt.triton_sequential_scan",
+    "lit_gpt.ops", "modules.mixers.discrete_mamba2_ref", "hmf.model.hybrid_zoo.layers.bmojo_f",
+    "hmf.model.hybrid_zoo.layers.gated_deltanet",
     "hmf.model.hybrid_zoo.layers.gated_kalmanet", "hmf.model.hybrid_zoo.layers.swa",
 )
 

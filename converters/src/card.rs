@@ -11,7 +11,7 @@ use strata_layers::yaml::{self, Entry, Value};
 use strata_layers::{Faults, Graph, Mark, Node, Plan};
 
 use crate::config::Config;
-use crate::expression::{self, Scope};
+use crate::expression::{self, Computed, Scope};
 use crate::stack;
 use crate::tensor_map::TensorMap;
 
@@ -328,6 +328,8 @@ struct Resolver<'a> {
     told: BTreeMap<Mark, String>,
     /// The places of expressions that have no value.
     failed: BTreeSet<Mark>,
+    /// Of the expressions in blocks, those that are the same at every place; none for the others.
+    constant: BTreeMap<String, Option<Computed>>,
 }
 
 impl<'a> Resolver<'a> {
@@ -338,6 +340,7 @@ impl<'a> Resolver<'a> {
             faults: Faults::new(&card.file),
             told: BTreeMap::new(),
             failed: BTreeSet::new(),
+            constant: BTreeMap::new(),
         }
     }
 
@@ -417,6 +420,9 @@ impl<'a> Resolver<'a> {
     fn node(&mut self, node: &Node) -> Node {
         let value = match &node.value {
             Value::Text(text) => match text.strip_prefix('=') {
+                Some(expression) if self.scope.has(PLACE[1]) => {
+                    self.compute_placed(expression, node.at)
+                }
                 Some(expression) => self.compute(expression, node.at),
                 None => node.value.clone(),
             },
@@ -494,6 +500,23 @@ impl<'a> Resolver<'a> {
                 Value::Null
             }
         }
+    }
+
+    /// The same of an expression in a block. A stack may have ten thousand blocks with a hundred each.
+    fn compute_placed(&mut self, expression: &str, at: Mark) -> Value {
+        match self.constant.get(expression) {
+            Some(Some(known)) => {
+                self.told.insert(at, known.told.clone());
+                return placed(known.value.clone(), at);
+            }
+            Some(None) => return self.compute(expression, at),
+            None => {}
+        }
+        let reads = self.scope.reads(expression);
+        let varies = PLACE.iter().any(|p| reads.iter().any(|r| r == p));
+        let known = self.scope.evaluate(expression).ok().filter(|_| !varies);
+        self.constant.insert(expression.into(), known);
+        self.compute(expression, at)
     }
 
     /// The names of the stack's blocks in order, and the places in the card that put them there.
