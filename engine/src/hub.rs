@@ -23,7 +23,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
-use strata_converters::cards::beside_config;
+use crate::load::beside_config;
 
 use address::{escape, origin, proxy};
 use disk::{check_space, free_bytes, link};

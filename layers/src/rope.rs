@@ -1,5 +1,5 @@
 //! Rotary positions (Su et al., 2021) and the ways in which published models stretch them: linear
-//! (Chen et al., 2023), by wavelength as Llama 3.1 does, and YaRN (Peng et al., 2023).
+//! (Chen et al., 2023), by wavelength (Grattafiori et al., 2024), and YaRN (Peng et al., 2023).
 
 use std::f64::consts::TAU;
 
