@@ -1506,3 +1506,54 @@ fn classify_names_classes_and_says_what_is_no_image() {
         );
     }
 }
+
+#[test]
+fn a_published_models_cost_is_told_with_what_of_it_does_not_run() {
+    let folder = Folder::new("published");
+    let config = |name: &str| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        text(&root.join(format!("../model-cards/configs/{name}.json")))
+    };
+    let (with, without) = (
+        config("nemotron-3.5-lightning-30b-a3b"),
+        config("nemotron-3-nano-30b-a3b"),
+    );
+    let done = run(&["plan", "estimate", &with], &folder.0);
+    let mut lines = done.out.lines();
+    assert_eq!(
+        lines.next(),
+        Some("nemotron-3.5-lightning-30b-a3b"),
+        "{done:?}"
+    );
+    assert!(
+        lines
+            .next()
+            .is_some_and(|l| l.contains("31,577,940,288 parameters"))
+    );
+    let unused = lines.next().map(str::trim);
+    let expected = "and 1,335,325,952 parameters in 270 tensors that are not run";
+    assert_eq!(unused, Some(expected), "{done:?}");
+    let done = run(&["plan", "estimate", &without], &folder.0);
+    assert!(
+        done.status == 0 && !done.out.contains("not run"),
+        "{done:?}"
+    );
+    let done = run(&["plan", "estimate", &with, "--json"], &folder.0);
+    let found: serde_json::Value = serde_json::from_str(&done.out).unwrap();
+    assert_eq!(found["unused_tensors"], 270);
+
+    // What nobody has a card for is told what it is like.
+    let other = folder.write(
+        "config.json",
+        r#"{"model_type": "mamba4", "state_size": 16}"#,
+    );
+    let done = run(&["plan", "estimate", &other], &folder.0);
+    assert_eq!(done.status, 1);
+    for says in [
+        "no model card is for model_type mamba4",
+        "nearest: mamba",
+        "--card FILE",
+    ] {
+        assert!(done.err.contains(says), "{says}: {done:?}");
+    }
+}

@@ -50,6 +50,10 @@ fn every_card_runs_in_the_memory_that_was_estimated() {
     let mut wrong = Vec::new();
     for card in cards::all() {
         let plan = card.plan(card.tiny(), card.family()).unwrap();
+        if plan.image.is_some() {
+            // No engine runs these.
+            continue;
+        }
         let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.yaml", card.family()));
         std::fs::write(&file, plan.print()).unwrap();
         for dtype in TYPES {

@@ -38,7 +38,7 @@ fn of(name: &str) -> Estimate {
 
 /// Published models, and their parameters: all digits, or those that are published, in millions (M)
 /// or thousands of millions (B).
-const PARAMETERS: [(&str, &str); 55] = [
+const PARAMETERS: [(&str, &str); 64] = [
     // Jamba. Mini 1.6 and 1.7 and Jamba2-Mini are of the same sizes, Large 1.6 and 1.7 as well.
     ("jamba-v0.1", "51,570,323,328"),
     ("jamba-mini-1.5", "51,570,323,328"),
@@ -110,6 +110,19 @@ const PARAMETERS: [(&str, &str); 55] = [
     ("zamba2-1.2b", "1,215,064,704"),
     ("zamba2-2.7b", "2.7 B"),
     ("zamba2-7b", "7.4 B"),
+    // In the form of their authors' package. MambaByte's are named without the embedding and the biases of
+    // norms, and rounded down: 353 M and 972 M. Inferred: its rms_norm, by the authors' model.
+    ("mamba-130m", "129,135,360"),
+    ("mamba2-130m", "128,989,632"),
+    ("mamba2attn-2.7b", "2.7 B"),
+    ("mambabyte-353m", "0.35 B"),
+    ("mambabyte-972m", "0.97 B"),
+    // Inferred: the keys that no one lists, as the authors' code reads them. The 1.5B's sizes were not seen.
+    ("blackmamba-2.8b", "2.8 B"),
+    // There is no config.json of these: arguments of the authors' class.
+    ("vim-tiny", "7 M"),
+    ("vim-small", "26 M"),
+    ("vim-base", "98 M"),
 ];
 
 /// Digits in groups of three.

@@ -23,8 +23,6 @@ use hf_hub::{Cache, Repo, RepoType};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
-use crate::load::beside_config;
-
 use address::{escape, origin, proxy};
 use disk::{check_space, free_bytes, link};
 use id::{plain, shards};
@@ -133,10 +131,11 @@ impl HubOptions {
 
 /// Has a model's files ready; returns the directory that holds them.
 ///
-/// Downloads what the cache lacks: the configuration, the tokenizer and the safetensors weights, never
-/// pickled ones. An interrupted download goes on where it stopped.
+/// Downloads what the cache lacks: the configuration and the files `beside` it that some models have, the
+/// tokenizer and the safetensors weights, never pickled ones. An interrupted download goes on where it stopped.
 pub fn fetch_model(
     id: &str,
+    beside: &[&str],
     options: &HubOptions,
     progress: &mut dyn Progress,
 ) -> Result<PathBuf, Error> {
@@ -153,7 +152,7 @@ pub fn fetch_model(
         }
         _ => {}
     }
-    match (hub.fetch(progress), cached) {
+    match (hub.fetch(beside, progress), cached) {
         // As other tools do: what was complete yesterday serves while the network is down.
         (Err(Error::Network { reason, .. }), Ok(snapshot)) => {
             progress.note(&format!(
@@ -246,7 +245,7 @@ impl<'a> Hub<'a> {
         Ok(snapshot)
     }
 
-    fn fetch(&self, progress: &mut dyn Progress) -> Result<PathBuf, Error> {
+    fn fetch(&self, beside: &[&str], progress: &mut dyn Progress) -> Result<PathBuf, Error> {
         let config = self.required(
             FILES[0],
             &self.id.revision,
@@ -255,7 +254,7 @@ impl<'a> Hub<'a> {
         )?;
         let commit = config.commit.clone();
         let mut files = vec![config];
-        for name in FILES.into_iter().skip(1).chain(beside_config()) {
+        for name in FILES[1..].iter().chain(beside) {
             files.extend(self.look_up(name, &commit, progress)?);
         }
         if let Some(index) = self.look_up(INDEX, &commit, progress)? {

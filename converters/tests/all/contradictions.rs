@@ -97,6 +97,14 @@ fn configs_that_contradict_themselves_are_refused() {
                 "num_key_value_heads = 5 (line 1 of config.json)",
             ],
         ),
+        (
+            r#"{"ssm_cfg": {"layer": "Mamba2"}, "d_model": 100, "n_layer": 2}"#,
+            &["d_inner % headdim == 0` with d_inner = 200 (by default)"],
+        ),
+        (
+            r#"{"ssm_cfg": {}, "d_model": 64, "n_layer": 2, "attn_layer_idx": [5], "attn_cfg": {"causal": true}}"#,
+            &["there is no block 5 among 2: `=attn_layer_idx` with attn_layer_idx = a list"],
+        ),
         // Groups.
         (
             r#"{"model_type": "mamba2", "n_groups": 3}"#,

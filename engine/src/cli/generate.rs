@@ -242,8 +242,6 @@ impl Generate {
                 "decode_seconds": done.decode.as_secs_f64(),
                 "prefill_tokens_per_second": prefill_rate,
                 "decode_tokens_per_second": decode_rate,
-                "estimated_bytes": estimate.total_bytes(),
-                "allocated_bytes": allocated.total(),
             });
             if self.sampling.logprobs.is_some() {
                 object["logprobs"] = done.tokens.iter().map(|t| logprobs(t, &model)).collect();
@@ -257,6 +255,12 @@ impl Generate {
                 }
             }
             if terminal.is_interactive() || self.common.source.verbose {
+                let mb = |bytes: u64| bytes as f64 / 1e6;
+                terminal.note(&format!(
+                    "{:.2} MB held, {:.2} MB estimated",
+                    mb(allocated.total()),
+                    mb(estimate.total_bytes())
+                ));
                 terminal.note(&format!(
                     "{} tokens read at {prefill_rate:.1} tok/s, {generated} generated at {decode_rate:.1} tok/s, ended by {}",
                     read.min(prompt_tokens),

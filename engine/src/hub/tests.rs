@@ -77,7 +77,7 @@ impl Server {
     }
 
     fn fetch(&self, id: &str) -> Result<PathBuf, Error> {
-        fetch_model(id, &self.options, &mut Silent)
+        fetch_model(id, &[], &self.options, &mut Silent)
     }
 
     fn with(&self, change: impl FnOnce(&mut State)) {

@@ -81,7 +81,8 @@ pub(super) fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> 
         return Ok(Located::Files(files));
     }
     if let (Ok(_), Some(hub)) = (HubId::parse(name), &options.hub) {
-        let folder = hub::fetch_model(name, hub, progress.download())?;
+        let beside: Vec<&str> = cards::beside_config().collect();
+        let folder = hub::fetch_model(name, &beside, hub, progress.download())?;
         return Ok(Located::Files(ModelFiles::open(&folder)?));
     }
     let bundled = strata_layers::param::list_of(bundled::names());

@@ -10,7 +10,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::Config;
-pub(crate) use strata_converters::cards::beside_config;
 use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType};
