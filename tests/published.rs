@@ -38,7 +38,7 @@ fn of(name: &str) -> Estimate {
 
 /// Published models, and their parameters: all digits, or those that are published, in millions (M)
 /// or thousands of millions (B).
-const PARAMETERS: [(&str, &str); 64] = [
+const PARAMETERS: [(&str, &str); 67] = [
     // Jamba. Mini 1.6 and 1.7 and Jamba2-Mini are of the same sizes, Large 1.6 and 1.7 as well.
     ("jamba-v0.1", "51,570,323,328"),
     ("jamba-mini-1.5", "51,570,323,328"),
@@ -119,6 +119,10 @@ const PARAMETERS: [(&str, &str); 64] = [
     ("mambabyte-972m", "0.97 B"),
     // Inferred: the keys that no one lists, as the authors' code reads them. The 1.5B's sizes were not seen.
     ("blackmamba-2.8b", "2.8 B"),
+    // Seen of plamo-2-1b. Inferred for 8b: all but the sizes that its class has as defaults.
+    ("plamo-2-1b", "1 B"),
+    ("plamo-2-8b", "8 B"),
+    ("phi-4-mini-flash", "3.85 B"),
     // There is no config.json of these: arguments of the authors' class.
     ("vim-tiny", "7 M"),
     ("vim-small", "26 M"),
