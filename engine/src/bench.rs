@@ -1,12 +1,10 @@
 //! Prefill and decode speed of a model, and the machine's limits beside it.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use strata_kernels::{DType, random};
 
 use crate::ids::TokenId;
-use crate::runner::Network;
 use crate::sampler::SamplingParams;
 use crate::session::{Engine, EngineConfig, Error, Output, Request};
 
@@ -64,19 +62,23 @@ pub struct Benched {
     pub decode: Figure,
 }
 
-/// Times a network. `report` is told after each run what is done of how many.
+impl BenchOptions {
+    /// The sizes that the runs need.
+    pub fn config(&self) -> EngineConfig {
+        let tokens = self.depth + self.prompt + self.generate + 1;
+        EngineConfig::new(tokens, self.batch, self.kv_dtype).with_row_bytes(self.bytes_per_row)
+    }
+}
+
+/// Times an engine of these sizes. `report` is told after each run what is done of how many.
 pub fn bench(
-    network: &Arc<Network>,
+    engine: &mut Engine,
     options: &BenchOptions,
     report: &mut dyn FnMut(usize, usize),
 ) -> Result<Benched, Error> {
-    let tokens = options.depth + options.prompt + options.generate + 1;
-    let config = EngineConfig::new(tokens, options.batch, options.kv_dtype)
-        .with_row_bytes(options.bytes_per_row);
-    let mut engine = Engine::new(network.clone(), config)?;
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for run in 0..=options.repeat {
-        let (read, generated) = once(&mut engine, options)?;
+        let (read, generated) = once(engine, options)?;
         // The first run touches memory for the first time.
         if run > 0 {
             prefill.push(rate(options.prompt * options.batch, read));

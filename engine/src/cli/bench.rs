@@ -9,6 +9,7 @@ use serde_json::json;
 use super::output::{Terminal, bytes};
 use super::{Common, Environment};
 use crate::bench::{BenchOptions, Figure, bench};
+use crate::session::Engine;
 
 const AFTER: &str = "\
 The limits are taken in the same run: what the machine reads from memory, and what it multiplies.
@@ -70,11 +71,13 @@ impl Bench {
         }
         let limits = model.limits();
         let bar = terminal.bar("timing", options.repeat, "runs");
-        let benched = bench(&model.network, &options, &mut |done, _| {
+        let mut engine = Engine::new(model.network.clone(), options.config())?;
+        let benched = bench(&mut engine, &options, &mut |done, _| {
             bar.set_position(done as u64)
         })
         .map_err(|error| model.explain(error.into()))?;
         bar.finish_and_clear();
+        terminal.memory(&model, &engine, self.common.source.verbose);
 
         // One step of decoding reads every weight it multiplies once, however many rows it has.
         let steps = benched.decode.median / options.batch as f64;

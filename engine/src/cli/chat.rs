@@ -128,6 +128,8 @@ impl Chat {
                 Err(error) => return Err(error),
             }
         }
+        let verbose = self.common.source.verbose;
+        terminal.memory(&conversation.model, &conversation.engine, verbose);
         Ok(())
     }
 }

@@ -189,7 +189,7 @@ impl Generate {
         } else {
             model.eos()
         };
-        let mut engine = Engine::new(model.network.clone(), config.clone())?;
+        let mut engine = Engine::new(model.network.clone(), config)?;
         let prompt_tokens = tokens.len();
         let id = engine.submit(Request {
             prompt: tokens,
@@ -217,13 +217,7 @@ impl Generate {
         .map_err(|error| model.explain(error.into()))?;
         watch.bar.finish_and_clear();
 
-        let (allocated, rows) = engine.allocated();
-        let estimate = model.estimate(&config, rows);
-        if let Some(off) = allocated.beside(&estimate) {
-            terminal.note(&format!(
-                "the estimate of memory was wrong, which is a mistake of ours: {off}"
-            ));
-        }
+        terminal.memory(&model, &engine, self.common.source.verbose);
         let generated = done.tokens.len();
         // Ctrl-C may have come before the end of the prompt.
         let read = engine.computed(id);
@@ -255,12 +249,6 @@ impl Generate {
                 }
             }
             if terminal.is_interactive() || self.common.source.verbose {
-                let mb = |bytes: u64| bytes as f64 / 1e6;
-                terminal.note(&format!(
-                    "{:.2} MB held, {:.2} MB estimated",
-                    mb(allocated.total()),
-                    mb(estimate.total_bytes())
-                ));
                 terminal.note(&format!(
                     "{} tokens read at {prefill_rate:.1} tok/s, {generated} generated at {decode_rate:.1} tok/s, ended by {}",
                     read.min(prompt_tokens),

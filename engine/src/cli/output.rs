@@ -7,8 +7,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use crate::hub;
-use crate::load::LoadProgress;
-use crate::session::DEFAULT_CHUNK;
+use crate::load::{LoadProgress, Model};
+use crate::session::{DEFAULT_CHUNK, Engine};
 
 /// Standard error, as a place for messages.
 pub struct Terminal {
@@ -29,6 +29,26 @@ impl Terminal {
     /// Whether standard error is a terminal.
     pub fn is_interactive(&self) -> bool {
         self.progress
+    }
+
+    /// Compares what an engine holds at the end of a run with what was estimated: says both, or only that
+    /// they differ by more than one part in a hundred.
+    pub fn memory(&self, model: &Model, engine: &Engine, verbose: bool) {
+        let (allocated, rows) = engine.allocated();
+        let estimate = model.estimate(engine.config(), rows);
+        if let Some(off) = allocated.beside(&estimate) {
+            self.note(&format!(
+                "the estimate of memory was wrong, which is a mistake of ours: {off}"
+            ));
+        }
+        if verbose {
+            let (held, expected) = (allocated.total(), estimate.total_bytes());
+            self.note(&format!(
+                "{} held, {} estimated",
+                bytes(held),
+                bytes(expected)
+            ));
+        }
     }
 
     /// Something worth knowing that is no fault.
