@@ -2,7 +2,8 @@
 //!
 //! For every row, keys are taken in blocks of `KEYS` and chunks of `CHUNK` positions, counted from
 //! the start of the sequence: a running softmax goes over the blocks of a chunk, and chunks are then
-//! merged in order. A block that a row sees only in part is taken in part. So the arithmetic of a
+//! merged in order. A block that a row sees only in part is taken in part. Where first tokens stay
+//! beside a window, those of a block are taken before what the window shows of it. So the arithmetic of a
 //! row is the same whether it is decoded alone or part of a prompt, and the chunks of one long
 //! sequence can go to several threads.
 
