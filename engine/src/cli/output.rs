@@ -105,6 +105,20 @@ impl Terminal {
         bar
     }
 
+    /// A bar over bytes, whose length is told later; hidden away from a terminal.
+    pub fn byte_bar(&self, what: &'static str) -> ProgressBar {
+        if !self.progress {
+            return ProgressBar::hidden();
+        }
+        let bar = ProgressBar::new(0);
+        let template = "{msg} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(what);
+        bar
+    }
+
     /// Progress of loading.
     pub fn load_progress(&self) -> LoadBar {
         let download: Box<dyn hub::Progress> = if self.progress {
