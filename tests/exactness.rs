@@ -50,7 +50,8 @@ fn trapezoids() -> Plan {
     )
 }
 
-/// Scans of Mamba-2 by chunks, some of them longer than the prompt, beside their recurrence.
+/// Scans of Mamba-2 by chunks, some of them longer than the prompt, beside their recurrence, after a
+/// learned prefix that is no whole chunk.
 fn chunks() -> Plan {
     let n = "norm: {eps: 1.0e-6}";
     let mixer = |name: &str, size: &str| {
@@ -70,7 +71,7 @@ fn chunks() -> Plan {
             "  f: [residual: [{n}, {few}]]\n  m: [residual: [{n}, {many}]]\n  r: [residual: [{n}, {}]]\n  s: [residual: [{n}, {{{scan}}}, {one}]]",
             mixer("none", "")
         ),
-        "[f, m, r, s, f@1]",
+        "[f, m, r, s, f@1]\nembed: {prefix: 5}",
     )
 }
 

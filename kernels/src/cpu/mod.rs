@@ -39,6 +39,7 @@ mod selective_scan;
 mod simd;
 mod ssd_chunked;
 mod ssd_scan;
+mod ssd_tiles;
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};

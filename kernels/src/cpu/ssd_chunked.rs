@@ -16,20 +16,17 @@ use super::dot::{COLUMNS, Widened, tile};
 use super::math::{exp, softplus};
 use super::scratch::SharedMut;
 use super::simd::{Kernel, Simd, load, store};
+use super::ssd_tiles::{Outputs, STRIP, Update};
 use crate::ops::SsdChunked;
 use crate::span::Span;
 use crate::tensor::{View, ViewMut};
 
-/// Channels whose weighted inputs are made for one update of their states.
-const STRIP: usize = 64;
-/// Rows of a tile, and states of one that updates.
-const ROWS: usize = 4;
+/// Rows of the largest tile.
+const ROWS: usize = 6;
 /// Heads whose states stay in a second-level cache from chunk to chunk.
 const MOST_HEADS: usize = 16;
 /// Lanes of the widest instruction set.
 const MOST_LANES: usize = 16;
-/// How many elements ahead a row alone asks for a state.
-const AHEAD: usize = 1024;
 
 impl Cpu {
     pub(super) fn do_ssd_chunked(&self, op: SsdChunked<'_>) {
@@ -80,16 +77,17 @@ impl Cpu {
         let parts = heads.div_ceil(height);
         self.pool().run(spans.len() * parts, |part, scratch| {
             let (first, span) = (part % parts * height, &spans[part / parts]);
-            let sizes = [pitch, ROWS * pitch, size * states, size * STRIP];
+            let sizes = [pitch, pitch, ROWS * pitch, size * states, size * STRIP];
             let mut room = scratch.split(&sizes.map(|n| 4 * n));
             self.isa().launch(Heads {
                 scan,
                 span,
                 heads: first..(first + height).min(heads),
                 decays: room.next(sizes[0]),
-                weights: room.next(sizes[1]),
-                packed: room.next(sizes[2]),
-                inputs: room.next(sizes[3]),
+                begins: room.next(sizes[1]),
+                weights: room.next(sizes[2]),
+                packed: room.next(sizes[3]),
+                inputs: room.next(sizes[4]),
             });
         });
 
@@ -277,8 +275,9 @@ struct Heads<'a> {
     scan: &'a Scan<'a>,
     span: &'a Span,
     heads: Range<usize>,
-    /// Room for l of a chunk, and for the weights of `ROWS` rows.
+    /// Room for l of a chunk and the decays since its begin, and for the weights of `ROWS` rows.
     decays: &'a mut [f32],
+    begins: &'a mut [f32],
     weights: &'a mut [f32],
     /// Room for b of a full chunk, and for what enters the state, `STRIP` of each token.
     packed: &'a mut [f32],
@@ -290,7 +289,8 @@ impl Kernel for Heads<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let scan = self.scan;
-        assert!(self.decays.len() >= scan.pitch && self.weights.len() >= ROWS * scan.pitch);
+        assert!(self.decays.len() >= scan.pitch && self.begins.len() >= scan.pitch);
+        assert!(self.weights.len() >= ROWS * scan.pitch);
         assert!(self.packed.len() >= scan.size * scan.states);
         assert!(self.inputs.len() >= scan.size * STRIP);
         for piece in scan.pieces(self.span, self.span.rows()) {
@@ -311,6 +311,7 @@ impl Kernel for Heads<'_> {
                         };
                         first += match at.len {
                             ROWS.. => self.rows::<S, ROWS>(s, at, head),
+                            2.. => self.rows::<S, 2>(s, at, head),
                             _ => self.rows::<S, 1>(s, at, head),
                         };
                     }
@@ -342,7 +343,7 @@ impl Heads<'_> {
             let kept = kept.add(head * scan.size);
             let u = scan.chunk_inputs.row_pointer(self.span.slot);
             let u = u.add((head * scan.size + piece.place) * width);
-            let decays = self.decays.as_mut_ptr();
+            let (decays, begins) = (self.decays.as_mut_ptr(), self.begins.as_mut_ptr());
             std::ptr::copy_nonoverlapping(kept, decays, piece.place);
             let mut l = match piece.place {
                 0 => 0.0,
@@ -365,7 +366,9 @@ impl Heads<'_> {
                 for i in 0..n {
                     l += logs[i];
                     *decays.add(piece.place + first + i) = l;
-                    let x = scan.x.row(piece.row + first + i).as_ptr().add(head * width);
+                    let row = piece.row + first + i;
+                    let x = scan.x.row(row).as_ptr().add(head * width);
+                    let y = scan.y.row_pointer(row).wrapping_add(head * width);
                     let u = u.add((first + i) * width);
                     for p in (0..width).step_by(S::LANES) {
                         let lanes = (width - p).min(S::LANES);
@@ -376,6 +379,18 @@ impl Heads<'_> {
                         };
                         store(s, u.add(p), lanes, x);
                     }
+                    // The next head, and what will be written of this one: rows are too far apart for
+                    // the machine to guess.
+                    for line in (0..width).step_by(16) {
+                        s.prefetch(x.wrapping_add(width + line));
+                        s.prefetch(y.wrapping_add(line));
+                    }
+                }
+                for i in (0..n).step_by(S::LANES) {
+                    let at = piece.place + first + i;
+                    let lanes = (n - i).min(S::LANES);
+                    let l = load(s, decays.add(at), lanes);
+                    store(s, begins.add(at), lanes, exp(s, l));
                 }
             }
             let (from, to) = (decays.add(piece.place), kept.add(piece.place));
@@ -410,7 +425,7 @@ impl Heads<'_> {
                     scan.c.row(piece.row + k)[group * states..][..states].as_ptr()
                 }),
                 state: state.add(head * states * width),
-                by: std::array::from_fn(|k| exp(s, s.splat(*decays.add(piece.place + k)))),
+                by: std::array::from_fn(|k| s.splat(self.begins[piece.place + k])),
                 weights: std::array::from_fn(|k| weights.add(k * scan.pitch).cast_const()),
                 seen: piece.place + 1,
                 tokens: tokens.add(head * scan.size * width),
@@ -498,224 +513,5 @@ impl Heads<'_> {
                 }
             }
         }
-    }
-}
-
-/// `lanes` elements, all of a vector unless it is `MASKED`.
-///
-/// # Safety
-/// `p` points to as many.
-#[inline(always)]
-unsafe fn get<S: Simd, const MASKED: bool>(s: S, p: *const f32, lanes: usize) -> S::V {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if MASKED {
-            s.load_n(p, lanes)
-        } else {
-            s.load(p)
-        }
-    }
-}
-
-/// The other way.
-///
-/// # Safety
-/// As for [`get`].
-#[inline(always)]
-unsafe fn put<S: Simd, const MASKED: bool>(s: S, p: *mut f32, lanes: usize, x: S::V) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if MASKED {
-            s.store_n(p, lanes, x);
-        } else {
-            s.store(p, x);
-        }
-    }
-}
-
-/// Outputs of `K` rows that follow each other in a chunk, from some channel of a head on.
-struct Outputs<S: Simd, const K: usize> {
-    states: usize,
-    width: usize,
-    /// By row: c, the decay since the chunk's begin, the weights of the tokens.
-    c: [*const f32; K],
-    by: [S::V; K],
-    weights: [*const f32; K],
-    state: *const f32,
-    /// u of the chunk's tokens, and how many of them the first row sees; each other sees one more.
-    tokens: *const f32,
-    seen: usize,
-    d: Option<S::V>,
-    x: [*const f32; K],
-    y: [*mut f32; K],
-}
-
-impl<S: Simd, const K: usize> Outputs<S, K> {
-    /// `V` vectors of channels, or the first `lanes` of one; returns how many.
-    ///
-    /// # Safety
-    /// The channels are there, and those of y belong to the caller.
-    #[inline(always)]
-    unsafe fn run<const V: usize, const MASKED: bool>(&self, s: S, lanes: usize) -> usize {
-        let mut acc = [[s.splat(0.0); V]; K];
-        let mut row = [s.splat(0.0); V];
-        // SAFETY: the caller's promise.
-        unsafe {
-            for n in 0..self.states {
-                let at = self.state.add(n * self.width);
-                for (v, row) in row.iter_mut().enumerate() {
-                    *row = get::<S, MASKED>(s, at.add(v * S::LANES), lanes);
-                    if K == 1 && v * S::LANES % 16 == 0 {
-                        s.prefetch(at.wrapping_add(AHEAD + v * S::LANES));
-                    }
-                }
-                for (acc, c) in acc.iter_mut().zip(self.c) {
-                    let c = s.splat(*c.add(n));
-                    for (acc, row) in acc.iter_mut().zip(row) {
-                        *acc = s.fma(c, row, *acc);
-                    }
-                }
-            }
-            for (acc, by) in acc.iter_mut().zip(self.by) {
-                for acc in acc {
-                    *acc = s.mul(by, *acc);
-                }
-            }
-            for token in 0..self.seen {
-                self.add::<V, MASKED>(s, token, 0, &mut acc, lanes);
-            }
-            for k in 1..K {
-                self.add::<V, MASKED>(s, self.seen + k - 1, k, &mut acc, lanes);
-            }
-            for (k, acc) in acc.into_iter().enumerate() {
-                for (v, acc) in acc.into_iter().enumerate() {
-                    let x = get::<S, MASKED>(s, self.x[k].add(v * S::LANES), lanes);
-                    let y = self.d.map_or(acc, |d| s.fma(d, x, acc));
-                    put::<S, MASKED>(s, self.y[k].add(v * S::LANES), lanes, y);
-                }
-            }
-        }
-        if MASKED { lanes } else { V * S::LANES }
-    }
-
-    /// What a token gives to the rows from `first` on.
-    ///
-    /// # Safety
-    /// As for `run`.
-    #[inline(always)]
-    unsafe fn add<const V: usize, const MASKED: bool>(
-        &self,
-        s: S,
-        token: usize,
-        first: usize,
-        acc: &mut [[S::V; V]; K],
-        lanes: usize,
-    ) {
-        let mut row = [s.splat(0.0); V];
-        // SAFETY: the caller's promise.
-        unsafe {
-            let at = self.tokens.add(token * self.width);
-            for (v, row) in row.iter_mut().enumerate() {
-                *row = get::<S, MASKED>(s, at.add(v * S::LANES), lanes);
-            }
-            for k in first..K {
-                let weight = s.splat(*self.weights[k].add(token));
-                for v in 0..V {
-                    acc[k][v] = s.fma(weight, row[v], acc[k][v]);
-                }
-            }
-        }
-    }
-
-    /// Goes on by `n` channels.
-    #[inline(always)]
-    fn advance(&mut self, n: usize) {
-        self.state = self.state.wrapping_add(n);
-        self.tokens = self.tokens.wrapping_add(n);
-        for k in 0..K {
-            self.x[k] = self.x[k].wrapping_add(n);
-            self.y[k] = self.y[k].wrapping_add(n);
-        }
-    }
-}
-
-/// The states of some channels of a head through a chunk.
-struct Update<S: Simd> {
-    states: usize,
-    width: usize,
-    size: usize,
-    state: *mut f32,
-    /// The decay over the whole chunk.
-    by: S::V,
-    /// (Q, N).
-    b: *const f32,
-    /// (Q, `STRIP`): u, each decayed from its token to the chunk's end.
-    inputs: *const f32,
-}
-
-impl<S: Simd> Update<S> {
-    /// `V` vectors of channels, or the first `lanes` of one; returns how many.
-    ///
-    /// # Safety
-    /// The channels are there, and belong to the caller.
-    #[inline(always)]
-    unsafe fn run<const V: usize, const MASKED: bool>(&self, s: S, lanes: usize) -> usize {
-        let mut n = 0;
-        while n < self.states {
-            // SAFETY: the caller's promise.
-            n += unsafe {
-                match self.states - n {
-                    ROWS.. => self.tile::<ROWS, V, MASKED>(s, n, lanes),
-                    _ => self.tile::<1, V, MASKED>(s, n, lanes),
-                }
-            };
-        }
-        if MASKED { lanes } else { V * S::LANES }
-    }
-
-    /// `K` states from `n` on.
-    ///
-    /// # Safety
-    /// As for `run`.
-    #[inline(always)]
-    unsafe fn tile<const K: usize, const V: usize, const MASKED: bool>(
-        &self,
-        s: S,
-        n: usize,
-        lanes: usize,
-    ) -> usize {
-        let mut acc = [[s.splat(0.0); V]; K];
-        // SAFETY: the caller's promise.
-        unsafe {
-            for (k, acc) in acc.iter_mut().enumerate() {
-                for (v, acc) in acc.iter_mut().enumerate() {
-                    let at = self.state.add((n + k) * self.width + v * S::LANES);
-                    *acc = s.mul(self.by, get::<S, MASKED>(s, at, lanes));
-                }
-            }
-            for token in 0..self.size {
-                let (b, at) = (
-                    self.b.add(token * self.states + n),
-                    self.inputs.add(token * STRIP),
-                );
-                let mut row = [s.splat(0.0); V];
-                for (v, row) in row.iter_mut().enumerate() {
-                    *row = s.load(at.add(v * S::LANES));
-                }
-                for (k, acc) in acc.iter_mut().enumerate() {
-                    let b = s.splat(*b.add(k));
-                    for (acc, row) in acc.iter_mut().zip(row) {
-                        *acc = s.fma(b, row, *acc);
-                    }
-                }
-            }
-            for (k, acc) in acc.into_iter().enumerate() {
-                for (v, acc) in acc.into_iter().enumerate() {
-                    let at = self.state.add((n + k) * self.width + v * S::LANES);
-                    put::<S, MASKED>(s, at, lanes, acc);
-                }
-            }
-        }
-        K
     }
 }
