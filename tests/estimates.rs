@@ -3,11 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use strata::estimate::{Format, estimate};
+use strata::estimate::estimate;
 use strata::load::{LoadOptions, Model, Silent, load};
 use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::cards;
-use strata_kernels::DType;
+use strata_kernels::{DType, Format};
 
 const TYPES: [DType; 2] = [DType::F32, DType::BF16];
 
@@ -67,7 +67,7 @@ fn every_card_runs_in_the_memory_that_was_estimated() {
             }
             // As `strata plan estimate` has it, before there is a model.
             let config = EngineConfig::new(200, 1, dtype);
-            let format = Format::Dense(dtype);
+            let format = Format::from(dtype);
             let before = estimate(&model.network.graph, &config, format, &model.footprint, 1);
             assert_eq!(
                 before.weight_bytes,

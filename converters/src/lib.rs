@@ -9,6 +9,7 @@
 pub mod bundled;
 pub mod card;
 pub mod cards;
+pub mod checkpoint;
 pub mod config;
 mod error;
 mod expression;
@@ -16,14 +17,14 @@ pub mod files;
 pub mod mapping;
 mod nearest;
 mod report;
-pub mod safetensors;
+mod safetensors;
 mod stack;
 pub mod tensor_map;
 pub mod transforms;
 
 pub use card::{Card, Unused};
+pub use checkpoint::Checkpoint;
 pub use config::Config;
 pub use error::{Error, Result};
 pub use files::ModelFiles;
 pub use mapping::{Mapping, Origin};
-pub use safetensors::Checkpoint;

@@ -3,16 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use strata_kernels::{DType, HostTensor};
+use strata_kernels::{Format, HostTensor};
 use strata_layers::graph::GraphWeight;
 use strata_layers::param::list_of;
 use strata_layers::{Faults, Mark, Plan};
 
 use crate::card::Card;
 use crate::cards;
+use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::error::{Error, Result};
 use crate::report::Report;
-use crate::safetensors::{Checkpoint, TensorInfo};
 use crate::tensor_map::{Source, TensorMap};
 
 /// Where the plan is from: this decides what tensors without a place in it mean.
@@ -42,8 +42,8 @@ pub struct Row {
     pub source: Source,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// The element type that it is handed out in.
-    pub dtype: DType,
+    /// How its elements are handed out.
+    pub format: Format,
     /// Bytes of its elements.
     pub bytes: usize,
     /// The file of its tensor.
@@ -161,7 +161,7 @@ fn separate_head(map: &TensorMap, checkpoint: &Checkpoint) -> Option<(String, bo
     };
     let (head, embed) = (tensor(HEAD)?, tensor(EMBED)?);
     let same = match (checkpoint.tensor(&head), checkpoint.tensor(&embed)) {
-        (Ok(a), Ok(b)) => (a.dtype(), a.shape(), a.bytes()) == (b.dtype(), b.shape(), b.bytes()),
+        (Ok(a), Ok(b)) => (a.format(), a.shape(), a.bytes()) == (b.format(), b.shape(), b.bytes()),
         _ => false,
     };
     Some((head, same))
@@ -226,13 +226,13 @@ impl Resolve<'_> {
         }
         match info.runs_as() {
             Ok(stored) => {
-                let dtype = if source.widens() { DType::F32 } else { stored };
+                let format = if source.widens() { Format::F32 } else { stored };
                 self.rows.push(Row {
                     path: path.clone(),
                     source: source.clone(),
                     shape: want.spec.shape.clone(),
-                    dtype,
-                    bytes: want.spec.elements() * dtype.size(),
+                    format,
+                    bytes: format.bytes_of(&want.spec.shape).unwrap_or(0),
                     shard: info.shard.clone(),
                 });
             }

@@ -13,9 +13,9 @@ use strata_layers::param::list_of;
 use strata_layers::yaml::Value;
 use strata_layers::{Faults, Mark, Node};
 
+use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::expression::Scope;
-use crate::safetensors::Checkpoint;
 use crate::transforms::{TRANSFORMS, Transform};
 
 /// What the holes of a pattern stand for.

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use strata_kernels::{DType, HostTensor};
+use strata_kernels::{Format, HostTensor};
 
 use crate::error::Result;
 
@@ -237,7 +237,7 @@ fn gathered(x: &HostTensor, count: usize, rows: impl Iterator<Item = usize>) -> 
         bytes.extend_from_slice(&x.bytes()[at * row..(at + 1) * row]);
     }
     let range = 0..bytes.len();
-    Ok(HostTensor::new(x.dtype(), &shape, Arc::new(bytes), range)?)
+    Ok(HostTensor::new(x.format(), &shape, Arc::new(bytes), range)?)
 }
 
 fn flattened(shape: &[usize]) -> Shaped {
@@ -270,13 +270,14 @@ pub fn non_finite(x: &HostTensor) -> usize {
         bytes.chunks(1 << 14).map(|b| some(b) as usize).sum()
     }
     let bytes = x.bytes();
-    match x.dtype() {
-        DType::F16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        DType::BF16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        DType::F32 => count(bytes, |b| {
+    match x.format() {
+        Format::F16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        Format::BF16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        Format::F32 => count(bytes, |b| {
             u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000
         }),
-        DType::I32 => 0,
+        // A row at a time, so that no large copy is made.
+        _ => x.to_f32().iter().filter(|v| !v.is_finite()).count(),
     }
 }
 
@@ -362,7 +363,7 @@ mod tests {
             .iter()
             .flat_map(|b| b.to_le_bytes())
             .collect();
-        let x = HostTensor::new(DType::BF16, &[3], std::sync::Arc::new(bytes), 0..6);
+        let x = HostTensor::new(Format::BF16, &[3], std::sync::Arc::new(bytes), 0..6);
         assert_eq!(non_finite(&x.unwrap()), 2);
     }
 }

@@ -32,6 +32,7 @@ pub struct Network {
 
 /// Where the first value comes from.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant)] // there is one of them, and it holds views
 enum Input {
     /// Rows of a table, and those of the prefix.
     Tokens(Matrix, Option<Matrix>),

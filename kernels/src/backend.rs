@@ -19,8 +19,8 @@ pub trait Backend: Send + Sync {
     /// New zeroed memory. Memory that is never written may cost nothing.
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor>;
 
-    /// A weight on the device, as `rows` × `cols`. Where device and host share memory this is a view
-    /// without a copy if the address is aligned.
+    /// A weight on the device, as `rows` × `cols`; of one in blocks, its rows of bytes. Where device and
+    /// host share memory this is a view without a copy if the address is aligned.
     fn upload(&self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor>;
 
     /// Copies elements to the host, widened to f32, row after row.

@@ -44,7 +44,9 @@ impl Backend for Null {
     }
 
     fn upload(&self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
-        Ok(Tensor::null(from.dtype(), rows, cols))
+        let dtype = from.format().dtype().unwrap_or(DType::U8);
+        let row = from.format().row_bytes(cols).unwrap_or(0) / dtype.size();
+        Ok(Tensor::null(dtype, rows, row))
     }
 
     fn read(&self, _from: &Tensor, to: &mut [f32]) -> Result<()> {

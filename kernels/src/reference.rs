@@ -74,7 +74,11 @@ impl Backend for Reference {
 
 /// A weight in host memory: a view where the address allows it, else a copy.
 pub(crate) fn upload(from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
-    if rows * cols != from.len() {
+    let whole = from
+        .format()
+        .row_bytes(cols)
+        .and_then(|b| b.checked_mul(rows));
+    if rows.checked_mul(cols) != Some(from.len()) || whole != Some(from.bytes().len()) {
         return Err(Error::Shape {
             op: "upload",
             what: "elements",
@@ -82,10 +86,12 @@ pub(crate) fn upload(from: &HostTensor, rows: usize, cols: usize) -> Result<Tens
             expected: rows * cols,
         });
     }
-    if let Some(view) = Tensor::borrowed(from, rows, cols) {
+    if let Some(view) = Tensor::borrowed(from, rows) {
         return Ok(view);
     }
-    let mut copy = Tensor::host(from.dtype(), rows, cols)?;
+    // Blocks are bytes, and those are always aligned.
+    let dtype = from.format().dtype().unwrap_or(DType::U8);
+    let mut copy = Tensor::host(dtype, rows, cols)?;
     write(&from.to_f32(), &mut copy)?;
     Ok(copy)
 }

@@ -50,8 +50,8 @@ fn every_tensor_has_its_place() {
         for row in mapping.rows() {
             let tensor = mapping.load(&row.path).unwrap();
             assert_eq!(
-                (tensor.dtype(), tensor.bytes().len()),
-                (row.dtype, row.bytes)
+                (tensor.format(), tensor.bytes().len()),
+                (row.format, row.bytes)
             );
         }
         let used: BTreeSet<&str> = mapping.rows().iter().map(|r| r.source.tensor()).collect();

@@ -12,12 +12,11 @@ use std::sync::Arc;
 use strata_converters::Config;
 use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::reference::Reference;
-use strata_kernels::{Backend, DType};
+use strata_kernels::{Backend, DType, Format};
 use strata_layers::graph::GraphWeight;
 use strata_layers::yaml::Value;
 use strata_layers::{Faults, Role};
 
-use crate::estimate::Format;
 use crate::footprint::Footprint;
 use crate::generation_config::{self, GenerationConfig};
 use crate::hub::{self, HubOptions};
@@ -31,7 +30,7 @@ pub use model::{Limits, Model};
 
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
-use stored::{SCANNED_BYTES, Stored, main_dtype, non_finite};
+use stored::{SCANNED_BYTES, Stored, main_format, non_finite};
 use text_files::text_of;
 
 /// What to load, and how.
@@ -147,12 +146,15 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     let (source, stored) = match (options.random, &located) {
         (Some(seed), _) => {
             let declared = planned.declared_dtype();
-            (Weights::Random(seed), declared.unwrap_or(DType::F32))
+            (
+                Weights::Random(seed),
+                Format::from(declared.unwrap_or(DType::F32)),
+            )
         }
         (None, Located::Files(files)) => {
             let mapping = mapped(&mut planned, files)?;
             notes.extend(mapping.notes().iter().cloned());
-            let stored = main_dtype(&mapping);
+            let stored = main_format(&mapping);
             (Weights::Checkpoint(mapping), stored)
         }
         (None, Located::Config(path) | Located::Plan(path)) => {
@@ -162,7 +164,9 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             )));
         }
     };
-    let dtype = options.dtype.unwrap_or(stored);
+    // What weights in blocks are multiplied with is rounded to BF16, as it is for those in BF16.
+    let auto = stored.dtype().unwrap_or(DType::BF16);
+    let dtype = options.dtype.unwrap_or(auto);
     let activations = if dtype == DType::BF16 {
         DType::BF16
     } else {
@@ -195,12 +199,12 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             // One pass: the rows stand in the order of the weights.
             let each = weights.iter().zip(mapping.rows());
             each.map(|(w, row)| {
-                let size = match (w.spec.role, options.dtype) {
-                    (Role::Vector, _) => 4,
-                    (_, Some(d)) if d != DType::F32 => d.size(),
-                    _ => row.dtype.size(),
+                let format = match (w.spec.role, options.dtype) {
+                    (Role::Vector, _) => Format::F32,
+                    (_, Some(d)) if d != DType::F32 && row.format.dtype().is_some() => d.into(),
+                    _ => row.format,
                 };
-                (w.spec.elements() * size) as u64
+                format.bytes_of(&w.spec.shape).unwrap_or(0) as u64
             })
             .sum()
         }
@@ -223,7 +227,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         kv_dtype: dtype,
         weights_bytes,
         footprint,
-        format: Format::Dense(dtype),
+        format: stored.dtype().map_or(stored, |_| dtype.into()),
         threads: cpu.as_ref().map_or(1, |c| c.threads()),
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
         cpu,

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use strata_converters::mapping::Mapping;
-use strata_kernels::DType;
 use strata_kernels::cpu::{self, Cpu};
+use strata_kernels::{DType, Format};
 use strata_layers::Plan;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::stored::non_finite;
 use super::{Error, Result};
-use crate::estimate::{self, Estimate, Format};
+use crate::estimate::{self, Estimate};
 use crate::footprint::Footprint;
 use crate::generation;
 use crate::generation_config::GenerationConfig;
@@ -141,6 +141,7 @@ impl Model {
             DType::BF16 => "bf16",
             DType::F16 => "f16",
             DType::I32 => "i32",
+            DType::U8 => "u8",
         }
     }
 
@@ -158,7 +159,7 @@ impl Model {
             Weights::Checkpoint(mapping) => {
                 for row in mapping.rows() {
                     let host = mapping.load(&row.path)?;
-                    hash.update(format!("{} {} {:?}", row.path, row.dtype, row.shape).as_bytes());
+                    hash.update(format!("{} {} {:?}", row.path, row.format, row.shape).as_bytes());
                     hash.update(host.bytes());
                 }
             }

@@ -203,6 +203,7 @@ impl Backend for Cpu {
     }
 
     fn fill_normal(&self, tensor: &mut Tensor, seed: u64, std: f32) -> Result<()> {
+        crate::ops::Check("fill_normal").drawn(tensor)?;
         self.do_fill_normal(tensor, seed, std);
         Ok(())
     }

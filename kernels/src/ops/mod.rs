@@ -86,6 +86,7 @@ impl Check {
             DType::F16 => "F16",
             DType::BF16 => "BF16",
             DType::I32 => "I32",
+            DType::U8 => "U8",
         };
         Err(Error::Type {
             op: self.0,
@@ -102,14 +103,27 @@ impl Check {
     }
 
     pub fn float(&self, what: &'static str, tensor: &Tensor) -> Result<()> {
-        if tensor.dtype() != DType::I32 {
+        if !matches!(tensor.dtype(), DType::I32 | DType::U8) {
             return Ok(());
         }
         Err(Error::Type {
             op: self.0,
             what,
-            found: DType::I32,
+            found: tensor.dtype(),
             expected: "floating point",
+        })
+    }
+
+    /// Elements that can be drawn: of any type but the bytes of blocks.
+    pub fn drawn(&self, tensor: &Tensor) -> Result<()> {
+        if tensor.dtype() != DType::U8 {
+            return Ok(());
+        }
+        Err(Error::Type {
+            op: self.0,
+            what: "the tensor",
+            found: DType::U8,
+            expected: "numbers",
         })
     }
 
