@@ -7,13 +7,13 @@ use strata_converters::mapping::Mapping;
 use strata_converters::published::{self, Assembled};
 use strata_converters::tensor_map::Source;
 use strata_converters::write::{self, Content, Folder, Target, safetensors};
-use strata_converters::{ModelFiles, Origin};
+use strata_converters::{Card, Config, ModelFiles, Origin};
 use strata_kernels::{DType, Format};
 use strata_layers::plan::{self, Place};
 use strata_layers::{Graph, Plan, Role};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::locate::{Located, Planned, locate, mapped, planned};
+use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
 use crate::random_weights;
@@ -78,7 +78,13 @@ pub fn convert(
             options.seed,
             &mut converted.notes,
         )?;
-        texts.insert("plan.yaml".into(), new_plan.print().into_bytes());
+        match planned.config.as_ref().zip(planned.card.as_ref()) {
+            // Whoever reads config.json alone sees the same model where it can say so.
+            Some((config, card)) if same_plan(card, config, &new_plan) => {}
+            _ => {
+                texts.insert(PLAN.into(), new_plan.print().into_bytes());
+            }
+        }
         targets
     } else {
         copied(&mapping)?
@@ -277,6 +283,12 @@ fn edited(
     Ok(targets)
 }
 
+/// Whether a card makes this very plan of a config.
+fn same_plan(card: &Card, config: &Config, plan: &Plan) -> bool {
+    let made = card.plan(config, &plan.name);
+    made.is_ok_and(|made| made == *plan)
+}
+
 /// The path that the weight at `path` of a renumbered plan has in the plan before.
 fn old_path(path: &str, plan: &Plan) -> String {
     let parts = path.strip_prefix("blocks.").and_then(|p| p.split_once('.'));
@@ -335,8 +347,7 @@ fn assembled(
 
 /// The mean of several tensors of the checkpoint.
 fn mean(mapping: &Mapping, tensors: &[String], name: &str) -> Result<Target> {
-    let sources = tensors.iter().map(|t| Source::Tensor(t.clone())).collect();
-    let mean = Source::Mean(sources).load(mapping.checkpoint())?;
+    let mean = Source::Mean(tensors.to_vec()).load(mapping.checkpoint())?;
     let shape = mean.shape().to_vec();
     let (format, elements) = (mean.format(), 0..mean.len());
     Ok(Target {

@@ -15,6 +15,9 @@ use crate::hub::{self, HubId};
 /// The bundled model that is used when nobody names one.
 const DEFAULT_MODEL: &str = "demo";
 
+/// The plan of a checkpoint that runs another than its card's.
+pub(super) const PLAN: &str = "plan.yaml";
+
 /// What a user named.
 pub(super) enum Located {
     /// The files of a model.
@@ -110,25 +113,33 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
         Located::Files(_) | Located::Plan(_) => None,
     };
+    let has_plan = match located {
+        Located::Files(files) => options.plan.is_some() || files.exists(PLAN),
+        _ => options.plan.is_some(),
+    };
     let card = match (&options.card, &config) {
         (Some(path), _) => {
             let card = Card::parse(&read(path)?, &path.display().to_string())?;
             Some(card)
         }
         // With a plan of one's own a model may do without a family: its tensors then have our names.
-        (None, Some(config)) if options.plan.is_some() => cards::find(config).ok().cloned(),
+        (None, Some(config)) if has_plan => cards::find(config).ok().cloned(),
         (None, Some(config)) => Some(cards::find(config)?.clone()),
         (None, None) => None,
     };
-    let own = match located {
-        Located::Plan(path) => Some(options.plan.as_ref().unwrap_or(path)),
-        _ => options.plan.as_ref(),
+    let own = match (located, &options.plan) {
+        (_, Some(path)) | (Located::Plan(path), None) => {
+            Some((path.display().to_string(), read(path)?))
+        }
+        // A checkpoint of a plan that somebody wrote says so.
+        (Located::Files(files), None) => {
+            let text = files.text(PLAN)?;
+            text.map(|text| (files.label(PLAN), text))
+        }
+        (Located::Config(_), None) => None,
     };
     let (plan, label, origin) = match (own, &card, &config) {
-        (Some(path), _, _) => {
-            let label = path.display().to_string();
-            (Plan::parse(&read(path)?, &label)?, label, Origin::Edited)
-        }
+        (Some((label, text)), _, _) => (Plan::parse(&text, &label)?, label, Origin::Edited),
         (None, Some(card), Some(config)) => {
             let name = match located {
                 Located::Files(files) => short_name(files.name()),
