@@ -318,7 +318,7 @@ impl Source {
             Source::Mean(of) => {
                 let shape = |name: &String| {
                     let info = checkpoint.get(name).ok_or("the tensor is not there")?;
-                    Ok(info.shape.clone())
+                    Ok::<_, String>(info.shape.clone())
                 };
                 let mut shapes = of.iter().map(shape);
                 let first = shapes

@@ -1,8 +1,8 @@
 //! Files are whole or not there, and a conversion that was stopped goes on where it was.
 
 use std::path::Path;
-use std::sync::Arc;
 
+use strata_converters::checkpoint::Contents;
 use strata_converters::write::{self, Content, File, Progress, Quiet, Target, safetensors};
 use strata_kernels::{Format, HostTensor};
 
@@ -28,30 +28,18 @@ impl Progress for Stop {
 fn targets() -> Vec<Target> {
     let values: Vec<f32> = (0..3_000_000).map(|i| (i % 1001) as f32).collect();
     let tensor = HostTensor::from_f32(&[3000, 1000], &values).unwrap();
-    let bytes: Arc<Vec<u8>> = Arc::new((0..9_000_001).map(|i| (i % 253) as u8).collect());
-    let range = 1..bytes.len();
+    let bytes: Vec<u8> = (0..9_000_000).map(|i| (i % 253) as u8).collect();
     vec![
-        Target {
-            name: "bytes".into(),
-            shape: vec![range.len()],
-            content: Content::Stored {
-                dtype: "U8".into(),
-                owner: bytes,
-                range,
-            },
-        },
-        Target {
-            name: "halves".into(),
-            shape: vec![3000, 1000],
-            content: Content::Made {
-                format: Format::BF16,
-                runs: vec![
-                    (tensor.clone(), 1_000_000..3_000_000),
-                    (tensor, 0..1_000_000),
-                ],
+        Target::stored("bytes", vec![bytes.len()], "U8", bytes.len() as u64, {
+            move || Ok(Contents::owned(bytes.clone()))
+        }),
+        Target::made("halves", vec![3000, 1000], Format::BF16, move || {
+            let (a, b) = (1_000_000..3_000_000, 0..1_000_000);
+            Ok(Content::Made {
+                runs: vec![(tensor.clone(), a), (tensor.clone(), b)],
                 undo: Vec::new(),
-            },
-        },
+            })
+        }),
     ]
 }
 

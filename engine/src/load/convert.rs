@@ -168,18 +168,13 @@ fn copied(mapping: &Mapping) -> Result<Vec<Target>> {
 
 /// A tensor of the checkpoint under a name of its own.
 fn stored(mapping: &Mapping, tensor: &str, name: &str) -> Result<Target> {
-    let checkpoint = mapping.checkpoint();
-    let (owner, range) = checkpoint.stored(tensor)?;
+    let checkpoint = mapping.checkpoint().clone();
     let info = checkpoint.get(tensor);
-    Ok(Target {
-        name: name.into(),
-        shape: info.map(|i| i.shape.clone()).unwrap_or_default(),
-        content: Content::Stored {
-            dtype: info.map(|i| i.dtype.clone()).unwrap_or_default(),
-            owner,
-            range,
-        },
-    })
+    let info = info.ok_or_else(|| Error::Input(format!("there is no tensor {tensor:?}")))?;
+    let (shape, dtype, bytes) = (info.shape.clone(), info.dtype.clone(), info.bytes());
+    let tensor = tensor.to_string();
+    let open = move || checkpoint.contents(&tensor);
+    Ok(Target::stored(name, shape, &dtype, bytes, open))
 }
 
 /// The same plan, with blocks numbered by their places.
@@ -334,31 +329,34 @@ fn assembled(
         .runs
         .iter()
         .map(|run| Ok((weight(run.weight)?, run.elements.clone())));
-    Ok(Target {
-        name,
-        shape: made.shape.clone(),
-        content: Content::Made {
-            format,
-            runs: runs.collect::<Result<_>>()?,
-            undo: made.undo.clone(),
-        },
-    })
+    let runs: Vec<_> = runs.collect::<Result<_>>()?;
+    let undo = made.undo.clone();
+    Ok(Target::made(name, made.shape.clone(), format, move || {
+        Ok(Content::Made {
+            runs: runs.clone(),
+            undo: undo.clone(),
+        })
+    }))
 }
 
 /// The mean of several tensors of the checkpoint.
 fn mean(mapping: &Mapping, tensors: &[String], name: &str) -> Result<Target> {
-    let mean = Source::Mean(tensors.to_vec()).load(mapping.checkpoint())?;
-    let shape = mean.shape().to_vec();
-    let (format, elements) = (mean.format(), 0..mean.len());
-    Ok(Target {
-        name: name.into(),
-        shape,
-        content: Content::Made {
-            format,
+    let checkpoint = mapping.checkpoint().clone();
+    let first = checkpoint.tensor(&tensors[0])?;
+    let format = match first.format().dtype() {
+        Some(_) => first.format(),
+        None => Format::F32,
+    };
+    let source = Source::Mean(tensors.to_vec());
+    let shape = first.shape().to_vec();
+    Ok(Target::made(name, shape, format, move || {
+        let mean = source.load(&checkpoint)?;
+        let elements = 0..mean.len();
+        Ok(Content::Made {
             runs: vec![(mean, elements)],
             undo: Vec::new(),
-        },
-    })
+        })
+    }))
 }
 
 /// Gives the tensors that matrices and tables are made from another element type. Small weights keep theirs.
@@ -380,15 +378,26 @@ fn retype(targets: &mut [Target], graph: &Graph, mapping: &Mapping, dtype: DType
         if small.binary_search(&target.name.as_str()).is_ok() {
             continue;
         }
-        let Ok(tensor) = mapping.checkpoint().tensor(&target.name) else {
+        let checkpoint = mapping.checkpoint().clone();
+        let name = target.name.clone();
+        if checkpoint
+            .get(&name)
+            .is_none_or(|info| info.runs_as().is_err())
+        {
             continue;
+        }
+        let open = {
+            let name = name.clone();
+            move || {
+                let tensor = checkpoint.tensor(&name)?;
+                let elements = 0..tensor.len();
+                Ok(Content::Made {
+                    runs: vec![(tensor, elements)],
+                    undo: Vec::new(),
+                })
+            }
         };
-        let elements = 0..tensor.len();
-        target.content = Content::Made {
-            format: dtype.into(),
-            runs: vec![(tensor, elements)],
-            undo: Vec::new(),
-        };
+        *target = Target::made(name, target.shape.clone(), dtype.into(), open);
     }
 }
 

@@ -69,14 +69,14 @@ pub(super) fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> 
         return match ending {
             "json" => Ok(Located::Config(path.into())),
             "yaml" | "yml" => Ok(Located::Plan(path.into())),
-            "safetensors" => Err(Error::Input(format!(
-                "{name}: give the folder that holds it, with its config.json"
-            ))),
-            "gguf" | "bin" | "pt" | "pth" => Err(Error::Input(format!(
-                "{name}: files of this kind are not read; give a folder with config.json and *.safetensors"
+            "safetensors" | "bin" | "pt" | "pth" | "ckpt" => {
+                Ok(Located::Files(ModelFiles::beside(path)?))
+            }
+            "gguf" => Err(Error::Input(format!(
+                "{name}: files of this kind are not read; give a folder with config.json and its weights"
             ))),
             _ => Err(Error::Input(format!(
-                "{name}: a model is a folder with config.json and *.safetensors, a config.json, or a plan (.yaml)"
+                "{name}: a model is a folder with config.json and its weights, one of these files (.safetensors, .bin, .pt, .pth), a config.json, or a plan (.yaml)"
             ))),
         };
     }
@@ -155,7 +155,7 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
                 Located::Config(path) | Located::Plan(path) => path.display().to_string(),
             };
             return Err(Error::Input(format!(
-                "{name}: there is no config.json; a model's folder has one beside its *.safetensors, and --plan gives what it would say"
+                "{name}: there is no config.json; a model's folder has one beside its weights, and --plan gives what it would say"
             )));
         }
     };
@@ -204,7 +204,7 @@ fn config_name(path: &Path) -> String {
 pub(super) fn mapped(planned: &mut Planned, files: &ModelFiles) -> Result<Mapping> {
     let checkpoint = Arc::new(Checkpoint::open(files)?);
     let card = planned.card.as_ref();
-    let mut notes = Vec::new();
+    let mut notes = checkpoint.notes().to_vec();
     if planned.origin == Origin::Card
         && let Some(note) = mapping::untie(card, &mut planned.plan, &checkpoint)
     {
