@@ -167,6 +167,20 @@ pub struct Step<'a> {
     pub logits: &'a [usize],
 }
 
+/// A place of the stream that can be watched while a network runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Point {
+    /// Before the first block: rows of the embedding, scaled if the plan says so.
+    Embedding,
+    /// Behind a place of the stack, counted from 0.
+    Block(usize),
+    /// Behind the last norm: what the output matrix multiplies.
+    Norm,
+}
+
+/// Told the stream at each [`Point`] as it is computed: all rows of the step, (rows, D).
+pub type Watch<'a> = dyn FnMut(Point, &[f32]) + 'a;
+
 /// Rows of logits that are computed at a time: the output matrix is read once for all of them, and
 /// their memory stays small beside any vocabulary.
 const LOGIT_ROWS: usize = 32;
@@ -253,6 +267,17 @@ impl Runner {
     /// Runs one step. `sink` gets the row number and the logits of every row that asked for them,
     /// in order.
     pub fn forward(&mut self, step: &Step<'_>, sink: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.forward_watched(step, None, sink)
+    }
+
+    /// As [`Runner::forward`]; `watch` is told the stream on its way. Nothing is read back, and nothing
+    /// takes longer, without one.
+    pub fn forward_watched(
+        &mut self,
+        step: &Step<'_>,
+        mut watch: Option<&mut Watch<'_>>,
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
         let rows = step.tokens.len();
         assert!(
             rows > 0 && rows <= self.max_rows,
@@ -261,7 +286,10 @@ impl Runner {
         );
         self.most_rows = self.most_rows.max(rows);
         self.embed(step, rows)?;
-        self.nodes(step.ragged, rows)?;
+        if let Some(watch) = &mut watch {
+            self.tell(0, rows, &mut **watch)?;
+        }
+        self.nodes(step.ragged, rows, watch)?;
         self.head(step.logits, rows, sink)
     }
 
@@ -318,7 +346,7 @@ impl Runner {
             b: &embed.positions,
             y: &mut x,
         })?;
-        self.nodes(ragged, rows)?;
+        self.nodes(ragged, rows, None)?;
         let mut logits = Vec::new();
         self.head(&[place], rows, &mut |_, row| logits = row.to_vec())?;
         Ok(logits)
@@ -371,7 +399,12 @@ impl Runner {
     }
 
     /// All nodes, in their order.
-    fn nodes(&mut self, ragged: Ragged<'_>, rows: usize) -> Result<()> {
+    fn nodes(
+        &mut self,
+        ragged: Ragged<'_>,
+        rows: usize,
+        mut watch: Option<&mut Watch<'_>>,
+    ) -> Result<()> {
         let network = self.network.clone();
         let (graph, backend) = (&network.graph, &*network.backend);
         for (i, node) in graph.nodes.iter().enumerate() {
@@ -409,7 +442,33 @@ impl Runner {
                     }
                 }
             }
+            if let Some(watch) = &mut watch {
+                self.tell(node.output, rows, &mut **watch)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Tells of a value just computed, at every point of the stream that it is. Its buffer may be another
+    /// value's one node later.
+    fn tell(&self, value: ValueId, rows: usize, watch: &mut Watch<'_>) -> Result<()> {
+        let graph = &self.network.graph;
+        let ends = graph.stack.iter().enumerate();
+        let blocks = ends.filter(|(_, end)| **end == value);
+        let points: Vec<Point> = (value == 0)
+            .then_some(Point::Embedding)
+            .into_iter()
+            .chain(blocks.map(|(i, _)| Point::Block(i)))
+            .chain((value == graph.last).then_some(Point::Norm))
+            .collect();
+        if points.is_empty() {
+            return Ok(());
+        }
+        let mut values = vec![0.0; rows * graph.widths[value]];
+        self.network
+            .backend
+            .read(&self.value(value, rows), &mut values)?;
+        points.into_iter().for_each(|p| watch(p, &values));
         Ok(())
     }
 
