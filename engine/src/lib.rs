@@ -20,6 +20,7 @@ pub mod plan_diff;
 pub mod plot;
 mod pools;
 pub mod random_weights;
+pub mod reference_run;
 pub mod runner;
 pub mod sampler;
 pub mod scheduler;

@@ -1,5 +1,6 @@
 //! The `strata` command: one file a subcommand.
 
+mod against;
 mod bench;
 mod chat;
 mod classify;
