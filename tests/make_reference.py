@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--max-tokens", type=int, help="cut the text here")
     parser.add_argument("--blocks", nargs="+", default=BLOCKS, help="attribute of the decoder with its blocks")
     parser.add_argument("--norm", nargs="+", default=NORMS, help="attribute of the decoder with the norm behind them")
+    parser.add_argument("--free-dt", action="store_true", help="take off the bounds of dt, which transformers sets to prompts of Nemotron-H and Zamba2 and their training did not")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     if options.token_ids:
@@ -92,6 +93,10 @@ def main():
     if loaded["missing_keys"]:
         raise SystemExit(f"transformers does not find all weights, and would draw them: {sorted(loaded['missing_keys'])}")
     model.eval()
+    if options.free_dt:
+        for module in model.modules():
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = (0.0, float("inf"))
     tensors = record(model, ids, options.blocks, options.norm)
     save_file(tensors, options.output, metadata={"made_by": "make_reference.py", "checkpoint": options.checkpoint, "dtype": options.dtype})
     blocks = sum(name.startswith("hidden.") for name in tensors) - 1

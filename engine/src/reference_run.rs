@@ -12,15 +12,14 @@ use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Map, Value as Json};
 use strata_layers::Graph;
 
 use crate::ids::TokenId;
-use crate::runner::{Network, Point};
-use crate::session::{self, Engine, EngineConfig, Request};
+use crate::runner::Point;
+use crate::session::{self, Engine, Request};
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -391,16 +390,14 @@ impl Difference {
 }
 
 /// Runs the reference's tokens and compares each value as it is computed, a chunk at a time.
-/// `progress` is told the tokens done.
+/// `engine` runs nothing else; `progress` is told the tokens done.
 pub fn compare(
-    network: &Arc<Network>,
-    config: EngineConfig,
+    engine: &mut Engine,
     run: &mut ReferenceRun,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Difference>, Error> {
     let mut found: BTreeMap<Value, Difference> =
         run.values().map(|v| (v, Difference::new(v))).collect();
-    let mut engine = Engine::new(network.clone(), config)?;
     let id = engine.submit(Request {
         prompt: run.tokens.clone(),
         prompt_logits: found.contains_key(&Value::Logits),
@@ -423,7 +420,8 @@ pub fn compare(
             difference.add(position + i, ours, theirs);
         }
     };
-    let (d_model, vocab) = (network.graph.d_model, network.graph.vocab);
+    let graph = &engine.network().graph;
+    let (d_model, vocab) = (graph.d_model, graph.vocab);
     while engine.step_watched(
         &mut |w| take(Value::Stream(w.point), w.position, d_model, w.rows),
         &mut |_, position, logits| take(Value::Logits, position, vocab, logits),

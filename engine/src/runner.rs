@@ -9,6 +9,7 @@ use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Span, Tensor};
 use strata_layers::graph::{Graph, Node, Run, ValueId};
 use strata_layers::{Context, Init, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
 
+use crate::estimate::Allocated;
 use crate::state_store::StateStore;
 
 /// A graph with its weights on a device. Shared by all that run it.
@@ -253,6 +254,17 @@ impl Runner {
         self.buffers.len()
     }
 
+    /// All that it holds now.
+    pub fn allocated(&self) -> Allocated {
+        let (kv, state) = self.state.bytes();
+        Allocated {
+            weights: self.network.weight_bytes,
+            kv,
+            state,
+            buffers: self.buffer_bytes() as u64,
+        }
+    }
+
     /// Bytes of activations and scratch, beside weights and state.
     pub fn buffer_bytes(&self) -> usize {
         let buffers: usize = self.buffers.iter().map(Tensor::bytes).sum();
@@ -302,6 +314,7 @@ impl Runner {
             panic!("{}: no model of images", graph.vocab);
         };
         let (rows, place) = (image.tokens(), image.class_place());
+        self.most_rows = self.most_rows.max(rows);
         let page_size = self.state.size().page_size;
         let page_table: Vec<u32> = (0..rows.div_ceil(page_size) as u32).collect();
         let spans = [Span {

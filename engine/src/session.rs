@@ -276,14 +276,7 @@ impl Engine {
 
     /// What it holds now, and the rows of its largest step so far.
     pub fn allocated(&self) -> (Allocated, usize) {
-        let (kv, state) = self.runner.state.bytes();
-        let allocated = Allocated {
-            weights: self.network().weight_bytes,
-            kv,
-            state,
-            buffers: self.runner.buffer_bytes() as u64,
-        };
-        (allocated, self.runner.most_rows())
+        (self.runner.allocated(), self.runner.most_rows())
     }
 
     /// The network that runs.

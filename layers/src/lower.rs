@@ -156,8 +156,8 @@ impl<'a> Lower<'a> {
             }
             let mut chain = Chain {
                 state: format!("blocks.{i}"),
-                weights: format!("blocks.{}", place.weights),
-                own: format!("blocks.{}", place.weights),
+                weights: format!("blocks.{}", place.weights.path(i)),
+                own: format!("blocks.{}", place.weights.path(i)),
                 names: BTreeMap::from([("x0".into(), 0)]),
                 layers: BTreeMap::new(),
                 counts: BTreeMap::new(),

@@ -12,6 +12,7 @@ use super::output::Terminal;
 use crate::load::Model;
 use crate::reference_run::{Difference, ReferenceRun, Value, compare};
 use crate::runner::Point;
+use crate::session::Engine;
 
 /// How far all rows together may be off by rounding, in standard deviations of a row. Seen were up to 4e-6
 /// in f32, of goldens of all families and a trained model, and up to 0.05 in BF16. A single row of a model
@@ -35,11 +36,14 @@ pub(super) fn against(
     let count = run.tokens.len();
     let config = common.engine_config(model, count, 1);
     let bar = terminal.bar("comparing", count, "tok");
-    let found = compare(&model.network, config, &mut run, &mut |done| {
+    let mut engine = Engine::new(model.network.clone(), config)?;
+    let found = compare(&mut engine, &mut run, &mut |done| {
         bar.set_position(done as u64)
     });
     bar.finish_and_clear();
     let found = found?;
+    let verbose = common.source.verbose;
+    terminal.memory(model, engine.config(), engine.allocated(), verbose);
     let first = found.iter().position(|d| d.rms > tolerance);
 
     let mut out = io::stdout().lock();
@@ -61,7 +65,7 @@ pub(super) fn against(
         });
         writeln!(out, "{object}").context("standard output")?;
     } else {
-        let table = table(model, &found, first, tolerance, common.source.verbose);
+        let table = table(model, &found, first, tolerance, verbose);
         out.write_all(table.as_bytes()).context("standard output")?;
     }
     let Some(first) = first else {

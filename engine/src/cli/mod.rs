@@ -4,6 +4,7 @@ mod against;
 mod bench;
 mod chat;
 mod classify;
+mod convert;
 mod generate;
 mod inspect;
 mod logits;
@@ -57,6 +58,7 @@ enum Command {
     #[command(subcommand)]
     Plan(plan::Plan),
     Inspect(inspect::Inspect),
+    Convert(convert::Convert),
     Bench(bench::Bench),
     Perplexity(perplexity::Perplexity),
     Verify(verify::Verify),
@@ -207,6 +209,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
         Command::Classify(command) => command.run(environment, &terminal),
         Command::Plan(command) => command.run(environment, &terminal),
         Command::Inspect(command) => command.run(environment, &terminal),
+        Command::Convert(command) => command.run(environment, &terminal),
         Command::Bench(command) => command.run(environment, &terminal),
         Command::Perplexity(command) => command.run(environment, &terminal),
         Command::Verify(command) => command.run(environment, &terminal),

@@ -168,9 +168,12 @@ impl Perplexity {
         let time = begun.elapsed();
         bar.finish_and_clear();
         let verbose = self.common.source.verbose;
-        terminal.memory(&model, first_scorer.engine(), verbose);
+        let held = |model: &Model, engine: &Engine| {
+            terminal.memory(model, engine.config(), engine.allocated(), verbose);
+        };
+        held(&model, first_scorer.engine());
         if let (Some(second), Some(scorer)) = (&second, &second_scorer) {
-            terminal.memory(second, scorer.engine(), verbose);
+            held(second, scorer.engine());
         }
 
         let all = Summary::of(&scored).context("no token was scored")?;
