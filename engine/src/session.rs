@@ -505,13 +505,15 @@ impl Engine {
             |point, rows: &[f32]| {
                 for span in &batch.spans {
                     let hidden = prefix.saturating_sub(span.position).min(span.len);
-                    let from = span.start + hidden;
-                    watch(Watched {
-                        id: span.seq,
-                        point,
-                        position: span.position + hidden - prefix.min(span.position + hidden),
-                        rows: &rows[from * d_model..(span.start + span.len) * d_model],
-                    });
+                    let shown = span.start + hidden..span.start + span.len;
+                    if !shown.is_empty() {
+                        watch(Watched {
+                            id: span.seq,
+                            point,
+                            position: span.position + hidden - prefix,
+                            rows: &rows[shown.start * d_model..shown.end * d_model],
+                        });
+                    }
                 }
             }
         });

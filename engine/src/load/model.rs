@@ -14,6 +14,7 @@ use crate::estimate::{self, Estimate};
 use crate::footprint::Footprint;
 use crate::generation;
 use crate::generation_config::GenerationConfig;
+use crate::perplexity;
 use crate::runner::Network;
 use crate::sampler::SampleError;
 use crate::session::{self, EngineConfig};
@@ -180,6 +181,9 @@ impl Model {
         let nan = matches!(
             engine,
             Some(session::Error::Sample(SampleError::Nan { .. }))
+        ) || matches!(
+            error.downcast_ref(),
+            Some(perplexity::Error::NotFinite { .. })
         );
         let Weights::Checkpoint(mapping) = &self.weights else {
             return error;
