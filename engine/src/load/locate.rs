@@ -69,11 +69,12 @@ pub(super) fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> 
             "safetensors" => Err(Error::Input(format!(
                 "{name}: give the folder that holds it, with its config.json"
             ))),
-            "gguf" | "bin" | "pt" | "pth" => Err(Error::Input(format!(
+            "gguf" => Ok(Located::Files(ModelFiles::gguf_file(path)?)),
+            "bin" | "pt" | "pth" => Err(Error::Input(format!(
                 "{name}: files of this kind are not read; give a folder with config.json and *.safetensors"
             ))),
             _ => Err(Error::Input(format!(
-                "{name}: a model is a folder with config.json and *.safetensors, a config.json, or a plan (.yaml)"
+                "{name}: a model is a folder with config.json and *.safetensors, a GGUF file (.gguf), a config.json, or a plan (.yaml)"
             ))),
         };
     }
@@ -105,20 +106,36 @@ fn read(path: &Path) -> Result<String> {
 
 /// The plan of what was located.
 pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planned> {
+    let given = match &options.card {
+        Some(path) => Some(Card::parse(&read(path)?, &path.display().to_string())?),
+        None => None,
+    };
+    let gguf = match located {
+        Located::Files(files) => files.gguf(),
+        Located::Config(_) | Located::Plan(_) => None,
+    };
     let config = match located {
+        Located::Files(files) if gguf.is_some() => match (gguf.zip(given.as_ref()), &options.plan) {
+            (Some((gguf, card)), _) => Some(card.config_of(gguf)?),
+            (None, None) => Some(Config::open(files)?),
+            // Of a family without a card the tensors have our names.
+            (None, Some(_)) => Config::open(files).ok(),
+        },
         Located::Files(files) if files.exists("config.json") => Some(Config::open(files)?),
         Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
         Located::Files(_) | Located::Plan(_) => None,
     };
-    let card = match (&options.card, &config) {
-        (Some(path), _) => {
-            let card = Card::parse(&read(path)?, &path.display().to_string())?;
-            Some(card)
-        }
+    let card = match (given, &config) {
+        (Some(card), _) => Some(card),
         // With a plan of one's own a model may do without a family: its tensors then have our names.
         (None, Some(config)) if options.plan.is_some() => cards::find(config).ok().cloned(),
         (None, Some(config)) => Some(cards::find(config)?.clone()),
         (None, None) => None,
+    };
+    // Cards that know no GGUF files were refused with the config.
+    let card = match gguf {
+        Some(_) => card.and_then(|c| c.for_gguf()),
+        None => card,
     };
     let own = match located {
         Located::Plan(path) => Some(options.plan.as_ref().unwrap_or(path)),
@@ -131,7 +148,10 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         }
         (None, Some(card), Some(config)) => {
             let name = match located {
-                Located::Files(files) => short_name(files.name()),
+                Located::Files(files) => match files.gguf() {
+                    Some(gguf) => gguf.name().to_string(),
+                    None => short_name(files.name()),
+                },
                 Located::Config(path) => config_name(path),
                 Located::Plan(_) => unreachable!("a plan was found above"),
             };
