@@ -44,9 +44,9 @@ CASES = {
     # A key that only the converter's checks read.
     "nemotron-dense": ("nemotron-h/dense", {"mamba_d_head": 8}, "f32"),
     # How many groups of experts are chosen is not told.
-    "nemotron-moe": ("nemotron-h/moe-groups-shards", {"n_group": 1, "topk_group": 1}, "f32"),
-    "nemotron-latent": ("nemotron-h/latent-experts", {}, "f32"),
-    "nemotron-puzzle": ("nemotron-h/puzzle", {}, "f16"),
+    "nemotron-moe": ("nemotron-h/moe-groups-shards", {"n_group": 1, "topk_group": 1, "mamba_d_head": 6}, "f32"),
+    "nemotron-latent": ("nemotron-h/latent-experts", {"mamba_d_head": 10}, "f32"),
+    "nemotron-puzzle": ("nemotron-h/puzzle", {"mamba_d_head": 8}, "f16"),
     "falcon-h1": ("falcon-h1/norm-groups-shards", {}, "f32"),
     # llama.cpp knows no window.
     "plamo2": ("plamo2/step4-untied", {"attention_window_size": 1048576}, "f32"),

@@ -166,6 +166,18 @@ impl Checkpoint {
         self.tensors.values().map(|t| t.range.len()).sum()
     }
 
+    /// A tensor's bytes as its file has them, whatever their type: who holds them, and which they are.
+    pub fn stored(&self, name: &str) -> Result<(Arc<dyn HostBytes>, Range<usize>)> {
+        let info = self
+            .get(name)
+            .ok_or_else(|| Error::file(&self.label, format!("there is no tensor {name:?}")))?;
+        let bytes = self
+            .shards
+            .get(&info.shard)
+            .ok_or_else(|| Error::file(&info.shard, "the file of this tensor is not open"))?;
+        Ok((bytes.clone(), info.range.clone()))
+    }
+
     /// A view of a tensor's elements; nothing is read yet.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let info = self

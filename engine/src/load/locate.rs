@@ -34,8 +34,8 @@ pub struct Planned {
     /// What the checkpoint holds beside.
     pub unused: Unused,
     pub(super) label: String,
-    origin: Origin,
-    card: Option<Card>,
+    pub(super) origin: Origin,
+    pub(super) card: Option<Card>,
     pub(super) config: Option<Config>,
 }
 
