@@ -83,8 +83,17 @@ impl fmt::Debug for Checkpoint {
 
 impl Checkpoint {
     /// Reads the headers of the files that hold the weights: `model.safetensors`, the shards that its index
-    /// names, the only other `*.safetensors`; else the same of PyTorch's files.
+    /// names, the only other `*.safetensors`; else the same of PyTorch's files. Those of a GGUF file were read
+    /// when it was opened.
     pub fn open(files: &ModelFiles) -> Result<Self> {
+        if let Some(gguf) = files.gguf() {
+            return Ok(Checkpoint {
+                label: files.name().into(),
+                shards: gguf.shards().clone(),
+                tensors: gguf.tensors().clone(),
+                notes: Vec::new(),
+            });
+        }
         let mut report = Report::new(files.name());
         let mut checkpoint = Checkpoint {
             label: files.name().into(),
@@ -241,13 +250,11 @@ impl TensorInfo {
 
     /// The format that its bytes run as.
     pub fn runs_as(&self) -> std::result::Result<Format, String> {
-        match self.dtype.as_str() {
-            "F32" => Ok(Format::F32),
-            "F16" => Ok(Format::F16),
-            "BF16" => Ok(Format::BF16),
-            other => Err(format!(
-                "unsupported element type {other}; F32, F16 and BF16 are read"
-            )),
-        }
+        Format::named(&self.dtype.to_lowercase()).ok_or_else(|| {
+            format!(
+                "unsupported element type {}; F32, F16 and BF16 are read, of GGUF files also blocks",
+                self.dtype
+            )
+        })
     }
 }

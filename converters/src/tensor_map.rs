@@ -580,7 +580,8 @@ impl TensorMap {
 
     /// Whether a tensor of theirs is knowingly dropped.
     pub fn ignores(&self, tensor: &str) -> bool {
-        self.ignore.iter().any(|p| p.captures(tensor).is_some())
+        let fits = |p: &Pattern| self.with_holes(p.captures(tensor)?);
+        self.ignore.iter().any(|p| fits(p).is_some())
     }
 
     /// The weight that a tensor of theirs would be, and the rule's place.

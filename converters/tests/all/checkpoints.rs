@@ -136,7 +136,7 @@ fn other_element_types_are_listed_but_not_read() {
     let message = checkpoint.tensor("a").unwrap_err().to_string();
     assert_eq!(
         message,
-        "model.safetensors: tensor \"a\": unsupported element type F8_E4M3; F32, F16 and BF16 are read"
+        "model.safetensors: tensor \"a\": unsupported element type F8_E4M3; F32, F16 and BF16 are read, of GGUF files also blocks"
     );
     for (name, bytes) in [("I64", 16), ("F64", 16), ("BOOL", 2), ("F4", 1)] {
         assert!(

@@ -72,11 +72,9 @@ pub(super) fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> 
             "safetensors" | "bin" | "pt" | "pth" | "ckpt" => {
                 Ok(Located::Files(ModelFiles::beside(path)?))
             }
-            "gguf" => Err(Error::Input(format!(
-                "{name}: files of this kind are not read; give a folder with config.json and its weights"
-            ))),
+            "gguf" => Ok(Located::Files(ModelFiles::gguf_file(path)?)),
             _ => Err(Error::Input(format!(
-                "{name}: a model is a folder with config.json and its weights, one of these files (.safetensors, .bin, .pt, .pth), a config.json, or a plan (.yaml)"
+                "{name}: a model is a folder with config.json and its weights, one of these files (.safetensors, .bin, .pt, .pth), a GGUF file (.gguf), a config.json, or a plan (.yaml)"
             ))),
         };
     }
@@ -108,7 +106,23 @@ fn read(path: &Path) -> Result<String> {
 
 /// The plan of what was located.
 pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planned> {
+    let given = match &options.card {
+        Some(path) => Some(Card::parse(&read(path)?, &path.display().to_string())?),
+        None => None,
+    };
+    let gguf = match located {
+        Located::Files(files) => files.gguf(),
+        Located::Config(_) | Located::Plan(_) => None,
+    };
     let config = match located {
+        Located::Files(files) if gguf.is_some() => {
+            match (gguf.zip(given.as_ref()), &options.plan) {
+                (Some((gguf, card)), _) => Some(card.config_of(gguf)?),
+                (None, None) => Some(Config::open(files)?),
+                // Of a family without a card the tensors have our names.
+                (None, Some(_)) => Config::open(files).ok(),
+            }
+        }
         Located::Files(files) if files.exists("config.json") => Some(Config::open(files)?),
         Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
         Located::Files(_) | Located::Plan(_) => None,
@@ -117,15 +131,17 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         Located::Files(files) => options.plan.is_some() || files.exists(PLAN),
         _ => options.plan.is_some(),
     };
-    let card = match (&options.card, &config) {
-        (Some(path), _) => {
-            let card = Card::parse(&read(path)?, &path.display().to_string())?;
-            Some(card)
-        }
+    let card = match (given, &config) {
+        (Some(card), _) => Some(card),
         // With a plan of one's own a model may do without a family: its tensors then have our names.
         (None, Some(config)) if has_plan => cards::find(config).ok().cloned(),
         (None, Some(config)) => Some(cards::find(config)?.clone()),
         (None, None) => None,
+    };
+    // Cards that know no GGUF files were refused with the config.
+    let card = match gguf {
+        Some(_) => card.and_then(|c| c.for_gguf()),
+        None => card,
     };
     let own = match (located, &options.plan) {
         (_, Some(path)) | (Located::Plan(path), None) => {
@@ -142,7 +158,10 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         (Some((label, text)), _, _) => (Plan::parse(&text, &label)?, label, Origin::Edited),
         (None, Some(card), Some(config)) => {
             let name = match located {
-                Located::Files(files) => short_name(files.name()),
+                Located::Files(files) => match files.gguf() {
+                    Some(gguf) => gguf.name().to_string(),
+                    None => short_name(files.name()),
+                },
                 Located::Config(path) => config_name(path),
                 Located::Plan(_) => unreachable!("a plan was found above"),
             };
