@@ -22,7 +22,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_kernels::DType;
 
 use crate::hub::HubOptions;
-use crate::load::{self, LoadOptions, Model};
+use crate::load::{self, CudaPlaces, LoadOptions, Model};
 use crate::session::EngineConfig;
 use output::Terminal;
 
@@ -71,6 +71,8 @@ pub struct Environment {
     pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
+    /// Where a GPU's libraries may be, and where its kernels are kept.
+    pub cuda: CudaPlaces,
 }
 
 /// Where a model comes from, and how to print.
@@ -102,7 +104,7 @@ pub struct Source {
 pub struct Common {
     #[command(flatten)]
     source: Source,
-    /// Where to run: cpu, or reference (plain loops, to settle arguments)
+    /// Where to run: cpu, cuda (a GPU; cuda:1 is the second), or reference (plain loops, to settle arguments)
     #[arg(
         long,
         value_name = "DEVICE",
@@ -155,6 +157,7 @@ impl Source {
             device: "cpu".into(),
             dtype: None,
             threads: None,
+            cuda: environment.cuda.clone(),
             hub,
         }
     }
@@ -195,7 +198,7 @@ impl Common {
     /// Sizes for one sequence of up to `tokens`.
     fn engine_config(&self, model: &Model, tokens: usize, sequences: usize) -> EngineConfig {
         EngineConfig::new(tokens.max(1), sequences, model.kv_dtype)
-            .with_row_bytes(model.footprint.per_row())
+            .for_device(&*model.network.backend, model.footprint.per_row())
     }
 }
 

@@ -1,6 +1,7 @@
 //! From what a user named to a model that runs: the only user of the converters.
 
 mod convert;
+mod device;
 mod inspect;
 mod locate;
 mod model;
@@ -12,9 +13,7 @@ use std::sync::Arc;
 
 use strata_converters::Config;
 use strata_converters::mapping::Row as Mapped;
-use strata_kernels::cpu::{Cpu, CpuOptions};
-use strata_kernels::reference::Reference;
-use strata_kernels::{Backend, DType, Format};
+use strata_kernels::{DType, Format};
 use strata_layers::graph::GraphWeight;
 use strata_layers::plan::is_new;
 use strata_layers::yaml::Value;
@@ -28,6 +27,7 @@ use crate::runner::Network;
 use crate::text;
 
 pub use convert::{ConvertOptions, Converted, convert};
+pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
 pub use locate::{Planned, plan};
 pub use model::{Limits, Model};
@@ -51,8 +51,10 @@ pub struct LoadOptions {
     pub card: Option<PathBuf>,
     /// Weights drawn by this seed instead of a checkpoint's.
     pub random: Option<u64>,
-    /// `cpu` or `reference`.
+    /// `cpu`, `cuda`, `cuda:N` or `reference`.
     pub device: String,
+    /// Where a GPU's libraries may be, and where its kernels are kept.
+    pub cuda: CudaPlaces,
     /// Compute type; none is the checkpoint's.
     pub dtype: Option<DType>,
     /// Threads; none is as many as the process may use.
@@ -118,34 +120,9 @@ impl LoadProgress for Silent {
     }
 }
 
-/// A backend, and the CPU behind it where there is one.
-pub type Device = (Arc<dyn Backend>, Option<Arc<Cpu>>);
-
-/// The backend of a device.
-pub fn backend(device: &str, threads: Option<usize>) -> Result<Device> {
-    let available = || std::thread::available_parallelism().map_or(1, usize::from);
-    match device {
-        "cpu" => {
-            let threads = threads.unwrap_or_else(available);
-            let cpu = Arc::new(Cpu::new(CpuOptions {
-                threads,
-                ..CpuOptions::default()
-            }));
-            Ok((cpu.clone(), Some(cpu)))
-        }
-        "reference" => Ok((Arc::new(Reference), None)),
-        other if other.starts_with("cuda") => Err(Error::Input(format!(
-            "--device {other}: this build has no CUDA backend; use --device cpu"
-        ))),
-        other => Err(Error::Input(format!(
-            "--device {other}: devices are cpu and reference"
-        ))),
-    }
-}
-
 /// Loads a model.
 pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Model> {
-    let (backend, cpu) = backend(&options.device, options.threads)?;
+    let (backend, cpu) = backend_at(&options.device, options.threads, &options.cuda)?;
     let located = locate(options, progress)?;
     let mut planned = planned(options, &located)?;
     let mut notes = Vec::new();

@@ -202,6 +202,11 @@ impl Model {
         }
     }
 
+    /// Whether the number of threads has a part in the results' speed.
+    pub fn uses_threads(&self) -> bool {
+        self.cpu.is_some()
+    }
+
     /// What the machine can do at most, measured now.
     pub fn limits(&self) -> Limits {
         let Some(cpu) = &self.cpu else {
