@@ -8,6 +8,7 @@ pub mod backend;
 pub mod cpu;
 pub mod error;
 pub mod format;
+mod formats;
 pub mod matrix;
 pub mod null;
 pub mod ops;
