@@ -246,8 +246,10 @@ impl Backend for Cuda {
 
     fn tolerance(&self, activations: DType) -> f32 {
         match activations {
-            DType::BF16 => 0.05,
-            _ => 1e-4,
+            // An input of a product may round to the other side, and a router then choose another of
+            // two experts that are nearly as good.
+            DType::BF16 => 0.2,
+            _ => 1e-3,
         }
     }
 

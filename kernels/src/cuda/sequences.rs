@@ -207,9 +207,11 @@ impl State {
             (0..=8, _) => "selective_scan_groups_1",
             (9..=16, _) => "selective_scan_groups_2",
             (17..=32, _) => "selective_scan_groups_4",
-            (33..=64, _) => "selective_scan_groups_8",
             _ => {
-                let why = format!("{states} states, at most 64; use --device cpu");
+                let why = format!(
+                    "{states} states in {} groups; at most 64 run in one group, 32 in more; use --device cpu",
+                    op.groups
+                );
                 return Err(unsupported("selective_scan", why));
             }
         };

@@ -130,13 +130,25 @@ impl State {
             return done.map_err(failed("copying"));
         }
         let pitch = |t: &Tensor| if rows == 1 { width } else { t.stride() * size };
-        // SAFETY: plain numbers and null pointers.
-        let mut copy: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
-        copy.srcMemoryType = CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
-        copy.dstMemoryType = CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
-        (copy.srcDevice, copy.dstDevice) = (source, target);
-        (copy.srcPitch, copy.dstPitch) = (pitch(from), pitch(to));
-        (copy.WidthInBytes, copy.Height) = (width, rows);
+        let kind = CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: kind,
+            srcHost: std::ptr::null(),
+            srcDevice: source,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: pitch(from),
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: kind,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: target,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch(to),
+            WidthInBytes: width,
+            Height: rows,
+        };
         // SAFETY: both tensors have rows of this width at these distances, and do not overlap.
         let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.stream) };
         done.result().map_err(failed("copying"))
