@@ -3,11 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use strata::estimate::{Format, estimate};
+use strata::estimate::estimate;
 use strata::load::{LoadOptions, Model, Silent, load};
 use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::cards;
-use strata_kernels::DType;
+use strata_kernels::{DType, Format};
 
 const TYPES: [DType; 2] = [DType::F32, DType::BF16];
 
@@ -67,7 +67,7 @@ fn every_card_runs_in_the_memory_that_was_estimated() {
             }
             // As `strata plan estimate` has it, before there is a model.
             let config = EngineConfig::new(200, 1, dtype);
-            let format = Format::Dense(dtype);
+            let format = Format::from(dtype);
             let before = estimate(&model.network.graph, &config, format, &model.footprint, 1);
             assert_eq!(
                 before.weight_bytes,
@@ -91,6 +91,26 @@ fn goldens() -> Vec<PathBuf> {
     found.retain(|v| v.join("golden.safetensors").is_file());
     found.sort();
     found
+}
+
+#[test]
+fn a_scan_by_chunks_runs_in_the_memory_that_was_estimated() {
+    let card = cards::all()
+        .iter()
+        .find(|c| c.family() == "mamba2")
+        .unwrap();
+    let plan = card.plan(card.tiny(), card.family()).unwrap().print();
+    let edited = plan.replace("mamba2: {", "mamba2: {chunk_size: 48, ");
+    let [recurrence, chunks] = [("recurrence", plan), ("chunks", edited)].map(|(name, plan)| {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("scan-{name}.yaml"));
+        std::fs::write(&file, plan).unwrap();
+        let model = open(&file, DType::F32, Some(1));
+        for batch in [1, 3] {
+            assert_eq!(off(&model, batch), None, "{name}, {batch} at a time");
+        }
+        model.network.graph.slot_bytes()
+    });
+    assert!(chunks > recurrence, "{chunks} and {recurrence} bytes");
 }
 
 #[test]

@@ -7,11 +7,11 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use strata::estimate::{Estimate, Format, estimate};
+use strata::estimate::{Estimate, estimate};
 use strata::footprint::Footprint;
 use strata::load::{LoadOptions, Silent, plan};
 use strata::session::EngineConfig;
-use strata_kernels::DType;
+use strata_kernels::{DType, Format};
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model-cards/configs")
@@ -28,7 +28,7 @@ fn of(name: &str) -> Estimate {
     let config = EngineConfig::new(planned.plan.context, 1, DType::BF16);
     // Buffers are no matter of the published numbers.
     let none = Footprint::default();
-    let format = Format::Dense(DType::BF16);
+    let format = Format::BF16;
     Estimate {
         unused_parameters: planned.unused.parameters,
         unused_tensors: planned.unused.tensors,

@@ -3,16 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use strata_kernels::{DType, HostTensor};
+use strata_kernels::{Format, HostTensor};
 use strata_layers::graph::GraphWeight;
 use strata_layers::param::list_of;
 use strata_layers::{Faults, Mark, Plan};
 
 use crate::card::Card;
 use crate::cards;
+use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::error::{Error, Result};
 use crate::report::Report;
-use crate::safetensors::{Checkpoint, TensorInfo};
 use crate::tensor_map::{Source, TensorMap};
 
 /// Where the plan is from: this decides what tensors without a place in it mean.
@@ -30,6 +30,7 @@ pub struct Mapping {
     checkpoint: Arc<Checkpoint>,
     rows: Vec<Row>,
     places: BTreeMap<String, usize>,
+    drawn: Vec<GraphWeight>,
     notes: Vec<String>,
 }
 
@@ -42,8 +43,8 @@ pub struct Row {
     pub source: Source,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// The element type that it is handed out in.
-    pub dtype: DType,
+    /// How its elements are handed out.
+    pub format: Format,
     /// Bytes of its elements.
     pub bytes: usize,
     /// The file of its tensor.
@@ -76,7 +77,10 @@ impl Mapping {
             misshapen_layers: BTreeSet::new(),
             notes: Vec::new(),
         };
-        weights.iter().for_each(|w| resolve.weight(w));
+        let (drawn, stored): (Vec<_>, Vec<_>) = weights
+            .iter()
+            .partition(|w| strata_layers::plan::is_new(&w.path));
+        stored.iter().for_each(|w| resolve.weight(w));
         if !weights.iter().any(|w| w.path == HEAD) {
             resolve.tied_head();
         }
@@ -100,6 +104,7 @@ impl Mapping {
             checkpoint,
             rows,
             places,
+            drawn: drawn.into_iter().cloned().collect(),
             notes,
         })
     }
@@ -117,6 +122,11 @@ impl Mapping {
     /// All weights, in the order of the plan.
     pub fn rows(&self) -> &[Row] {
         &self.rows
+    }
+
+    /// The weights of new blocks, which are in no checkpoint.
+    pub fn drawn(&self) -> &[GraphWeight] {
+        &self.drawn
     }
 
     /// What is worth telling, and no fault: blocks that were dropped, a second copy of the embedding.
@@ -161,7 +171,7 @@ fn separate_head(map: &TensorMap, checkpoint: &Checkpoint) -> Option<(String, bo
     };
     let (head, embed) = (tensor(HEAD)?, tensor(EMBED)?);
     let same = match (checkpoint.tensor(&head), checkpoint.tensor(&embed)) {
-        (Ok(a), Ok(b)) => (a.dtype(), a.shape(), a.bytes()) == (b.dtype(), b.shape(), b.bytes()),
+        (Ok(a), Ok(b)) => (a.format(), a.shape(), a.bytes()) == (b.format(), b.shape(), b.bytes()),
         _ => false,
     };
     Some((head, same))
@@ -189,10 +199,11 @@ impl Resolve<'_> {
         let path = &want.path;
         let found = self.map.find(path);
         let at = found.at;
-        let there = found
-            .sources
-            .iter()
-            .find_map(|s| Some((s, self.checkpoint.get(s.tensor())?)));
+        let there = found.sources.iter().find_map(|s| {
+            let mut tensors = s.tensors().into_iter().map(|t| self.checkpoint.get(t));
+            let first = tensors.next()??;
+            tensors.all(|t| t.is_some()).then_some((s, first))
+        });
         let Some((source, info)) = there else {
             let names: Vec<&str> = found.sources.iter().map(Source::tensor).collect();
             let why = match &names[..] {
@@ -206,7 +217,8 @@ impl Resolve<'_> {
             let message = format!("{path} is missing: {why}{hint}");
             return self.report.add(MISSING, at, message);
         };
-        self.used.insert(source.tensor().into());
+        let tensors = source.tensors().into_iter();
+        self.used.extend(tensors.map(ToString::to_string));
         let expected = shown(&want.spec.shape);
         let place = format!("{}, tensor {source}", info.shard);
         match source.shape(self.checkpoint) {
@@ -226,13 +238,13 @@ impl Resolve<'_> {
         }
         match info.runs_as() {
             Ok(stored) => {
-                let dtype = if source.widens() { DType::F32 } else { stored };
+                let format = if source.widens() { Format::F32 } else { stored };
                 self.rows.push(Row {
                     path: path.clone(),
                     source: source.clone(),
                     shape: want.spec.shape.clone(),
-                    dtype,
-                    bytes: want.spec.elements() * dtype.size(),
+                    format,
+                    bytes: format.bytes_of(&want.spec.shape).unwrap_or(0),
                     shard: info.shard.clone(),
                 });
             }

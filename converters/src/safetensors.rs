@@ -1,21 +1,17 @@
-//! Checkpoints: the tensors of one or several safetensors files, mapped and checked.
+//! The tensors of safetensors files, checked.
 //!
 //! A file is the length of its header (u64, little endian), the header (JSON: for each tensor its type,
 //! shape and range of bytes), and the bytes. Opening reads headers only; all that is wrong with them is
 //! reported together.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
 
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use strata_kernels::tensor::HostBytes;
-use strata_kernels::{DType, HostTensor};
 use strata_layers::Mark;
 
-use crate::error::{Error, Result};
-use crate::files::{ModelFiles, is_plain};
+use crate::checkpoint::{FILES, TENSORS, TensorInfo};
 use crate::report::Report;
 
 /// Most bytes of a header, as the format says.
@@ -25,220 +21,17 @@ const MAX_NAME: usize = 1024;
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 16;
 
-/// Kinds of faults.
-const FILES: &str = "faulty files";
-const TENSORS: &str = "faulty tensors";
-
-const ONE_FILE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-
-/// One tensor of a checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// Element type, in the format's words: `BF16`, `F8_E4M3`.
-    pub dtype: String,
-    /// Sizes, outermost first.
-    pub shape: Vec<usize>,
-    /// The file it is in.
-    pub shard: String,
-    /// Its bytes within the file.
-    pub range: Range<usize>,
-}
-
-/// The tensors of a model's files.
-pub struct Checkpoint {
-    label: String,
-    shards: BTreeMap<String, Arc<dyn HostBytes>>,
-    tensors: BTreeMap<String, TensorInfo>,
-}
-
-impl fmt::Debug for Checkpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (tensors, shards) = (self.tensors.len(), self.shards.len());
-        write!(
-            f,
-            "Checkpoint({}: {tensors} tensors in {shards} files)",
-            self.label
-        )
-    }
-}
-
-impl Checkpoint {
-    /// Reads the headers of `model.safetensors`, of the shards that its index names, or of the only
-    /// `*.safetensors` there is.
-    pub fn open(files: &ModelFiles) -> Result<Self> {
-        let mut report = Report::new(files.name());
-        let mut checkpoint = Checkpoint {
-            label: files.name().into(),
-            shards: BTreeMap::new(),
-            tensors: BTreeMap::new(),
-        };
-        let index = if files.exists(ONE_FILE) {
+/// The tensors of one file, by their names; none if something is wrong with it, which is reported.
+pub(crate) fn read(
+    shard: &str,
+    file: &[u8],
+    report: &mut Report,
+) -> Option<Vec<(String, TensorInfo)>> {
+    match read_header(file) {
+        Ok(header) => check_ranges(shard, &header, report).then_some(header.tensors),
+        Err(why) => {
+            report.add(FILES, Mark::default(), format!("{shard}: {why}"));
             None
-        } else {
-            files.text(INDEX)?
-        };
-        match index {
-            Some(text) => {
-                let index: Index = serde_json::from_str(&text)
-                    .map_err(|e| Error::file(files.label(INDEX), e.to_string()))?;
-                checkpoint.add_shards(files, index.weight_map, &mut report);
-            }
-            None => checkpoint.add(files, &only_file(files)?, &mut report),
-        }
-        report.finish()?;
-        Ok(checkpoint)
-    }
-
-    fn add_shards(
-        &mut self,
-        files: &ModelFiles,
-        index: BTreeMap<String, String>,
-        report: &mut Report,
-    ) {
-        let mut fault = |message: String| report.add(FILES, Mark::default(), message);
-        if index.is_empty() {
-            fault(format!("{INDEX} names no tensor"));
-        }
-        let mut readable = BTreeSet::new();
-        for shard in index.values().collect::<BTreeSet<_>>() {
-            if !is_plain(shard) {
-                fault(format!("{INDEX}: {shard:?} is no plain file name"));
-            } else if !files.exists(shard) {
-                fault(format!("{INDEX} names {shard}, which is not there"));
-            } else {
-                readable.insert(shard);
-            }
-        }
-        readable.iter().for_each(|s| self.add(files, s, report));
-
-        // A file that could not be read has its fault already.
-        let open = index
-            .iter()
-            .filter(|(_, shard)| self.shards.contains_key(*shard));
-        for (name, shard) in open {
-            let found = match self.tensors.get(name) {
-                Some(info) if info.shard == *shard => continue,
-                Some(info) => format!("it is in {}", info.shard),
-                None => "it is not there".into(),
-            };
-            let message = format!("{INDEX} says that {name:?} is in {shard}, but {found}");
-            report.add(TENSORS, Mark::default(), message);
-        }
-    }
-
-    /// Takes the tensors of one file, or reports why not.
-    fn add(&mut self, files: &ModelFiles, shard: &str, report: &mut Report) {
-        let opened = files.map(shard).map_err(|e| e.to_string());
-        let read = opened.and_then(|bytes| {
-            let header = read_header(bytes.bytes()).map_err(|why| format!("{shard}: {why}"))?;
-            Ok((bytes, header))
-        });
-        let (bytes, header) = match read {
-            Ok(read) => read,
-            Err(why) => return report.add(FILES, Mark::default(), why),
-        };
-        if !check_ranges(shard, &header, report) {
-            return;
-        }
-        for (name, mut info) in header.tensors {
-            if let Some(other) = self.tensors.get(&name) {
-                let message = format!("tensor {name:?} is in {} and in {shard}", other.shard);
-                report.add(TENSORS, Mark::default(), message);
-                continue;
-            }
-            info.shard = shard.into();
-            self.tensors.insert(name, info);
-        }
-        self.shards.insert(shard.into(), bytes);
-    }
-
-    /// Its name for messages.
-    pub fn label(&self) -> &str {
-        &self.label
-    }
-
-    /// All tensors, by name.
-    pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
-        self.tensors
-            .iter()
-            .map(|(name, info)| (name.as_str(), info))
-    }
-
-    /// What is known about a tensor.
-    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        self.tensors.get(name)
-    }
-
-    /// Bytes of all tensors together.
-    pub fn bytes(&self) -> usize {
-        self.tensors.values().map(|t| t.range.len()).sum()
-    }
-
-    /// A view of a tensor's elements; nothing is read yet.
-    pub fn tensor(&self, name: &str) -> Result<HostTensor> {
-        let info = self
-            .get(name)
-            .ok_or_else(|| Error::file(&self.label, format!("there is no tensor {name:?}")))?;
-        let dtype = info
-            .runs_as()
-            .map_err(|why| Error::file(&info.shard, format!("tensor {name:?}: {why}")))?;
-        let bytes = self
-            .shards
-            .get(&info.shard)
-            .ok_or_else(|| Error::file(&info.shard, "the file of this tensor is not open"))?;
-        let view = HostTensor::new(dtype, &info.shape, bytes.clone(), info.range.clone())?;
-        Ok(view)
-    }
-}
-
-impl TensorInfo {
-    /// The element type that its bytes run as.
-    pub fn runs_as(&self) -> std::result::Result<DType, String> {
-        match self.dtype.as_str() {
-            "F32" => Ok(DType::F32),
-            "F16" => Ok(DType::F16),
-            "BF16" => Ok(DType::BF16),
-            other => Err(format!(
-                "unsupported element type {other}; F32, F16 and BF16 are read"
-            )),
-        }
-    }
-}
-
-/// The name of the only file with weights.
-fn only_file(files: &ModelFiles) -> Result<String> {
-    if files.exists(ONE_FILE) {
-        return Ok(ONE_FILE.into());
-    }
-    let names = files.list()?;
-    let ending =
-        |end: &str| -> Vec<&String> { names.iter().filter(|n| n.ends_with(end)).collect() };
-    match &ending(".safetensors")[..] {
-        [only] => Ok(only.to_string()),
-        [] => {
-            let other: Vec<_> = [".bin", ".pt", ".pth", ".gguf"]
-                .into_iter()
-                .flat_map(ending)
-                .collect();
-            let hint = match other.first() {
-                Some(name) => {
-                    format!("; {name} is of a kind that is not read: convert it to safetensors")
-                }
-                None => String::new(),
-            };
-            Err(Error::file(
-                files.name(),
-                format!("there is no {ONE_FILE}{hint}"),
-            ))
-        }
-        several => {
-            let list: Vec<&str> = several.iter().take(8).map(|n| n.as_str()).collect();
-            let why = format!(
-                "there is neither {ONE_FILE} nor {INDEX}, and more than one other: {}",
-                list.join(", ")
-            );
-            Err(Error::file(files.name(), why))
         }
     }
 }
@@ -295,6 +88,7 @@ fn read_header(file: &[u8]) -> std::result::Result<Header, String> {
             shape: raw.shape,
             shard: String::new(),
             range: place(raw.offsets.0)..place(raw.offsets.1),
+            strides: None,
         };
         (name, info)
     });
@@ -469,10 +263,4 @@ impl<'de> Deserialize<'de> for Shape {
         }
         deserializer.deserialize_seq(Sizes)
     }
-}
-
-#[derive(serde::Deserialize)]
-struct Index {
-    /// The file of each tensor.
-    weight_map: BTreeMap<String, String>,
 }

@@ -1,11 +1,11 @@
 //! What a card may do to a tensor on its way into a plan: pure functions, named from cards.
 //!
 //! Most are views. Those that compute make a small tensor of their own in f32, so none is meant for
-//! large matrices; `every` and `unzip` copy.
+//! large matrices; `every`, `unzip` and `unpair` copy.
 
 use std::sync::Arc;
 
-use strata_kernels::{DType, HostTensor};
+use strata_kernels::{Format, HostTensor};
 
 use crate::error::Result;
 
@@ -27,6 +27,26 @@ pub struct Transform {
     pub shape: fn(&[usize], &[f64]) -> Shaped,
     /// The result, after `shape` has agreed.
     pub apply: fn(&HostTensor, &[f64]) -> Result<HostTensor>,
+    /// How to go back.
+    pub undo: Undo,
+}
+
+/// From what a transform made to what it was made from.
+#[derive(Debug, Clone, Copy)]
+pub enum Undo {
+    /// Element by element, with the transform's first number.
+    Values(fn(f32, f64) -> f32),
+    /// The same elements: the shape, from the shape that was made, the numbers, and the shape of the tensor
+    /// where it is known.
+    Shape(fn(&[usize], &[f64], Option<&[usize]>) -> Shaped),
+    /// The result is a piece: its place, and of how many or up to where, from the numbers.
+    Place(fn(&[f64]) -> (usize, usize)),
+    /// Runs of rows are dealt back.
+    Piles,
+    /// In each run of rows the two halves take turns again.
+    Pairs,
+    /// The result holds nothing of what it was made from.
+    Nothing,
 }
 
 /// Numbers of rows, or places among them.
@@ -47,6 +67,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let values: Vec<f32> = x.to_f32().iter().map(|v| -v.exp()).collect();
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
+        undo: Undo::Values(|y, _| (-y).ln()),
     },
     // x + c: weights that are stored as what they differ by from c.
     Transform {
@@ -60,6 +81,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let values: Vec<f32> = x.to_f32().iter().map(|v| v + amount).collect();
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
+        undo: Undo::Values(|y, amount| y - amount as f32),
     },
     // Zeros in the shape of x: a weight that the family does without.
     Transform {
@@ -72,6 +94,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let values = vec![0.0; x.shape().iter().product()];
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
+        undo: Undo::Nothing,
     },
     // Drops a dimension of size 1: (C, 1, K) of a depthwise convolution is (C, K).
     Transform {
@@ -85,6 +108,12 @@ pub const TRANSFORMS: &[Transform] = &[
                 squeezed(x.shape(), numbers[0] as usize).unwrap_or_else(|_| x.shape().to_vec());
             Ok(x.reshape(&shape)?)
         },
+        undo: Undo::Shape(|shape, numbers, _| {
+            let dimension = numbers[0] as usize;
+            let mut shape = shape.to_vec();
+            shape.insert(dimension.min(shape.len()), 1);
+            Ok(shape)
+        }),
     },
     // Entry n of the outermost dimension: one expert of a stack.
     Transform {
@@ -101,6 +130,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let entry = x.slice(n..n.saturating_add(1))?;
             Ok(entry.reshape(entry.shape().get(1..).unwrap_or_default())?)
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, 0)),
     },
     // The two outermost dimensions as one: the rows of all heads.
     Transform {
@@ -113,6 +143,67 @@ pub const TRANSFORMS: &[Transform] = &[
             let shape = flattened(x.shape()).unwrap_or_else(|_| x.shape().to_vec());
             Ok(x.reshape(&shape)?)
         },
+        undo: Undo::Shape(as_known),
+    },
+    // All dimensions as one: vectors that a file holds as columns, or in groups.
+    Transform {
+        name: "vector",
+        numbers: &[],
+        widens: false,
+        fractions: false,
+        shape: |shape, _| Ok(vec![shape.iter().product()]),
+        apply: |x, _| Ok(x.reshape(&[x.len()])?),
+        undo: Undo::Shape(as_known),
+    },
+    // The same of a column: (n, 1), or n numbers.
+    Transform {
+        name: "column",
+        numbers: &[],
+        widens: false,
+        fractions: false,
+        shape: |shape, _| Ok(vec![shape.iter().product()]),
+        apply: |x, _| Ok(x.reshape(&[x.len()])?),
+        undo: Undo::Shape(|shape, _, _| Ok(vec![shape.iter().product(), 1])),
+    },
+    // The same of n rows of equal size.
+    Transform {
+        name: "groups",
+        numbers: &["count"],
+        widens: false,
+        fractions: false,
+        shape: |shape, _| Ok(vec![shape.iter().product()]),
+        apply: |x, _| Ok(x.reshape(&[x.len()])?),
+        undo: Undo::Shape(|shape, numbers, _| {
+            let (elements, [count]) = (shape.iter().product::<usize>(), whole(numbers));
+            match elements.checked_rem(count) {
+                Some(0) => Ok(vec![count, elements / count]),
+                _ => Err(format!("{elements} elements are no {count} rows")),
+            }
+        }),
+    },
+    // In each run of `width` rows the even ones, then the odd ones: heads whose rotated pairs lie side by
+    // side, and whose halves are rotated here.
+    Transform {
+        name: "unpair",
+        numbers: &["width"],
+        widens: false,
+        fractions: false,
+        shape: |shape, numbers| match (shape.first(), whole(numbers)) {
+            (Some(&rows), [width]) if width > 0 && width % 2 == 0 && rows % width == 0 => {
+                Ok(shape.to_vec())
+            }
+            _ => Err(format!(
+                "the rows of {shape:?} are no pairs in runs of {}",
+                numbers[0]
+            )),
+        },
+        apply: |x, numbers| {
+            let ([width], rows) = (whole(numbers), rows_of(x));
+            let half = move |at: usize, odd: usize| (at + odd..at + width).step_by(2);
+            let run = move |at: usize| half(at, 0).chain(half(at, 1));
+            gathered(x, rows, (0..rows).step_by(width).flat_map(run))
+        },
+        undo: Undo::Pairs,
     },
     // All dimensions but the outermost as one: the filters of a convolution as rows of a matrix.
     Transform {
@@ -129,6 +220,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let cols = x.shape().iter().skip(1).product();
             Ok(x.reshape(&[rows, cols])?)
         },
+        undo: Undo::Shape(as_known),
     },
     // Rows k, k + n, k + 2n and so on, copied: two matrices whose rows take turns.
     Transform {
@@ -149,6 +241,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let ([first, step], rows) = (whole(numbers), rows_of(x));
             gathered(x, rows / step, (first..rows).step_by(step))
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, numbers[1] as usize)),
     },
     // Runs of `width` rows, dealt to n piles which lie one behind the other: heads whose two matrices take
     // turns.
@@ -176,6 +269,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let pile = move |k: usize| (k * width..rows).step_by(piles * width).flat_map(run);
             gathered(x, rows, (0..piles).flat_map(pile))
         },
+        undo: Undo::Piles,
     },
     // Rows from one to before another: one of several matrices that are stored as one.
     Transform {
@@ -196,6 +290,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let [from, to] = whole(numbers);
             Ok(x.slice(from..to)?)
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, numbers[1] as usize)),
     },
     // The k-th of n equal parts of the rows: gate and up that are stored as one.
     Transform {
@@ -218,8 +313,15 @@ pub const TRANSFORMS: &[Transform] = &[
             let start = rows.saturating_mul(which);
             Ok(x.slice(start..start.saturating_add(rows))?)
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, numbers[1] as usize)),
     },
 ];
+
+/// The shape that the tensor is known to have.
+fn as_known(_: &[usize], _: &[f64], known: Option<&[usize]>) -> Shaped {
+    let known = known.ok_or("no file tells its shape")?;
+    Ok(known.to_vec())
+}
 
 fn rows_of(x: &HostTensor) -> usize {
     x.shape().first().copied().unwrap_or_default()
@@ -237,7 +339,7 @@ fn gathered(x: &HostTensor, count: usize, rows: impl Iterator<Item = usize>) -> 
         bytes.extend_from_slice(&x.bytes()[at * row..(at + 1) * row]);
     }
     let range = 0..bytes.len();
-    Ok(HostTensor::new(x.dtype(), &shape, Arc::new(bytes), range)?)
+    Ok(HostTensor::new(x.format(), &shape, Arc::new(bytes), range)?)
 }
 
 fn flattened(shape: &[usize]) -> Shaped {
@@ -258,6 +360,38 @@ fn squeezed(shape: &[usize], dimension: usize) -> Shaped {
     Ok(shape)
 }
 
+/// The mean of tensors of one shape, element by element, in the format of the first; in f32 if that has
+/// blocks.
+pub fn mean(of: &[HostTensor]) -> Result<HostTensor> {
+    let Some(first) = of.first() else {
+        return Ok(HostTensor::from_f32(&[0], &[])?);
+    };
+    let mut sum = vec![0.0f32; first.len()];
+    for tensor in of {
+        let values = tensor.to_f32();
+        sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+    }
+    let mean: Vec<f32> = sum.iter().map(|s| s / of.len() as f32).collect();
+    match first.format() {
+        format @ (Format::F16 | Format::BF16) => {
+            let bytes: Vec<u8> = match format {
+                Format::F16 => mean
+                    .iter()
+                    .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
+                    .collect(),
+                _ => mean
+                    .iter()
+                    .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+                    .collect(),
+            };
+            let range = 0..bytes.len();
+            let mean = HostTensor::new(format, first.shape(), Arc::new(bytes), range);
+            Ok(mean?)
+        }
+        _ => Ok(HostTensor::from_f32(first.shape(), &mean)?),
+    }
+}
+
 /// How many elements are NaN or infinite.
 pub fn non_finite(x: &HostTensor) -> usize {
     // An element is not finite when all bits of its exponent are set. Counts of a few thousand elements
@@ -270,13 +404,14 @@ pub fn non_finite(x: &HostTensor) -> usize {
         bytes.chunks(1 << 14).map(|b| some(b) as usize).sum()
     }
     let bytes = x.bytes();
-    match x.dtype() {
-        DType::F16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        DType::BF16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        DType::F32 => count(bytes, |b| {
+    match x.format() {
+        Format::F16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        Format::BF16 => count(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        Format::F32 => count(bytes, |b| {
             u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000
         }),
-        DType::I32 => 0,
+        // A row at a time, so that no large copy is made.
+        _ => x.to_f32().iter().filter(|v| !v.is_finite()).count(),
     }
 }
 
@@ -328,6 +463,15 @@ mod tests {
         for bad in [[2.0, 3.0], [0.0, 1.0], [1e300, 1e300]] {
             assert!(run("unzip", &[8, 1], &bad).is_err(), "{bad:?}");
         }
+        assert_eq!(run("column", &[3, 1], &[]).unwrap().shape(), [3]);
+        assert_eq!(run("groups", &[3, 2], &[3.0]).unwrap().shape(), [6]);
+        assert_eq!(run("vector", &[3, 1], &[]).unwrap().shape(), [3]);
+        assert_eq!(run("vector", &[3], &[]).unwrap().shape(), [3]);
+        let halves = run("unpair", &[8, 1], &[4.0]).unwrap();
+        assert_eq!(halves.to_f32(), [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
+        for bad in [[3.0], [0.0], [16.0]] {
+            assert!(run("unpair", &[8, 1], &bad).is_err(), "{bad:?}");
+        }
         assert_eq!(run("flatten", &[3, 2, 4], &[]).unwrap().shape(), [6, 4]);
         assert!(run("flatten", &[3], &[]).is_err());
         let odd = run("every", &[4, 2], &[1.0, 2.0]).unwrap();
@@ -342,7 +486,7 @@ mod tests {
         let x = HostTensor::from_f32(&[2, 4], &[0.0; 8]).unwrap();
         let views = TRANSFORMS
             .iter()
-            .filter(|t| !t.widens && !["squeeze", "every", "unzip"].contains(&t.name));
+            .filter(|t| !t.widens && !["squeeze", "every", "unzip", "unpair"].contains(&t.name));
         for t in views {
             let numbers = [1.0, 2.0];
             let y = (t.apply)(&x, &numbers[..t.numbers.len()]).unwrap();
@@ -362,7 +506,7 @@ mod tests {
             .iter()
             .flat_map(|b| b.to_le_bytes())
             .collect();
-        let x = HostTensor::new(DType::BF16, &[3], std::sync::Arc::new(bytes), 0..6);
+        let x = HostTensor::new(Format::BF16, &[3], std::sync::Arc::new(bytes), 0..6);
         assert_eq!(non_finite(&x.unwrap()), 2);
     }
 }

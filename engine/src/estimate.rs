@@ -3,75 +3,22 @@
 
 use std::collections::BTreeMap;
 
-use strata_kernels::DType;
+use strata_kernels::Format;
 use strata_layers::graph::{GraphWeight, Run};
 use strata_layers::{Graph, Role, WeightSpec};
 
 use crate::footprint::Footprint;
 use crate::session::EngineConfig;
 
-/// How matrices are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// Element by element.
-    Dense(DType),
-    /// In blocks along their rows, as GGUF files have them.
-    Blocks {
-        /// What it is called.
-        name: &'static str,
-        /// Elements of a block.
-        elements: usize,
-        /// Bytes of a block.
-        bytes: usize,
-    },
-}
-
-const fn blocks(name: &'static str, elements: usize, bytes: usize) -> Format {
-    Format::Blocks {
-        name,
-        elements,
-        bytes,
-    }
-}
-
-/// The block formats that an estimate may be asked for.
-pub const BLOCK_FORMATS: [Format; 9] = [
-    blocks("q8_0", 32, 34),
-    blocks("q6_k", 256, 210),
-    blocks("q5_k", 256, 176),
-    blocks("q5_1", 32, 24),
-    blocks("q5_0", 32, 22),
-    blocks("q4_k", 256, 144),
-    blocks("q4_1", 32, 20),
-    blocks("q4_0", 32, 18),
-    blocks("iq4_nl", 32, 18),
-];
-
-impl Format {
-    /// The block format of this name.
-    pub fn named(name: &str) -> Option<Format> {
-        BLOCK_FORMATS
-            .into_iter()
-            .find(|f| matches!(f, Format::Blocks { name: n, .. } if *n == name))
-    }
-
-    /// Bytes of a weight. Small weights run in f32 whatever the format; rows that are no whole blocks
-    /// stay in bf16.
-    fn bytes(self, weight: &WeightSpec) -> u64 {
-        let count = weight.elements() as u64;
-        if weight.role == Role::Vector {
-            return 4 * count;
-        }
-        match self {
-            Format::Dense(dtype) => count * dtype.size() as u64,
-            Format::Blocks {
-                elements, bytes, ..
-            } => match weight.shape.last() {
-                Some(cols) if cols % elements == 0 => count / elements as u64 * bytes as u64,
-                _ => 2 * count,
-            },
-        }
-    }
+/// Bytes of a weight whose matrices are stored in `format`. Small weights run in f32 whatever the format;
+/// rows that are no whole blocks stay in bf16.
+fn weight_bytes(format: Format, weight: &WeightSpec) -> u64 {
+    let format = match weight.role {
+        Role::Vector => Format::F32,
+        Role::Matrix | Role::Table => format,
+    };
+    let bytes = format.bytes_of(&weight.shape);
+    bytes.or(Format::BF16.bytes_of(&weight.shape)).unwrap_or(0) as u64
 }
 
 /// What a plan costs.
@@ -153,7 +100,7 @@ pub fn estimate(
     rows: usize,
 ) -> Estimate {
     let weights = graph.weights();
-    let weight_bytes = weights.iter().map(|w| format.bytes(&w.spec)).sum();
+    let weight_bytes = weights.iter().map(|w| weight_bytes(format, &w.spec)).sum();
     let parameters = weights.iter().map(|w| w.spec.elements() as u64).sum();
     let kv_bytes_per_token = (graph.page_elements_per_token() * config.kv_dtype.size()) as u64;
     let state_bytes_per_sequence = graph.slot_bytes() as u64;

@@ -208,6 +208,7 @@ fn encode(values: &[f32], dtype: DType, to: &mut Vec<u8>) {
             DType::F16 => to.extend(half::f16::from_f32(*value).to_le_bytes()),
             DType::BF16 => to.extend(half::bf16::from_f32(*value).to_le_bytes()),
             DType::I32 => to.extend((*value as i32).to_le_bytes()),
+            DType::U8 => to.push(*value as u8),
         }
     }
 }
@@ -241,6 +242,7 @@ fn decode(bytes: &[u8], dtype: DType, to: &mut Vec<f32>) {
                 .iter()
                 .map(|b| i32::from_le_bytes(*b) as f32),
         ),
+        DType::U8 => to.extend(bytes.iter().map(|b| f32::from(*b))),
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -30,8 +30,8 @@ pub trait Backend: Send + Sync {
     /// New zeroed memory. Memory that is never written may cost nothing.
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor>;
 
-    /// A weight on the device, as `rows` × `cols`. Where device and host share memory this is a view
-    /// without a copy if the address is aligned.
+    /// A weight on the device, as `rows` × `cols`; of one in blocks, its rows of bytes. Where device and
+    /// host share memory this is a view without a copy if the address is aligned.
     fn upload(&self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor>;
 
     /// Copies elements to the host, widened to f32, row after row.
@@ -74,6 +74,8 @@ pub trait Backend: Send + Sync {
     fn mamba3_scan(&self, op: Mamba3Scan<'_>) -> Result<()>;
     /// See [`SsdScan`].
     fn ssd_scan(&self, op: SsdScan<'_>) -> Result<()>;
+    /// See [`SsdChunked`].
+    fn ssd_chunked(&self, op: SsdChunked<'_>) -> Result<()>;
     /// See [`S4dScan`].
     fn s4d_scan(&self, op: S4dScan<'_>) -> Result<()>;
     /// See [`Rope`].

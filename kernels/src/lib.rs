@@ -8,6 +8,7 @@ pub mod backend;
 pub mod cpu;
 pub mod cuda;
 pub mod error;
+pub mod format;
 pub mod matrix;
 pub mod null;
 pub mod ops;
@@ -18,6 +19,7 @@ pub mod tensor;
 
 pub use backend::Backend;
 pub use error::{Error, Result};
+pub use format::Format;
 pub use matrix::Matrix;
 pub use span::{Ragged, Span};
 pub use tensor::{DType, HostBytes, HostTensor, Tensor};

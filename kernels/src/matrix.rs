@@ -1,21 +1,38 @@
 //! Weight matrices in the format they run in.
 
+use crate::format::Format;
+use crate::ops::linear::read_row;
 use crate::tensor::{DType, Tensor};
 
 /// A weight of `rows` outputs by `cols` inputs, as files store it: y = x · Wᵀ.
 #[derive(Debug, Clone)]
 pub struct Matrix {
+    format: Format,
+    cols: usize,
     data: Tensor,
 }
 
 impl Matrix {
     /// A dense matrix. Panics unless `data` is contiguous floating point.
     pub fn dense(data: Tensor) -> Self {
+        Matrix::new(Format::from(data.dtype()), data.cols(), data)
+    }
+
+    /// A matrix of `cols` inputs, from its elements or from the bytes of its blocks, row after row. Panics
+    /// unless `data` is contiguous and holds such rows.
+    pub fn new(format: Format, cols: usize, data: Tensor) -> Self {
+        let dtype = format.dtype().unwrap_or(DType::U8);
+        let row = format.row_bytes(cols).map(|bytes| bytes / dtype.size());
         assert!(
-            data.is_contiguous() && data.dtype() != DType::I32,
-            "not a dense matrix: {data:?}"
+            data.is_contiguous() && data.dtype() == dtype && row == Some(data.cols()),
+            "no {format} matrix of {cols} columns: {data:?}"
         );
-        Matrix { data }
+        Matrix { format, cols, data }
+    }
+
+    /// How its elements are stored.
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// Number of outputs.
@@ -25,7 +42,7 @@ impl Matrix {
 
     /// Number of inputs.
     pub fn cols(&self) -> usize {
-        self.data.cols()
+        self.cols
     }
 
     /// Bytes that one product reads.
@@ -33,8 +50,17 @@ impl Matrix {
         self.data.bytes()
     }
 
-    /// The elements.
+    /// The elements, or the bytes of the blocks: (rows, bytes of a row).
     pub fn data(&self) -> &Tensor {
         &self.data
+    }
+
+    /// Row `r`, widened: the plain way.
+    pub(crate) fn read_row(&self, r: usize, to: &mut [f32]) {
+        if self.format.dtype().is_some() {
+            read_row(&self.data, r, to);
+        } else {
+            self.format.dequantize(self.data.view::<u8>().row(r), to);
+        }
     }
 }

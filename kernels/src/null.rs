@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -44,7 +44,9 @@ impl Backend for Null {
     }
 
     fn upload(&self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
-        Ok(Tensor::null(from.dtype(), rows, cols))
+        let dtype = from.format().dtype().unwrap_or(DType::U8);
+        let row = from.format().row_bytes(cols).unwrap_or(0) / dtype.size();
+        Ok(Tensor::null(dtype, rows, row))
     }
 
     fn read(&self, _from: &Tensor, to: &mut [f32]) -> Result<()> {
@@ -71,7 +73,7 @@ impl Backend for Null {
     check_only! {
         linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
         add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
-        ssd_scan: SsdScan, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
+        ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine,
     }

@@ -5,7 +5,7 @@ use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
     linear::{read_row, write_row},
 };
 use crate::random;
@@ -66,7 +66,7 @@ impl Backend for Reference {
     by_reference! {
         linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
         add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
-        ssd_scan: SsdScan, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
+        ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine,
     }
@@ -74,7 +74,11 @@ impl Backend for Reference {
 
 /// A weight in host memory: a view where the address allows it, else a copy.
 pub(crate) fn upload(from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
-    if rows * cols != from.len() {
+    let whole = from
+        .format()
+        .row_bytes(cols)
+        .and_then(|b| b.checked_mul(rows));
+    if rows.checked_mul(cols) != Some(from.len()) || whole != Some(from.bytes().len()) {
         return Err(Error::Shape {
             op: "upload",
             what: "elements",
@@ -82,10 +86,12 @@ pub(crate) fn upload(from: &HostTensor, rows: usize, cols: usize) -> Result<Tens
             expected: rows * cols,
         });
     }
-    if let Some(view) = Tensor::borrowed(from, rows, cols) {
+    if let Some(view) = Tensor::borrowed(from, rows) {
         return Ok(view);
     }
-    let mut copy = Tensor::host(from.dtype(), rows, cols)?;
+    // Blocks are bytes, and those are always aligned.
+    let dtype = from.format().dtype().unwrap_or(DType::U8);
+    let mut copy = Tensor::host(dtype, rows, cols)?;
     write(&from.to_f32(), &mut copy)?;
     Ok(copy)
 }

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::format::Format;
 
 /// Element types that run. Files may hold others; those are converted while loading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -22,6 +23,8 @@ pub enum DType {
     BF16,
     /// Signed 32-bit integers: expert numbers.
     I32,
+    /// Bytes: the blocks of a weight, whose [`Format`] says what they hold.
+    U8,
 }
 
 impl DType {
@@ -30,6 +33,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
+            DType::U8 => 1,
         }
     }
 }
@@ -41,6 +45,7 @@ impl fmt::Display for DType {
             DType::F16 => "F16",
             DType::BF16 => "BF16",
             DType::I32 => "I32",
+            DType::U8 => "U8",
         })
     }
 }
@@ -49,6 +54,10 @@ impl fmt::Display for DType {
 pub trait HostBytes: Send + Sync {
     /// The bytes. The same address every time, as long as the owner lives.
     fn bytes(&self) -> &[u8];
+
+    /// Told that a range will not be read again soon: its memory may be given back where that changes
+    /// nothing, as with mapped files.
+    fn forget(&self, _range: Range<usize>) {}
 }
 
 impl HostBytes for Vec<u8> {
@@ -60,7 +69,7 @@ impl HostBytes for Vec<u8> {
 /// A weight as a source hands it out: row-major elements in host memory, shared with their owner.
 #[derive(Clone)]
 pub struct HostTensor {
-    dtype: DType,
+    format: Format,
     shape: Vec<usize>,
     owner: Arc<dyn HostBytes>,
     range: Range<usize>,
@@ -68,9 +77,9 @@ pub struct HostTensor {
 
 impl HostTensor {
     /// A view of `range` (in bytes) of `owner`. Fails when the range does not hold exactly `shape`
-    /// elements of `dtype`, or lies outside its owner.
+    /// elements of `format`, when rows are no whole blocks, or when it lies outside its owner.
     pub fn new(
-        dtype: DType,
+        format: Format,
         shape: &[usize],
         owner: Arc<dyn HostBytes>,
         range: Range<usize>,
@@ -79,10 +88,12 @@ impl HostTensor {
             op: "host tensor",
             why,
         };
-        let bytes = shape
-            .iter()
-            .try_fold(dtype.size(), |a, &n| a.checked_mul(n))
-            .ok_or_else(|| fault(format!("shape {shape:?} of {dtype} overflows")))?;
+        let bytes = format.bytes_of(shape).ok_or_else(|| {
+            let elements = format.block().elements;
+            fault(format!(
+                "shape {shape:?} has no rows of whole blocks of {elements}, as {format} wants them, or overflows"
+            ))
+        })?;
         if range.start > range.end || range.end > owner.bytes().len() {
             return Err(fault(format!(
                 "bytes {range:?} lie outside the {} that there are",
@@ -91,12 +102,12 @@ impl HostTensor {
         }
         if range.len() != bytes {
             return Err(fault(format!(
-                "{} bytes found, {bytes} expected for {shape:?} of {dtype}",
+                "{} bytes found, {bytes} expected for {shape:?} of {format}",
                 range.len()
             )));
         }
         Ok(HostTensor {
-            dtype,
+            format,
             shape: shape.to_vec(),
             owner,
             range,
@@ -107,12 +118,12 @@ impl HostTensor {
     pub fn from_f32(shape: &[usize], values: &[f32]) -> Result<Self> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         let range = 0..bytes.len();
-        HostTensor::new(DType::F32, shape, Arc::new(bytes), range)
+        HostTensor::new(Format::F32, shape, Arc::new(bytes), range)
     }
 
-    /// Element type.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// How its elements are stored.
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// Sizes, outermost first.
@@ -137,7 +148,7 @@ impl HostTensor {
 
     /// The same elements under another shape of equal size.
     pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
-        HostTensor::new(self.dtype, shape, self.owner.clone(), self.range.clone())
+        HostTensor::new(self.format, shape, self.owner.clone(), self.range.clone())
     }
 
     /// Entry `range` of the outermost dimension, without a copy.
@@ -156,7 +167,7 @@ impl HostTensor {
         }
         let start = self.range.start + range.start * row;
         HostTensor::new(
-            self.dtype,
+            self.format,
             &shape,
             self.owner.clone(),
             start..start + range.len() * row,
@@ -165,25 +176,42 @@ impl HostTensor {
 
     /// All elements, widened to f32.
     pub fn to_f32(&self) -> Vec<f32> {
-        let bytes = self.bytes();
-        match self.dtype {
-            DType::F32 => bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
-            DType::F16 => bytes
-                .chunks_exact(2)
-                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-            DType::BF16 => bytes
-                .chunks_exact(2)
-                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-            DType::I32 => bytes
-                .chunks_exact(4)
-                .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32)
-                .collect(),
+        let mut values = vec![0.0; self.len()];
+        self.format.dequantize(self.bytes(), &mut values);
+        values
+    }
+
+    /// The bytes of some elements, counted row after row; `None` unless they are whole blocks.
+    pub fn elements(&self, range: Range<usize>) -> Option<&[u8]> {
+        self.bytes().get(self.bytes_of(range)?)
+    }
+
+    /// Some elements, widened to f32. Fails unless they are there, and whole blocks.
+    pub fn widen(&self, range: Range<usize>, to: &mut [f32]) -> Result<()> {
+        let bytes = self
+            .elements(range.clone())
+            .filter(|_| range.len() == to.len());
+        let bytes = bytes.ok_or_else(|| Error::Value {
+            op: "host tensor",
+            why: format!("elements {range:?} of {self:?} are no whole blocks"),
+        })?;
+        self.format.dequantize(bytes, to);
+        Ok(())
+    }
+
+    /// Told that some elements will not be read again soon: see [`HostBytes::forget`].
+    pub fn forget(&self, range: Range<usize>) {
+        if let Some(bytes) = self.bytes_of(range) {
+            let start = self.range.start;
+            self.owner.forget(start + bytes.start..start + bytes.end);
         }
+    }
+
+    /// Where elements are among the bytes.
+    fn bytes_of(&self, range: Range<usize>) -> Option<Range<usize>> {
+        let start = self.format.row_bytes(range.start)?;
+        let bytes = start..self.format.row_bytes(range.end)?;
+        (bytes.start <= bytes.end && bytes.end <= self.range.len()).then_some(bytes)
     }
 
     fn address(&self) -> *const u8 {
@@ -193,7 +221,7 @@ impl HostTensor {
 
 impl fmt::Debug for HostTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HostTensor({} {:?})", self.dtype, self.shape)
+        write!(f, "HostTensor({} {:?})", self.format, self.shape)
     }
 }
 
@@ -308,16 +336,15 @@ impl Tensor {
         Tensor::whole(Memory::None, dtype, rows, cols)
     }
 
-    /// A read-only view of a host tensor with `cols` columns; `None` if its address is not aligned
-    /// for its element type.
-    pub(crate) fn borrowed(from: &HostTensor, rows: usize, cols: usize) -> Option<Self> {
-        assert_eq!(
-            rows * cols,
-            from.len(),
-            "a view holds as many elements as what it views"
-        );
-        let aligned = from.address().align_offset(from.dtype().size()) == 0;
-        aligned.then(|| Tensor::whole(Memory::Borrowed(from.clone()), from.dtype(), rows, cols))
+    /// A read-only view of a host tensor of `rows` rows: of its elements, or of the bytes of its blocks.
+    /// `None` if its address is not aligned for them. Panics unless the rows are whole.
+    pub(crate) fn borrowed(from: &HostTensor, rows: usize) -> Option<Self> {
+        let dtype = from.format().dtype().unwrap_or(DType::U8);
+        let elements = from.bytes().len() / dtype.size();
+        let cols = elements.checked_div(rows).unwrap_or(0);
+        assert_eq!(rows * cols, elements, "{rows} rows of {from:?}");
+        let aligned = from.address().align_offset(dtype.size()) == 0;
+        aligned.then(|| Tensor::whole(Memory::Borrowed(from.clone()), dtype, rows, cols))
     }
 
     fn whole(memory: Memory, dtype: DType, rows: usize, cols: usize) -> Self {
@@ -501,6 +528,9 @@ impl Element for f32 {
 impl Element for i32 {
     const DTYPE: DType = DType::I32;
 }
+impl Element for u8 {
+    const DTYPE: DType = DType::U8;
+}
 impl Element for half::f16 {
     const DTYPE: DType = DType::F16;
 }
@@ -628,7 +658,7 @@ mod tests {
     #[test]
     fn a_host_tensor_refuses_bytes_that_do_not_fit_its_shape() {
         let bytes: Arc<dyn HostBytes> = Arc::new(vec![0u8; 16]);
-        assert!(HostTensor::new(DType::F32, &[2, 2], bytes.clone(), 0..16).is_ok());
+        assert!(HostTensor::new(Format::F32, &[2, 2], bytes.clone(), 0..16).is_ok());
         for (shape, range) in [
             (&[2usize, 3][..], 0..16),
             (&[2, 2], 4..20),
@@ -636,7 +666,7 @@ mod tests {
             (&[4], Range { start: 12, end: 8 }),
         ] {
             assert!(
-                HostTensor::new(DType::F32, shape, bytes.clone(), range).is_err(),
+                HostTensor::new(Format::F32, shape, bytes.clone(), range).is_err(),
                 "{shape:?}"
             );
         }

@@ -117,7 +117,7 @@ fn element_types_that_do_not_run_are_named() {
     contains(
         &message,
         &[
-            "embed: unsupported element type I32; F32, F16 and BF16 are read, in model.safetensors, tensor backbone.embeddings.weight",
+            "embed: unsupported element type I32; F32, F16 and BF16 are read, of GGUF files also blocks, in model.safetensors, tensor backbone.embeddings.weight",
         ],
     );
 }
@@ -217,8 +217,8 @@ fn computed_weights_are_f32_and_the_rest_are_views() {
     let log = checkpoint.tensor("model.layers.0.mamba.A_log").unwrap();
     let expected: Vec<f32> = log.to_f32().iter().map(|v| -v.exp()).collect();
     assert_eq!(
-        (a.dtype(), a.to_f32()),
-        (strata_kernels::DType::F32, expected)
+        (a.format(), a.to_f32()),
+        (strata_kernels::Format::F32, expected)
     );
     for (path, tensor) in [
         ("blocks.0.mamba1.conv", "model.layers.0.mamba.conv1d.weight"),

@@ -1,12 +1,15 @@
 //! The `strata` command: one file a subcommand.
 
+mod against;
 mod bench;
 mod chat;
 mod classify;
+mod convert;
 mod generate;
 mod inspect;
 mod logits;
 mod output;
+mod perplexity;
 mod plan;
 mod verify;
 
@@ -42,7 +45,9 @@ Examples:
   strata plan show ./Jamba2-3B > my.yaml     then edit it, and:
   strata generate ./Jamba2-3B --plan my.yaml --prompt \"Hello\"
   strata bench config.json --random 1        any size, without a checkpoint
-  strata verify                              is every result exact, here and now?";
+  strata perplexity ./Jamba2-3B --file text.txt --compare ./Jamba2-3B-q4
+  strata verify                              is every result exact, here and now?
+  strata verify ./Jamba2-3B --against run.safetensors   where do we leave the reference?";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -53,7 +58,9 @@ enum Command {
     #[command(subcommand)]
     Plan(plan::Plan),
     Inspect(inspect::Inspect),
+    Convert(convert::Convert),
     Bench(bench::Bench),
+    Perplexity(perplexity::Perplexity),
     Verify(verify::Verify),
 }
 
@@ -173,8 +180,12 @@ impl Common {
         environment: &Environment,
         terminal: &Terminal,
     ) -> Result<Model> {
-        let options = self.load_options(model, environment);
-        let model = load::load(&options, &mut terminal.load_progress())?;
+        self.load_with(&self.load_options(model, environment), terminal)
+    }
+
+    /// The same, otherwise than the command line says.
+    fn load_with(&self, options: &LoadOptions, terminal: &Terminal) -> Result<Model> {
+        let model = load::load(options, &mut terminal.load_progress())?;
         for note in &model.notes {
             terminal.note(note);
         }
@@ -201,7 +212,9 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
         Command::Classify(command) => command.run(environment, &terminal),
         Command::Plan(command) => command.run(environment, &terminal),
         Command::Inspect(command) => command.run(environment, &terminal),
+        Command::Convert(command) => command.run(environment, &terminal),
         Command::Bench(command) => command.run(environment, &terminal),
+        Command::Perplexity(command) => command.run(environment, &terminal),
         Command::Verify(command) => command.run(environment, &terminal),
     }
 }

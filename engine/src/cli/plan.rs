@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::json;
-use strata_kernels::DType;
+use strata_kernels::{DType, Format};
 use strata_layers::{Graph, plan};
 
 use super::output::{Terminal, bytes};
 use super::{DTypeChoice, Environment, Source, read_text};
-use crate::estimate::{Estimate, Format, estimate};
+use crate::estimate::{Estimate, estimate};
 use crate::footprint::Footprint;
 use crate::load::{self, Planned};
 use crate::plan_diff;
@@ -77,14 +77,15 @@ pub struct Workload {
     /// Type of weights, keys and values; auto is what config.json names
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
     dtype: DTypeChoice,
-    /// Store matrices in this block format: q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0 or iq4_nl
+    /// Store matrices in this block format: q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl, iq4_xs, q3_k or q2_k
     #[arg(long, value_name = "FORMAT", value_parser = block_format)]
     quantize: Option<Format>,
 }
 
 fn block_format(name: &str) -> std::result::Result<Format, String> {
     let unknown = || format!("there is no format {name:?}; see --help for those there are");
-    Format::named(name).ok_or_else(unknown)
+    let in_blocks = |f: &Format| f.dtype().is_none();
+    Format::named(name).filter(in_blocks).ok_or_else(unknown)
 }
 
 impl Plan {
@@ -180,7 +181,7 @@ impl Workload {
     fn estimate(&self, planned: Planned, json: bool) -> Result<String> {
         let dtype = self.dtype.chosen().or(planned.declared_dtype());
         let dtype = dtype.unwrap_or(DType::F32);
-        let format = self.quantize.unwrap_or(Format::Dense(dtype));
+        let format = self.quantize.unwrap_or(dtype.into());
         let context = self.context.map_or(planned.plan.context, |c| c as usize);
         let footprint = Footprint::of(planned.graph()?)?;
         let config = EngineConfig::new(context, self.batch as usize, dtype)
@@ -215,8 +216,8 @@ impl Workload {
 
     fn text(&self, planned: &Planned, config: &EngineConfig, e: &Estimate) -> String {
         let format = match self.quantize {
-            Some(Format::Blocks { name, .. }) => name,
-            _ => match config.kv_dtype {
+            Some(format) => format.name(),
+            None => match config.kv_dtype {
                 DType::BF16 => "bf16",
                 DType::F16 => "f16",
                 _ => "f32",

@@ -1,7 +1,9 @@
 //! From what a user named to a model that runs: the only user of the converters.
 
+mod convert;
 mod device;
 mod inspect;
+mod limits;
 mod locate;
 mod model;
 mod stored;
@@ -11,12 +13,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::Config;
-use strata_kernels::DType;
+use strata_converters::mapping::Row as Mapped;
+use strata_kernels::{DType, Format};
 use strata_layers::graph::GraphWeight;
+use strata_layers::plan::is_new;
 use strata_layers::yaml::Value;
 use strata_layers::{Faults, Role};
 
-use crate::estimate::Format;
 use crate::footprint::Footprint;
 use crate::generation_config::{self, GenerationConfig};
 use crate::hub::{self, HubOptions};
@@ -24,6 +27,7 @@ use crate::random_weights::RandomWeights;
 use crate::runner::Network;
 use crate::text;
 
+pub use convert::{ConvertOptions, Converted, convert};
 pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
 pub use locate::{Planned, plan};
@@ -31,13 +35,16 @@ pub use model::{Limits, Model};
 
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
-use stored::{SCANNED_BYTES, Stored, main_dtype, non_finite};
-use text_files::text_of;
+use stored::{SCANNED_BYTES, Stored, main_format, non_finite};
+use text_files::{text_note, text_of};
+
+/// Seed of the weights of new blocks, where nobody gives one.
+pub const NEW_SEED: u64 = 0;
 
 /// What to load, and how.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Folder, Hub id, bundled name, config.json or plan; none is the demonstration model.
+    /// Folder, GGUF file, Hub id, bundled name, config.json or plan; none is the demonstration model.
     pub model: Option<String>,
     /// A plan to run instead of the card's.
     pub plan: Option<PathBuf>,
@@ -124,12 +131,21 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     let (source, stored) = match (options.random, &located) {
         (Some(seed), _) => {
             let declared = planned.declared_dtype();
-            (Weights::Random(seed), declared.unwrap_or(DType::F32))
+            (
+                Weights::Random(seed),
+                Format::from(declared.unwrap_or(DType::F32)),
+            )
         }
         (None, Located::Files(files)) => {
             let mapping = mapped(&mut planned, files)?;
             notes.extend(mapping.notes().iter().cloned());
-            let stored = main_dtype(&mapping);
+            if !mapping.drawn().is_empty() {
+                let count = mapping.drawn().len();
+                notes.push(format!(
+                    "{count} weights of new blocks are drawn with seed {NEW_SEED}"
+                ));
+            }
+            let stored = main_format(&mapping);
             (Weights::Checkpoint(mapping), stored)
         }
         (None, Located::Config(path) | Located::Plan(path)) => {
@@ -139,7 +155,9 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             )));
         }
     };
-    let dtype = options.dtype.unwrap_or(stored);
+    // What weights in blocks are multiplied with is rounded to BF16, as it is for those in BF16.
+    let auto = stored.dtype().unwrap_or(DType::BF16);
+    let dtype = options.dtype.unwrap_or(auto);
     let activations = if dtype == DType::BF16 {
         DType::BF16
     } else {
@@ -160,7 +178,11 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             progress.start("loading", total);
             // Widening is exact, so `f32` computes from the stored form.
             let convert = options.dtype.filter(|d| *d != DType::F32);
-            let source = Stored::new(mapping, convert, backend.clone(), progress);
+            // In blocks there is nothing to draw: such weights stay wide.
+            let matrices = convert.or(stored.dtype()).unwrap_or(DType::BF16);
+            let std = planned.plan.init_std;
+            let drawn = RandomWeights::new(NEW_SEED, std, matrices, backend.clone());
+            let source = Stored::new(mapping, convert, drawn, backend.clone(), progress);
             let network = Network::build(planned.graph, &source, backend, activations)?;
             source.finish();
             network
@@ -170,14 +192,19 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         Weights::Random(_) => random_bytes(&weights, dtype),
         Weights::Checkpoint(mapping) => {
             // One pass: the rows stand in the order of the weights.
-            let each = weights.iter().zip(mapping.rows());
+            let mut rows = mapping.rows().iter();
+            let row = |w: &GraphWeight| (!is_new(&w.path)).then(|| rows.next()).flatten();
+            let rows: Vec<Option<&Mapped>> = weights.iter().map(row).collect();
+            let each = weights.iter().zip(rows);
             each.map(|(w, row)| {
-                let size = match (w.spec.role, options.dtype) {
-                    (Role::Vector, _) => 4,
-                    (_, Some(d)) if d != DType::F32 => d.size(),
-                    _ => row.dtype.size(),
+                let new = stored.dtype().unwrap_or(DType::BF16).into();
+                let stored = row.map_or(new, |row| row.format);
+                let format = match (w.spec.role, options.dtype) {
+                    (Role::Vector, _) => Format::F32,
+                    (_, Some(d)) if d != DType::F32 && stored.dtype().is_some() => d.into(),
+                    _ => stored,
                 };
-                (w.spec.elements() * size) as u64
+                format.bytes_of(&w.spec.shape).unwrap_or(0) as u64
             })
             .sum()
         }
@@ -187,6 +214,11 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         Located::Files(files) => text_of(files, planned.plan.vocab)?,
         Located::Config(_) | Located::Plan(_) => (None, GenerationConfig::default()),
     };
+    let no_text = match &located {
+        Located::Files(files) => text_note(files),
+        Located::Config(_) | Located::Plan(_) => None,
+    };
+    notes.extend(no_text.iter().map(|why| format!("warning: {why}")));
     let template = tokenizer
         .as_ref()
         .and_then(|t| t.chat_template(None, false))
@@ -200,12 +232,13 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         kv_dtype: dtype,
         weights_bytes,
         footprint,
-        format: Format::Dense(dtype),
+        format: stored.dtype().map_or(stored, |_| dtype.into()),
         threads: cpu.as_ref().map_or(1, |c| c.threads()),
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
         cpu,
         labels: planned.config.as_ref().map(labels).unwrap_or_default(),
         notes,
+        no_text,
         template,
         weights: source,
     })

@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use strata_converters::mapping::Mapping;
-use strata_kernels::DType;
 use strata_kernels::cpu::{self, Cpu};
+use strata_kernels::{DType, Format};
 use strata_layers::Plan;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::stored::non_finite;
 use super::{Error, Result};
-use crate::estimate::{self, Estimate, Format};
+use crate::estimate::{self, Estimate};
 use crate::footprint::Footprint;
 use crate::generation;
 use crate::generation_config::GenerationConfig;
+use crate::perplexity;
 use crate::runner::Network;
 use crate::sampler::SampleError;
 use crate::session::{self, EngineConfig};
@@ -48,6 +49,8 @@ pub struct Model {
     pub notes: Vec<String>,
     /// Fast paths in use.
     pub features: &'static str,
+    /// Why a tokenizer that the files hold cannot be used.
+    pub(super) no_text: Option<String>,
     pub(super) cpu: Option<Arc<Cpu>>,
     pub(super) template: Option<String>,
     pub(super) weights: Weights,
@@ -73,8 +76,8 @@ impl Model {
     pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
         self.tokenizer.as_ref().ok_or_else(|| {
             Error::Input(format!(
-                "{} has no tokenizer.json; give --token-ids, or put the tokenizer's files beside its config.json",
-                self.name
+                "{}",
+                self.no_text.clone().unwrap_or_else(|| format!("{} has no tokenizer.json; give --token-ids, or put the tokenizer's files beside its config.json", self.name))
             ))
         })
     }
@@ -141,6 +144,7 @@ impl Model {
             DType::BF16 => "bf16",
             DType::F16 => "f16",
             DType::I32 => "i32",
+            DType::U8 => "u8",
         }
     }
 
@@ -158,7 +162,7 @@ impl Model {
             Weights::Checkpoint(mapping) => {
                 for row in mapping.rows() {
                     let host = mapping.load(&row.path)?;
-                    hash.update(format!("{} {} {:?}", row.path, row.dtype, row.shape).as_bytes());
+                    hash.update(format!("{} {} {:?}", row.path, row.format, row.shape).as_bytes());
                     hash.update(host.bytes());
                 }
             }
@@ -179,6 +183,9 @@ impl Model {
         let nan = matches!(
             engine,
             Some(session::Error::Sample(SampleError::Nan { .. }))
+        ) || matches!(
+            error.downcast_ref(),
+            Some(perplexity::Error::NotFinite { .. })
         );
         let Weights::Checkpoint(mapping) = &self.weights else {
             return error;
@@ -203,7 +210,13 @@ impl Model {
     /// What the machine can do at most, measured now.
     pub fn limits(&self) -> Limits {
         let Some(cpu) = &self.cpu else {
-            return Limits::default();
+            let network = &self.network;
+            // The plain loops are not there to be measured.
+            if network.backend.name() != "cuda" {
+                return Limits::default();
+            }
+            let measured = super::limits::measure(&*network.backend, network.activations);
+            return measured.unwrap_or_default();
         };
         let measured = cpu::measure(cpu);
         Limits {

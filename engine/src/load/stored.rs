@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use strata_converters::mapping::{self, Mapping};
 use strata_converters::{Config, transforms};
-use strata_kernels::{Backend, DType, HostTensor, Matrix};
+use strata_kernels::{Backend, DType, Format, HostTensor, Matrix};
+use strata_layers::plan::is_new;
 use strata_layers::{WeightSource, WeightSpec};
 
 use super::LoadProgress;
+use crate::random_weights::RandomWeights;
 
 /// The element type that a config.json names.
 pub(super) fn declared_dtype(config: &Config) -> Option<DType> {
@@ -24,16 +26,16 @@ pub(super) fn declared_dtype(config: &Config) -> Option<DType> {
     }
 }
 
-/// The element type that most bytes of a checkpoint's matrices have.
-pub(super) fn main_dtype(mapping: &Mapping) -> DType {
-    let mut bytes: HashMap<DType, usize> = HashMap::new();
+/// The format that most bytes of a checkpoint's matrices have.
+pub(super) fn main_format(mapping: &Mapping) -> Format {
+    let mut bytes: HashMap<Format, usize> = HashMap::new();
     for row in mapping.rows().iter().filter(|r| r.shape.len() == 2) {
-        *bytes.entry(row.dtype).or_default() += row.bytes;
+        *bytes.entry(row.format).or_default() += row.bytes;
     }
     let most = bytes
         .into_iter()
-        .max_by_key(|(dtype, bytes)| (*bytes, *dtype));
-    most.map_or(DType::F32, |(dtype, _)| dtype)
+        .max_by_key(|(format, bytes)| (*bytes, *format));
+    most.map_or(Format::F32, |(format, _)| format)
 }
 
 /// Checkpoints up to this size are scanned whole for numbers that are none; of larger ones, the small
@@ -64,16 +66,20 @@ pub(super) fn non_finite(mapping: &Mapping, up_to: usize) -> Vec<String> {
 pub(super) struct Stored<'a> {
     mapping: &'a Mapping,
     convert: Option<DType>,
+    /// Draws the weights of new blocks.
+    drawn: RandomWeights,
     backend: Arc<dyn Backend>,
     ready: RefCell<HashMap<String, Matrix>>,
     progress: RefCell<&'a mut dyn LoadProgress>,
 }
 
 impl<'a> Stored<'a> {
-    /// Matrices are converted to `convert`, if there is one; else they run as they are stored.
+    /// Matrices without blocks are converted to `convert`, if there is one; else they run as they are
+    /// stored.
     pub(super) fn new(
         mapping: &'a Mapping,
         convert: Option<DType>,
+        drawn: RandomWeights,
         backend: Arc<dyn Backend>,
         progress: &'a mut dyn LoadProgress,
     ) -> Self {
@@ -81,6 +87,7 @@ impl<'a> Stored<'a> {
         Stored {
             mapping,
             convert,
+            drawn,
             backend,
             ready,
             progress,
@@ -109,6 +116,9 @@ impl<'a> Stored<'a> {
 
 impl WeightSource for Stored<'_> {
     fn matrix(&self, path: &str, spec: &WeightSpec) -> strata_kernels::Result<Matrix> {
+        if is_new(path) {
+            return self.drawn.matrix(path, spec);
+        }
         if let Some(ready) = self.ready.borrow().get(path) {
             return Ok(ready.clone());
         }
@@ -116,8 +126,8 @@ impl WeightSource for Stored<'_> {
         let [rows, cols] = spec.shape[..] else {
             panic!("{path}: a matrix has two dimensions, not {:?}", spec.shape);
         };
-        let data = match self.convert {
-            Some(dtype) if dtype != host.dtype() => {
+        let matrix = match self.convert {
+            Some(dtype) if host.format().dtype().is_some_and(|d| d != dtype) => {
                 let data = self.backend.alloc(dtype, rows, cols)?;
                 // By rows, so that no f32 copy of a large matrix is made.
                 const ROWS: usize = 64;
@@ -127,16 +137,21 @@ impl WeightSource for Stored<'_> {
                     self.backend
                         .write(&part.to_f32(), &mut data.row_range(range))?;
                 }
-                data
+                Matrix::dense(data)
             }
-            _ => self.backend.upload(&host, rows, cols)?,
+            _ => {
+                let data = self.backend.upload(&host, rows, cols)?;
+                Matrix::new(host.format(), cols, data)
+            }
         };
-        let matrix = Matrix::dense(data);
         self.ready.borrow_mut().insert(path.into(), matrix.clone());
         Ok(matrix)
     }
 
-    fn vector(&self, path: &str, _spec: &WeightSpec) -> strata_kernels::Result<Vec<f32>> {
+    fn vector(&self, path: &str, spec: &WeightSpec) -> strata_kernels::Result<Vec<f32>> {
+        if is_new(path) {
+            return self.drawn.vector(path, spec);
+        }
         Ok(self.host(path)?.to_f32())
     }
 }

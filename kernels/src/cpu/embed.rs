@@ -6,7 +6,10 @@ use crate::ops::Embed;
 use crate::tensor::{View, ViewMut};
 
 impl Cpu {
-    pub(super) fn do_embed(&self, op: Embed<'_>) {
+    pub(super) fn do_embed(&self, mut op: Embed<'_>) {
+        if op.table.format().dtype().is_none() {
+            return op.reference();
+        }
         let (ids, y) = (op.ids, op.y.view_mut::<f32>());
         with_float!(op.table.data().dtype(), T => {
             let table = op.table.data().view::<T>();

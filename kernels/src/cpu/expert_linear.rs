@@ -15,7 +15,10 @@ use crate::ops::{Combine, ExpertLinear};
 use crate::tensor::{DType, Element, View, ViewMut};
 
 impl Cpu {
-    pub(super) fn do_expert_linear(&self, op: ExpertLinear<'_>) {
+    pub(super) fn do_expert_linear(&self, mut op: ExpertLinear<'_>) {
+        if op.w.iter().any(|w| w.format().dtype().is_none()) {
+            return op.reference();
+        }
         let (x, y) = (op.x.view::<f32>(), op.y.view_mut::<f32>());
         let experts = op.experts.view::<i32>();
         let mut lists = self.lists();

@@ -32,6 +32,10 @@ macro_rules! with_element {
                 type $t = i32;
                 $body
             }
+            DType::U8 => {
+                type $t = u8;
+                $body
+            }
         }
     };
 }
@@ -81,6 +85,7 @@ impl Cpu {
                     to,
                 });
             }),
+            DType::U8 => unreachable!("weights in blocks are not drawn"),
             DType::I32 => self.for_pieces(tensor.view_mut::<i32>(), |row, columns, to| {
                 let mut draws = [0.0; DRAWS];
                 for (i, to) in to.chunks_mut(DRAWS).enumerate() {

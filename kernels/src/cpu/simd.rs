@@ -290,7 +290,9 @@ macro_rules! with_float {
                 type $t = half::f16;
                 $body
             }
-            $crate::tensor::DType::I32 => unreachable!("the operation's check refuses I32"),
+            $crate::tensor::DType::I32 | $crate::tensor::DType::U8 => {
+                unreachable!("the operation's check refuses integers")
+            }
         }
     };
 }

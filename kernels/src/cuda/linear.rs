@@ -3,7 +3,7 @@
 
 use super::device::{Param, launch};
 use super::matmul::{Matmul, Shape, alignment};
-use super::{Rows, State, address, optional, rows};
+use super::{Rows, State, address, dense, optional, rows};
 use crate::error::Result;
 use crate::ops::Linear;
 use crate::tensor::{DType, Tensor};
@@ -47,7 +47,7 @@ pub(super) fn in_chunks(w: &Tensor, pointer: u64) -> bool {
 /// The kernel for a type of weights.
 pub(super) fn of_type(dtype: DType, names: [&'static str; 3]) -> &'static str {
     match dtype {
-        DType::F32 | DType::I32 => names[0],
+        DType::F32 | DType::I32 | DType::U8 => names[0],
         DType::F16 => names[1],
         DType::BF16 => names[2],
     }
@@ -55,6 +55,7 @@ pub(super) fn of_type(dtype: DType, names: [&'static str; 3]) -> &'static str {
 
 impl State {
     pub fn linear(&mut self, op: Linear<'_>) -> Result<()> {
+        dense("linear", op.w)?;
         let (w, rows, k, n) = (op.w.data(), op.x.rows(), op.x.cols(), op.w.rows());
         let product = Product {
             x: Rows::of(op.x)?,

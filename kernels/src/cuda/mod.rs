@@ -30,9 +30,10 @@ use self::lists::Lists;
 use self::matmul::Matmul;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::matrix::Matrix;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -197,7 +198,23 @@ fn code(dtype: DType) -> i32 {
         DType::F16 => 1,
         DType::BF16 => 2,
         DType::I32 => 3,
+        DType::U8 => 4,
     }
+}
+
+/// Refuses a weight in blocks, which no kernel here reads.
+fn dense(op: &'static str, matrix: &Matrix) -> Result<()> {
+    if matrix.format().dtype().is_some() {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        op,
+        backend: "cuda",
+        why: format!(
+            "the weight is stored as {}; load the model with --dtype bf16, or use --device cpu",
+            matrix.format()
+        ),
+    })
 }
 
 /// Runs the checks, then the kernels.
@@ -260,7 +277,7 @@ impl Backend for Cuda {
     checked! {
         linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
         add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
-        ssd_scan: SsdScan, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
+        ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine,
     }

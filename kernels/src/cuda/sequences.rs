@@ -4,7 +4,7 @@
 use super::device::{Param, launch};
 use super::{Rows, State, address, optional, rows};
 use crate::error::{Error, Result};
-use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdScan};
+use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdChunked, SsdScan};
 use crate::tensor::Tensor;
 
 /// Channels that a block of a scan takes: `CHANNELS` in scan.cuh.
@@ -258,6 +258,14 @@ impl State {
         };
         let grid = (heads * width.div_ceil(CHANNELS), op.ragged.spans.len(), 1);
         launch!(self, kernel, grid, 128, 0; scan)
+    }
+
+    pub fn ssd_chunked(&mut self, op: SsdChunked<'_>) -> Result<()> {
+        let why = format!(
+            "it has no scan by chunks; leave `chunk_size: {}` out of the plan and the recurrence runs, or use --device cpu",
+            op.chunk_size
+        );
+        Err(unsupported("ssd_chunked", why))
     }
 
     pub fn s4d_scan(&mut self, op: S4dScan<'_>) -> Result<()> {

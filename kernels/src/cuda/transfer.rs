@@ -39,20 +39,21 @@ impl State {
     }
 
     pub fn upload(&mut self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
-        size_of("upload", from.len(), rows * cols)?;
-        let bytes = from.bytes();
+        size_of("upload", from.len(), rows.saturating_mul(cols))?;
+        let (bytes, format) = (from.bytes(), from.format());
+        // Of a weight in blocks, its rows of bytes.
+        let (dtype, cols) = match format.dtype() {
+            Some(dtype) => (dtype, cols),
+            None => (DType::U8, format.row_bytes(cols).unwrap_or(0)),
+        };
+        size_of("upload", bytes.len(), rows * cols * dtype.size())?;
         let memory = Allocation::new(&self.device, bytes.len())?;
         if !bytes.is_empty() {
             // SAFETY: there is room for the bytes, which the driver has taken over when this returns.
             unsafe { result::memcpy_htod_async(memory.pointer, bytes, self.device.stream) }
                 .map_err(failed("copying a weight"))?;
         }
-        Ok(Tensor::on_device(
-            Arc::new(memory),
-            from.dtype(),
-            rows,
-            cols,
-        ))
+        Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols))
     }
 
     pub fn read(&mut self, from: &Tensor, to: &mut [f32]) -> Result<()> {

@@ -1,9 +1,6 @@
 //! y[t] = table[ids[t]], widened to f32.
 
-use super::{
-    Check,
-    linear::{read_row, write_row},
-};
+use super::{Check, linear::write_row};
 use crate::error::Result;
 use crate::matrix::Matrix;
 use crate::tensor::Tensor;
@@ -40,7 +37,7 @@ impl Embed<'_> {
     pub(crate) fn reference(&mut self) {
         let mut row = vec![0.0; self.table.cols()];
         for (t, &id) in self.ids.iter().enumerate() {
-            read_row(self.table.data(), id as usize, &mut row);
+            self.table.read_row(id as usize, &mut row);
             write_row(self.y, t, 0, &row);
         }
     }

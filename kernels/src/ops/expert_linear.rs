@@ -6,7 +6,7 @@
 
 use super::{
     Check,
-    linear::{read_row, round, write_row},
+    linear::{round, write_row},
 };
 use crate::error::Result;
 use crate::matrix::Matrix;
@@ -65,7 +65,7 @@ impl ExpertLinear<'_> {
                 let x = x.row(self.x_row(t, j));
                 let y: Vec<f32> = (0..expert.rows())
                     .map(|n| {
-                        read_row(expert.data(), n, &mut w);
+                        expert.read_row(n, &mut w);
                         x.iter()
                             .zip(&w)
                             .map(|(&x, w)| round(x, self.activations) * w)

@@ -43,7 +43,7 @@ impl Linear<'_> {
         let bias = self.bias.map(|b| b.view::<f32>());
         let mut w = vec![0.0; self.w.cols()];
         for n in 0..self.w.rows() {
-            read_row(self.w.data(), n, &mut w);
+            self.w.read_row(n, &mut w);
             for t in 0..x.rows() {
                 let sum: f32 = x
                     .row(t)
@@ -74,6 +74,10 @@ pub(crate) fn read_row(from: &Tensor, r: usize, to: &mut [f32]) {
             .iter_mut()
             .zip(from.view::<i32>().row(r))
             .for_each(|(t, f)| *t = *f as f32),
+        DType::U8 => to
+            .iter_mut()
+            .zip(from.view::<u8>().row(r))
+            .for_each(|(t, f)| *t = f32::from(*f)),
     }
 }
 
@@ -105,6 +109,12 @@ pub(crate) fn write_row(to: &mut Tensor, r: usize, first: usize, from: &[f32]) {
                 .iter_mut()
                 .zip(from)
                 .for_each(|(t, f)| *t = *f as i32),
+            DType::U8 => to
+                .view_mut::<u8>()
+                .columns(r, columns)
+                .iter_mut()
+                .zip(from)
+                .for_each(|(t, f)| *t = *f as u8),
         }
     }
 }
@@ -113,6 +123,6 @@ pub(crate) fn write_row(to: &mut Tensor, r: usize, first: usize, from: &[f32]) {
 pub(crate) fn round(x: f32, dtype: DType) -> f32 {
     match dtype {
         DType::BF16 => half::bf16::from_f32(x).to_f32(),
-        DType::F32 | DType::F16 | DType::I32 => x,
+        DType::F32 | DType::F16 | DType::I32 | DType::U8 => x,
     }
 }

@@ -21,6 +21,7 @@ mod route;
 mod s4d_scan;
 mod scale;
 mod selective_scan;
+mod ssd_chunked;
 mod ssd_scan;
 
 pub use activate::{Activate, Activation};
@@ -41,6 +42,7 @@ pub use route::{Route, Score};
 pub use s4d_scan::S4dScan;
 pub use scale::Scale;
 pub use selective_scan::SelectiveScan;
+pub use ssd_chunked::SsdChunked;
 pub use ssd_scan::SsdScan;
 
 use crate::error::{Error, Result};
@@ -84,6 +86,7 @@ impl Check {
             DType::F16 => "F16",
             DType::BF16 => "BF16",
             DType::I32 => "I32",
+            DType::U8 => "U8",
         };
         Err(Error::Type {
             op: self.0,
@@ -100,14 +103,27 @@ impl Check {
     }
 
     pub fn float(&self, what: &'static str, tensor: &Tensor) -> Result<()> {
-        if tensor.dtype() != DType::I32 {
+        if !matches!(tensor.dtype(), DType::I32 | DType::U8) {
             return Ok(());
         }
         Err(Error::Type {
             op: self.0,
             what,
-            found: DType::I32,
+            found: tensor.dtype(),
             expected: "floating point",
+        })
+    }
+
+    /// Elements that can be drawn: of any type but the bytes of blocks.
+    pub fn drawn(&self, tensor: &Tensor) -> Result<()> {
+        if tensor.dtype() != DType::U8 {
+            return Ok(());
+        }
+        Err(Error::Type {
+            op: self.0,
+            what: "the tensor",
+            found: DType::U8,
+            expected: "numbers",
         })
     }
 

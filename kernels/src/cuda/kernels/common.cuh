@@ -7,7 +7,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 // Element types, numbered as in launch.rs.
-enum Type { F32 = 0, F16 = 1, BF16 = 2, I32 = 3 };
+enum Type { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, U8 = 4 };
 
 #define FULL 0xffffffffu
 #define KERNEL extern "C" __global__ void
@@ -70,6 +70,7 @@ __device__ __forceinline__ float load(const void* p, i64 i, int type) {
         case F32: return ((const float*)p)[i];
         case F16: return from_f16(((const u16*)p)[i]);
         case BF16: return from_bf16(((const u16*)p)[i]);
+        case U8: return (float)((const u8*)p)[i];
         default: return (float)((const int*)p)[i];
     }
 }
@@ -80,6 +81,7 @@ __device__ __forceinline__ void store(void* p, i64 i, int type, float x) {
         case F32: ((float*)p)[i] = x; break;
         case F16: ((u16*)p)[i] = to_f16(x); break;
         case BF16: ((u16*)p)[i] = to_bf16(x); break;
+        case U8: ((u8*)p)[i] = (u8)fminf(fmaxf(x, 0.0f), 255.0f); break;
         default: ((int*)p)[i] = (int)x;
     }
 }

@@ -1,0 +1,291 @@
+//! Writing checkpoints: what a tensor's bytes are made from, and files that are whole or not there.
+//!
+//! A [`Target`] knows its size before any element is read, so a file's header is written first and its
+//! tensors follow, piece by piece: pieces are made by several threads and written in order, and memory
+//! is bounded by the few pieces under way, whatever the model's size.
+
+pub mod folder;
+pub mod safetensors;
+mod stream;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use strata_kernels::{Format, HostTensor};
+
+use crate::checkpoint::Contents;
+use crate::error::{Error, Result};
+use crate::published::Step;
+
+pub use folder::{Folder, Options};
+pub use stream::{File, Progress, Quiet, write};
+
+/// A tensor that is to be written.
+pub struct Target {
+    /// Its name in the file.
+    pub name: String,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+    encoding: Encoding,
+    open: Box<Open>,
+    held: Mutex<Held>,
+}
+
+/// Opens what a target is made from.
+type Open = dyn Fn() -> Result<Content> + Send + Sync;
+
+/// How a target's elements are stored.
+#[derive(Debug, Clone, PartialEq)]
+enum Encoding {
+    /// As some file has them: the element type in the words of safetensors, and the bytes.
+    Stored(String, u64),
+    /// In a format that runs.
+    Made(Format),
+}
+
+/// What is open while a target's pieces are made.
+#[derive(Default)]
+struct Held {
+    content: Option<Arc<Content>>,
+    done: usize,
+}
+
+/// What a target's elements are made from.
+pub enum Content {
+    /// Bytes that are written as they are.
+    Stored(Contents),
+    /// Elements of tensors, one run after the other.
+    Made {
+        /// The runs.
+        runs: Vec<(HostTensor, Range<usize>)>,
+        /// What is done to each element on the way, the last first.
+        undo: Vec<Step>,
+    },
+}
+
+/// Elements made at a time: whole blocks of every format.
+const PIECE: usize = 1 << 20;
+
+impl Target {
+    /// Bytes as some file has them, of any element type, in the words of safetensors.
+    pub fn stored(
+        name: impl Into<String>,
+        shape: Vec<usize>,
+        dtype: &str,
+        bytes: u64,
+        open: impl Fn() -> Result<Contents> + Send + Sync + 'static,
+    ) -> Self {
+        Target {
+            name: name.into(),
+            shape,
+            encoding: Encoding::Stored(dtype.into(), bytes),
+            open: Box::new(move || Ok(Content::Stored(open()?))),
+            held: Mutex::default(),
+        }
+    }
+
+    /// Elements in a format. What they are made from is opened when the first piece is made, and let go of
+    /// after the last.
+    pub fn made(
+        name: impl Into<String>,
+        shape: Vec<usize>,
+        format: Format,
+        open: impl Fn() -> Result<Content> + Send + Sync + 'static,
+    ) -> Self {
+        Target {
+            name: name.into(),
+            shape,
+            encoding: Encoding::Made(format),
+            open: Box::new(open),
+            held: Mutex::default(),
+        }
+    }
+
+    /// The bytes it takes in the file.
+    pub fn bytes(&self) -> Result<u64> {
+        match &self.encoding {
+            Encoding::Stored(_, bytes) => Ok(*bytes),
+            Encoding::Made(format) => {
+                let bytes = format.bytes_of(&self.shape).map(|b| b as u64);
+                bytes.ok_or_else(|| {
+                    let elements = format.block().elements;
+                    let why = format!(
+                        "rows of {:?} are no whole blocks of {elements}, as {format} has them",
+                        self.shape
+                    );
+                    Error::file(&self.name, why)
+                })
+            }
+        }
+    }
+
+    /// Element type, in the words of safetensors; `None` for formats that it does not know.
+    pub fn dtype(&self) -> Option<&str> {
+        match &self.encoding {
+            Encoding::Stored(dtype, _) => Some(dtype),
+            Encoding::Made(format) => match format {
+                Format::F32 => Some("F32"),
+                Format::F16 => Some("F16"),
+                Format::BF16 => Some("BF16"),
+                _ => None,
+            },
+        }
+    }
+
+    /// In how many pieces it is made.
+    fn pieces(&self) -> usize {
+        match &self.encoding {
+            Encoding::Stored(_, bytes) => bytes.div_ceil(4 * PIECE as u64) as usize,
+            Encoding::Made(_) => self.elements().div_ceil(PIECE),
+        }
+    }
+
+    fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The bytes of one piece.
+    fn piece(&self, piece: usize, to: &mut Vec<u8>) -> Result<()> {
+        let content = self.content()?;
+        match (&*content, &self.encoding) {
+            (Content::Stored(contents), _) => {
+                let start = piece * 4 * PIECE;
+                let end = (start + 4 * PIECE).min(contents.bytes().len());
+                to.extend_from_slice(contents.bytes().get(start..end).unwrap_or_default());
+                contents.forget(start..end);
+            }
+            (Content::Made { runs, undo }, Encoding::Made(format)) => {
+                self.make(piece, *format, runs, undo, to)?;
+            }
+            (Content::Made { .. }, Encoding::Stored(..)) => {
+                return Err(Error::file(&self.name, "its elements have no format"));
+            }
+        }
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.done += 1;
+        if held.done == self.pieces() {
+            *held = Held::default();
+        }
+        Ok(())
+    }
+
+    /// What it is made from, opened by whoever comes first.
+    fn content(&self) -> Result<Arc<Content>> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(content) = &held.content {
+            return Ok(content.clone());
+        }
+        let content = Arc::new((self.open)()?);
+        held.content = Some(content.clone());
+        Ok(content)
+    }
+
+    fn make(
+        &self,
+        piece: usize,
+        format: Format,
+        runs: &[(HostTensor, Range<usize>)],
+        undo: &[Step],
+        to: &mut Vec<u8>,
+    ) -> Result<()> {
+        let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
+        let same = runs.iter().all(|(tensor, _)| tensor.format() == format);
+        let mut first = 0;
+        let mut values = Vec::new();
+        for (tensor, range) in runs {
+            let (start, end) = (first, first + range.len());
+            first = end;
+            let part = wanted.start.max(start)..wanted.end.min(end);
+            if part.is_empty() {
+                continue;
+            }
+            let from = range.start + (part.start - start)..range.start + (part.end - start);
+            let done = values.len();
+            // The same bytes, if what is cut are whole blocks.
+            match tensor.elements(from.clone()) {
+                Some(bytes) if undo.is_empty() && same => to.extend_from_slice(bytes),
+                _ => {
+                    values.resize(done + from.len(), 0.0);
+                    tensor.widen(from.clone(), &mut values[done..])?;
+                }
+            }
+            tensor.forget(from);
+        }
+        for value in &mut values {
+            *value = undo.iter().rev().fold(*value, |v, step| step.apply(v));
+        }
+        encode(format, &values, to).map_err(|why| Error::file(&self.name, why))
+    }
+}
+
+/// Values in a format, appended.
+fn encode(format: Format, values: &[f32], to: &mut Vec<u8>) -> std::result::Result<(), String> {
+    match format {
+        Format::F32 => to.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+        Format::F16 => to.extend(
+            values
+                .iter()
+                .flat_map(|v| half::f16::from_f32(*v).to_le_bytes()),
+        ),
+        Format::BF16 => {
+            to.extend(
+                values
+                    .iter()
+                    .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()),
+            );
+        }
+        other => return Err(format!("nothing is quantised to {other} yet")),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made(format: Format, runs: Vec<(HostTensor, Range<usize>)>, shape: &[usize]) -> Vec<u8> {
+        let open = move || {
+            Ok(Content::Made {
+                runs: runs.clone(),
+                undo: Vec::new(),
+            })
+        };
+        let target = Target::made("t", shape.to_vec(), format, open);
+        let mut bytes = Vec::new();
+        for piece in 0..target.pieces() {
+            target.piece(piece, &mut bytes).unwrap();
+        }
+        assert_eq!(bytes.len() as u64, target.bytes().unwrap());
+        bytes
+    }
+
+    #[test]
+    fn runs_of_several_tensors_follow_each_other() {
+        let a = HostTensor::from_f32(&[2, 2], &[0.0, 1.0, 2.0, 3.0]).unwrap();
+        let b = HostTensor::from_f32(&[2, 2], &[4.0, 5.0, 6.0, 7.0]).unwrap();
+        let runs = vec![(b.clone(), 2..4), (a.clone(), 0..4), (b, 0..2)];
+        let expected: Vec<u8> = [6.0f32, 7.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
+        assert_eq!(made(Format::F32, runs, &[4, 2]), expected);
+    }
+
+    #[test]
+    fn large_tensors_are_made_in_pieces() {
+        let values: Vec<f32> = (0..PIECE + 100).map(|i| (i % 251) as f32).collect();
+        let tensor = HostTensor::from_f32(&[values.len()], &values).unwrap();
+        let bytes = made(
+            Format::BF16,
+            vec![(tensor, 0..values.len())],
+            &[values.len()],
+        );
+        let back = HostTensor::new(
+            Format::BF16,
+            &[values.len()],
+            Arc::new(bytes),
+            0..2 * values.len(),
+        );
+        assert_eq!(back.unwrap().to_f32(), values);
+    }
+}
