@@ -3,6 +3,7 @@
 mod convert;
 mod device;
 mod inspect;
+mod limits;
 mod locate;
 mod model;
 mod stored;

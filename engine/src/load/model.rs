@@ -211,7 +211,13 @@ impl Model {
     /// What the machine can do at most, measured now.
     pub fn limits(&self) -> Limits {
         let Some(cpu) = &self.cpu else {
-            return Limits::default();
+            let network = &self.network;
+            // The plain loops are not there to be measured.
+            if network.backend.name() != "cuda" {
+                return Limits::default();
+            }
+            let measured = super::limits::measure(&*network.backend, network.activations);
+            return measured.unwrap_or_default();
         };
         let measured = cpu::measure(cpu);
         Limits {

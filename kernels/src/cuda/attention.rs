@@ -4,10 +4,14 @@ use super::device::{Param, launch};
 use super::{Rows, State, address, code};
 use crate::error::{Error, Result};
 use crate::ops::{Attention, KvWrite, Rope};
+use crate::tensor::DType;
 
 /// Queries of a tile, and keys of a block: `QUERIES` and `KEYS` in attention.cu.
 const QUERIES: usize = 16;
 const KEYS: usize = 32;
+/// The same in attention_units.cu.
+const QUERIES_OF_UNITS: usize = 64;
+const KEYS_OF_UNITS: usize = 64;
 /// Columns of values that 128 threads keep sums of.
 const MOST_COLUMNS: usize = 256;
 
@@ -125,7 +129,28 @@ impl State {
         launch!(self, "kv_write", grid, 128, 0; write)
     }
 
+    /// The kernel for matrix units, if these sizes have one.
+    fn for_units(op: &Attention<'_>) -> Option<&'static str> {
+        let pages = [op.k_pages, op.v_pages];
+        let fits = pages.iter().all(|p| {
+            p.dtype() == DType::BF16
+                && p.stride().is_multiple_of(8)
+                && p.device_address().is_some_and(|a| a.is_multiple_of(16))
+        });
+        if !fits || op.head_dim != op.v_head_dim {
+            return None;
+        }
+        match op.head_dim {
+            64 => Some("attention_units_64"),
+            80 => Some("attention_units_80"),
+            96 => Some("attention_units_96"),
+            128 => Some("attention_units_128"),
+            _ => None,
+        }
+    }
+
     pub fn attention(&mut self, op: Attention<'_>) -> Result<()> {
+        let by_units = State::for_units(&op);
         let deep = op.head_dim.next_multiple_of(4);
         let keys = (deep + 1).max(op.v_head_dim);
         let shared = 4 * (QUERIES * deep + KEYS * keys);
@@ -141,7 +166,8 @@ impl State {
         }
         let batch = self.lists.batch(&op.ragged)?;
         let group = op.heads / op.kv_heads;
-        let (tiles, count) = self.lists.tiles(&op.ragged, group, QUERIES)?;
+        let queries = by_units.map_or(QUERIES, |_| QUERIES_OF_UNITS);
+        let (tiles, count) = self.lists.tiles(&op.ragged, group, queries)?;
         // Where tiles are few, several blocks share the keys of each.
         let spans = op.ragged.spans.iter();
         let longest = spans.map(|s| s.position + s.len).max().unwrap_or(0);
@@ -176,9 +202,15 @@ impl State {
             parts,
             splits: splits as i32,
         };
-        launch!(self, "attention", (count, op.kv_heads, splits), 128, shared; attend)?;
+        if let Some(kernel) = by_units {
+            // Two stages of keys and values, in rows with eight elements of padding.
+            let shared = 2 * 2 * 2 * KEYS_OF_UNITS * (op.head_dim + 8);
+            launch!(self, kernel, (count, op.kv_heads, splits), 128, shared; attend)?;
+        } else {
+            launch!(self, "attention", (count, op.kv_heads, splits), 128, shared; attend)?;
+        }
         if splits > 1 {
-            launch!(self, "attention_sum", (op.q.rows(), op.heads, 1), 128, 0;
+            launch!(self, "attention_sum", (op.q.rows(), op.heads, 1), 128, 4 * splits;
                 parts, splits as i32, op.heads as i32, op.v_head_dim as i32, attend.y)?;
         }
         Ok(())

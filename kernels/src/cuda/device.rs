@@ -33,6 +33,8 @@ pub(super) struct Device {
     pub shared_memory: usize,
     /// Multiprocessors.
     pub processors: usize,
+    /// Whether kernels are started while those before them end: from Hopper on.
+    starts_early: bool,
 }
 
 // SAFETY: the handles may be used from any thread; each call makes the context current first.
@@ -41,7 +43,15 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 /// Kernels that ask for shared memory when they are launched, beside some that is theirs.
-const LARGE: [&str; 3] = ["attention", "mamba3_scan", "route"];
+const LARGE: [&str; 7] = [
+    "attention",
+    "attention_units_64",
+    "attention_units_80",
+    "attention_units_96",
+    "attention_units_128",
+    "mamba3_scan",
+    "route",
+];
 const OWN_SHARED: usize = 4096;
 
 impl Device {
@@ -76,6 +86,7 @@ impl Device {
             name,
             shared_memory: 0,
             processors: 0,
+            starts_early: false,
         };
         device.enter()?;
         device.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
@@ -94,6 +105,7 @@ impl Device {
                 device.name
             )));
         }
+        device.starts_early = major >= 9;
         device.keep_freed_memory()?;
         device.load(&format!("sm_{major}{minor}"), cache)?;
         Ok(device)
@@ -178,20 +190,38 @@ impl Device {
                 why: format!("sizes beyond the device's: a grid of {grid:?}, {shared} bytes"),
             });
         }
-        let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0 as u32,
+            gridDimY: grid.1 as u32,
+            gridDimZ: grid.2 as u32,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream,
+            attrs: &raw mut early,
+            numAttrs: u32::from(self.starts_early),
+        };
         // SAFETY: `params` points to what the kernel's signature names: each structure stands beside
         // its kernel's, field by field, and every tensor was checked by its operation. Memory that is
-        // freed meanwhile is freed in the order of the stream.
+        // freed meanwhile is freed in the order of the stream. A kernel that starts early waits for
+        // what is before it (`BEGIN` in common.cuh).
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 function,
-                grid,
-                (threads as u32, 1, 1),
-                shared as u32,
-                self.stream,
-                params,
+                params.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .map_err(failed(kernel))
     }
 

@@ -6,7 +6,7 @@ use cudarc::driver::result;
 
 use super::device::{Allocation, Param, failed, launch};
 use super::linear::{in_chunks, of_type};
-use super::{Rows, State, address};
+use super::{Rows, State, address, dense};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::ops::ExpertLinear;
@@ -76,6 +76,7 @@ impl State {
     }
 
     pub fn expert_linear(&mut self, op: ExpertLinear<'_>) -> Result<()> {
+        op.w.iter().try_for_each(|w| dense("expert_linear", w))?;
         let first = op.w[0].data();
         if op.w.iter().any(|w| w.data().dtype() != first.dtype()) {
             return Err(Error::Unsupported {

@@ -3,15 +3,25 @@
 
 use super::device::{Param, launch};
 use super::matmul::{Matmul, Shape, alignment};
-use super::{Rows, State, address, optional, rows};
+use super::{Rows, State, address, dense, optional, rows};
 use crate::error::Result;
 use crate::ops::Linear;
 use crate::tensor::{DType, Tensor};
 
 /// Rows and outputs of a tile: `TILE` in products.cuh.
 const TILE: usize = 64;
-/// Rows of a weight that a block of `one_row` takes.
+/// Warps of a block of `one_row`.
 const WARPS: usize = 8;
+
+/// Blocks that a processor holds at once.
+const BLOCKS: usize = 8;
+/// Two outputs a warp, one, a half and a quarter.
+const ONE_ROW: [[&str; 3]; 4] = [
+    ["one_row_f32_2_1", "one_row_f16_2_1", "one_row_bf16_2_1"],
+    ["one_row_f32_1_1", "one_row_f16_1_1", "one_row_bf16_1_1"],
+    ["one_row_f32_1_2", "one_row_f16_1_2", "one_row_bf16_1_2"],
+    ["one_row_f32_1_4", "one_row_f16_1_4", "one_row_bf16_1_4"],
+];
 
 /// `Product` in products.cu.
 #[repr(C)]
@@ -37,7 +47,6 @@ pub(super) fn in_chunks(w: &Tensor, pointer: u64) -> bool {
 /// The kernel for a type of weights.
 pub(super) fn of_type(dtype: DType, names: [&'static str; 3]) -> &'static str {
     match dtype {
-        // Bytes of blocks are refused when they are uploaded.
         DType::F32 | DType::I32 | DType::U8 => names[0],
         DType::F16 => names[1],
         DType::BF16 => names[2],
@@ -46,6 +55,7 @@ pub(super) fn of_type(dtype: DType, names: [&'static str; 3]) -> &'static str {
 
 impl State {
     pub fn linear(&mut self, op: Linear<'_>) -> Result<()> {
+        dense("linear", op.w)?;
         let (w, rows, k, n) = (op.w.data(), op.x.rows(), op.x.cols(), op.w.rows());
         let product = Product {
             x: Rows::of(op.x)?,
@@ -59,8 +69,9 @@ impl State {
         };
         let chunks = in_chunks(w, product.w);
         if rows == 1 && chunks && product.x.wide() {
-            let kernel = of_type(w.dtype(), ["one_row_f32", "one_row_f16", "one_row_bf16"]);
-            return launch!(self, kernel, (n.div_ceil(WARPS), 1, 1), 32 * WARPS, 0; product);
+            let (split, blocks) = self.split(n);
+            let kernel = of_type(w.dtype(), ONE_ROW[split]);
+            return launch!(self, kernel, (blocks, 1, 1), 32 * WARPS, 0; product);
         }
         let for_units = w.dtype() == DType::BF16 && op.activations == DType::BF16 && chunks;
         if for_units && self.by_units(&op, &product)? {
@@ -69,6 +80,29 @@ impl State {
         let kernel = of_type(w.dtype(), ["tiles_f32", "tiles_f16", "tiles_bf16"]);
         let grid = (n.div_ceil(TILE), rows.div_ceil(TILE), 1);
         launch!(self, kernel, grid, 256, 0; product)
+    }
+
+    /// How warps share `n` outputs, and how many blocks that makes: so that all processors have as much
+    /// to do.
+    fn split(&self, n: usize) -> (usize, usize) {
+        let processors = self.device.processors.max(1);
+        let mut best = (0, n.div_ceil(2 * WARPS), 0.0);
+        // Outputs of a block.
+        for (split, outputs) in [2 * WARPS, WARPS, WARPS / 2, WARPS / 4]
+            .into_iter()
+            .enumerate()
+        {
+            let blocks = n.div_ceil(outputs);
+            let busy = blocks as f64 / blocks.next_multiple_of(processors) as f64;
+            let fits = split == 0 || blocks <= BLOCKS * processors;
+            if n > 1 && fits && busy > best.2 + 0.02 {
+                best = (split, blocks, busy);
+            }
+        }
+        if n == 1 {
+            return (3, 1);
+        }
+        (best.0, best.1)
     }
 
     /// False where the library has no algorithm for the shape.

@@ -40,8 +40,8 @@ struct Batch {
     page_size: usize,
     start: usize,
     sent: Option<OnDevice>,
-    /// Tiles of attention for groups of so many heads.
-    tiles: Vec<(usize, u64, usize)>,
+    /// Tiles of attention: heads of a group and queries of a tile, where they stand, how many.
+    tiles: Vec<([usize; 2], u64, usize)>,
 }
 
 /// Where the description of a batch stands on the device.
@@ -177,7 +177,8 @@ impl Lists {
         group: usize,
         queries: usize,
     ) -> Result<(u64, usize)> {
-        let known = self.batch.tiles.iter().find(|(g, ..)| *g == group);
+        let kind = [group, queries];
+        let known = self.batch.tiles.iter().find(|(k, ..)| *k == kind);
         if let Some((_, pointer, count)) = known {
             return Ok((*pointer, *count));
         }
@@ -188,7 +189,7 @@ impl Lists {
             first as u32
         };
         let pointer = self.send_numbers(ragged.spans.iter().map(before))?;
-        self.batch.tiles.push((group, pointer, count));
+        self.batch.tiles.push((kind, pointer, count));
         Ok((pointer, count))
     }
 }

@@ -4,7 +4,7 @@
 use super::device::{Param, launch};
 use super::{Rows, State, address, optional, rows};
 use crate::error::{Error, Result};
-use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdScan};
+use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdChunked, SsdScan};
 use crate::tensor::Tensor;
 
 /// Channels that a block of a scan takes: `CHANNELS` in scan.cuh.
@@ -207,9 +207,11 @@ impl State {
             (0..=8, _) => "selective_scan_groups_1",
             (9..=16, _) => "selective_scan_groups_2",
             (17..=32, _) => "selective_scan_groups_4",
-            (33..=64, _) => "selective_scan_groups_8",
             _ => {
-                let why = format!("{states} states, at most 64; use --device cpu");
+                let why = format!(
+                    "{states} states in {} groups; at most 64 run in one group, 32 in more; use --device cpu",
+                    op.groups
+                );
                 return Err(unsupported("selective_scan", why));
             }
         };
@@ -256,6 +258,14 @@ impl State {
         };
         let grid = (heads * width.div_ceil(CHANNELS), op.ragged.spans.len(), 1);
         launch!(self, kernel, grid, 128, 0; scan)
+    }
+
+    pub fn ssd_chunked(&mut self, op: SsdChunked<'_>) -> Result<()> {
+        let why = format!(
+            "it has no scan by chunks; leave `chunk_size: {}` out of the plan and the recurrence runs, or use --device cpu",
+            op.chunk_size
+        );
+        Err(unsupported("ssd_chunked", why))
     }
 
     pub fn s4d_scan(&mut self, op: S4dScan<'_>) -> Result<()> {

@@ -39,13 +39,14 @@ impl State {
     }
 
     pub fn upload(&mut self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
-        size_of("upload", from.len(), rows * cols)?;
-        let dtype = from.format().dtype().ok_or_else(|| Error::Unsupported {
-            op: "upload",
-            backend: "cuda",
-            why: format!("weights in {}; use --device cpu", from.format()),
-        })?;
-        let bytes = from.bytes();
+        size_of("upload", from.len(), rows.saturating_mul(cols))?;
+        let (bytes, format) = (from.bytes(), from.format());
+        // Of a weight in blocks, its rows of bytes.
+        let (dtype, cols) = match format.dtype() {
+            Some(dtype) => (dtype, cols),
+            None => (DType::U8, format.row_bytes(cols).unwrap_or(0)),
+        };
+        size_of("upload", bytes.len(), rows * cols * dtype.size())?;
         let memory = Allocation::new(&self.device, bytes.len())?;
         if !bytes.is_empty() {
             // SAFETY: there is room for the bytes, which the driver has taken over when this returns.
@@ -130,13 +131,25 @@ impl State {
             return done.map_err(failed("copying"));
         }
         let pitch = |t: &Tensor| if rows == 1 { width } else { t.stride() * size };
-        // SAFETY: plain numbers and null pointers.
-        let mut copy: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
-        copy.srcMemoryType = CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
-        copy.dstMemoryType = CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
-        (copy.srcDevice, copy.dstDevice) = (source, target);
-        (copy.srcPitch, copy.dstPitch) = (pitch(from), pitch(to));
-        (copy.WidthInBytes, copy.Height) = (width, rows);
+        let kind = CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: kind,
+            srcHost: std::ptr::null(),
+            srcDevice: source,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: pitch(from),
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: kind,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: target,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch(to),
+            WidthInBytes: width,
+            Height: rows,
+        };
         // SAFETY: both tensors have rows of this width at these distances, and do not overlap.
         let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.stream) };
         done.result().map_err(failed("copying"))

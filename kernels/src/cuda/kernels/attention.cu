@@ -1,6 +1,7 @@
 // Rotation, the way into pages, and attention over pages.
 
 #include "common.cuh"
+#include "attention.cuh"
 
 struct Rope {
     Out x;
@@ -12,6 +13,7 @@ struct Rope {
 };
 
 KERNEL __launch_bounds__(128) rope(ARGS(Rope) p) {
+    BEGIN();
     int i = blockIdx.y * 128 + threadIdx.x, t = blockIdx.x;
     if (i >= p.heads * p.pairs) return;
     const Span s = p.spans[p.span_of[t]];
@@ -37,11 +39,8 @@ struct KvWrite {
     int page_size, k_cols, v_cols;
 };
 
-__device__ __forceinline__ i64 page_row(const u32* table, const Span& s, int page_size, int position) {
-    return (i64)table[s.pages + position / page_size] * page_size + position % page_size;
-}
-
 KERNEL __launch_bounds__(128) kv_write(ARGS(KvWrite) p) {
+    BEGIN();
     int t = blockIdx.x, c = blockIdx.y * 128 + threadIdx.x;
     const Span s = p.spans[p.span_of[t]];
     i64 to = page_row(p.table, s, p.page_size, s.position + t - s.start);
@@ -50,23 +49,6 @@ KERNEL __launch_bounds__(128) kv_write(ARGS(KvWrite) p) {
     if (c >= 0 && c < p.v_cols) store(p.v_pages, to * p.v_stride + c, p.v_type, p.v.row(t)[c]);
 }
 
-struct Attention {
-    In q;
-    const void *k_pages, *v_pages;
-    i64 k_stride, v_stride;
-    int k_type, v_type;
-    const Span* spans;
-    const u32* table;
-    const int* tiles; // tiles before each span, and all
-    int span_count, page_size;
-    int heads, kv_heads, dim, v_dim;
-    float scale;
-    int window, keep_first; // window 0 is none
-    Out y;
-    float* parts; // for each row, head and split: v_dim sums, the largest score, the sum of weights
-    int splits;
-};
-
 // A tile holds 16 queries of one sequence that share keys: neighbours in time, and the heads of a
 // group. Keys go by in blocks of 32 at absolute positions; scores and sums are f32.
 #define QUERIES 16
@@ -74,6 +56,7 @@ struct Attention {
 #define COLUMNS_A_THREAD 2
 
 KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
+    BEGIN();
     extern __shared__ __align__(16) float memory[];
     __shared__ __align__(16) float weights[QUERIES][KEYS];
     __shared__ float fade[QUERIES], most[QUERIES], total[QUERIES];
@@ -82,12 +65,7 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
     const int g = blockIdx.y, group = p.heads / p.kv_heads;
     // Late tiles see the most and go first.
     const int tile = gridDim.x - 1 - blockIdx.x;
-    int of = 0;
-    for (int high = p.span_count - 1; of < high;) {
-        int middle = (of + high + 1) / 2;
-        if (p.tiles[middle] <= tile) of = middle;
-        else high = middle - 1;
-    }
+    const int of = span_of_tile(p, tile);
     const Span s = p.spans[of];
     const int first = (tile - p.tiles[of]) * QUERIES, count = min(QUERIES, s.len * group - first);
     const int deep = (p.dim + 3) / 4 * 4;
@@ -98,7 +76,7 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         bool in = r < count && d < p.dim;
         qs[i] = in ? p.q.row(s.start + at / group)[(g * group + at % group) * p.dim + d] : 0.0f;
     }
-    if (tid < QUERIES) most[tid] = __int_as_float(0xff800000), total[tid] = 0.0f;
+    if (tid < QUERIES) most[tid] = NOTHING, total[tid] = 0.0f;
     float sums[QUERIES][COLUMNS_A_THREAD] = {};
 
     // What the tile's rows see: up to the last one's position, from the first one's window on, and the
@@ -134,7 +112,7 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         for (int i = 0; i < 4; i++) {
             int r = warp * 4 + i, position = s.position + (first + r) / group, j = k0 + lane;
             bool seen = r < count && j <= position && (!p.window || j > position - p.window || j < p.keep_first);
-            float v = seen ? score[i] * p.scale : __int_as_float(0xff800000);
+            float v = seen ? score[i] * p.scale : NOTHING;
             float before = most[r], now = fmaxf(before, warp_max(v));
             float weight = seen ? expf(v - now) : 0.0f, all = warp_sum(weight);
             weights[r][lane] = weight;
@@ -184,16 +162,26 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
     }
 }
 
-// Adds the parts of a row and head, in order.
+// Adds the parts of a row and head, in order. Shared memory holds a number a part.
 KERNEL __launch_bounds__(128) attention_sum(const float* parts, int splits, int heads, int v_dim, Out y) {
-    int t = blockIdx.x, h = blockIdx.y, size = v_dim + 2;
+    BEGIN();
+    extern __shared__ __align__(16) float memory[];
+    __shared__ float room[32];
+    const int t = blockIdx.x, h = blockIdx.y, size = v_dim + 2, tid = threadIdx.x;
     const float* part = parts + ((i64)t * heads + h) * splits * size;
-    float most = __int_as_float(0xff800000), total = 0.0f;
-    for (int i = 0; i < splits; i++) most = fmaxf(most, part[i * size + v_dim]);
-    for (int i = 0; i < splits; i++) total = fmaf(expf(part[i * size + v_dim] - most), part[i * size + v_dim + 1], total);
-    for (int d = threadIdx.x; d < v_dim; d += 128) {
+    float most = NOTHING, total = 0.0f;
+    for (int i = tid % 32; i < splits; i += 32) most = fmaxf(most, part[i * size + v_dim]);
+    most = warp_max(most);
+    for (int i = tid; i < splits; i += 128) {
+        float by = expf(part[i * size + v_dim] - most);
+        memory[i] = by;
+        total = fmaf(by, part[i * size + v_dim + 1], total);
+    }
+    total = block_sum(total, room);
+    for (int d = tid; d < v_dim; d += 128) {
         float sum = 0.0f;
-        for (int i = 0; i < splits; i++) sum = fmaf(expf(part[i * size + v_dim] - most), part[i * size + d], sum);
+#pragma unroll 8
+        for (int i = 0; i < splits; i++) sum = fmaf(memory[i], part[i * size + d], sum);
         y.row(t)[h * v_dim + d] = sum / total;
     }
 }

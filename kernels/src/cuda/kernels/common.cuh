@@ -7,10 +7,18 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 // Element types, numbered as in launch.rs.
-enum Type { F32 = 0, F16 = 1, BF16 = 2, I32 = 3 };
+enum Type { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, U8 = 4 };
 
 #define FULL 0xffffffffu
 #define KERNEL extern "C" __global__ void
+// The beginning of every kernel. From Hopper on a kernel is started while the one before it still runs:
+// it lets its own successor start, and waits until all of its predecessor's results are there. Only what
+// never changes, which is weights, may be touched before.
+#if __CUDA_ARCH__ >= 900
+#define BEGIN() asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory")
+#else
+#define BEGIN()
+#endif
 // A structure of arguments, as launch.rs lays it out.
 #define ARGS(T) const __grid_constant__ T
 
@@ -62,6 +70,7 @@ __device__ __forceinline__ float load(const void* p, i64 i, int type) {
         case F32: return ((const float*)p)[i];
         case F16: return from_f16(((const u16*)p)[i]);
         case BF16: return from_bf16(((const u16*)p)[i]);
+        case U8: return (float)((const u8*)p)[i];
         default: return (float)((const int*)p)[i];
     }
 }
@@ -72,6 +81,7 @@ __device__ __forceinline__ void store(void* p, i64 i, int type, float x) {
         case F32: ((float*)p)[i] = x; break;
         case F16: ((u16*)p)[i] = to_f16(x); break;
         case BF16: ((u16*)p)[i] = to_bf16(x); break;
+        case U8: ((u8*)p)[i] = (u8)fminf(fmaxf(x, 0.0f), 255.0f); break;
         default: ((int*)p)[i] = (int)x;
     }
 }
@@ -83,9 +93,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 #define LOG2E 1.4426950408889634f
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+// Within two units of the last place.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-x * LOG2E)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + exp2_fast(-x * LOG2E)); }
+__device__ __forceinline__ float softplus(float x) {
+    float y = log1pf(exp2_fast(fminf(x, 20.0f) * LOG2E));
+    return x > 20.0f ? x : y;
+}
 
 // The functions of `Activation`, in its order.
 __device__ __forceinline__ float activation(float x, int act) {

@@ -23,7 +23,8 @@ __device__ __forceinline__ float output(const Conv& p, float sum, int c) {
 }
 
 // All rows of short spans, and their states: one thread a channel and span.
-KERNEL __launch_bounds__(128) conv1d_step(ARGS(Conv) p) {
+KERNEL __launch_bounds__(128, 8) conv1d_step(ARGS(Conv) p) {
+    BEGIN();
     int c = blockIdx.x * 128 + threadIdx.x;
     if (c >= p.cols) return;
     const Span s = p.spans[blockIdx.y];
@@ -38,7 +39,8 @@ KERNEL __launch_bounds__(128) conv1d_step(ARGS(Conv) p) {
 
 // Sixteen rows of any spans; states are left alone.
 #define ROWS 16
-KERNEL __launch_bounds__(128) conv1d_rows(ARGS(Conv) p) {
+KERNEL __launch_bounds__(128, 8) conv1d_rows(ARGS(Conv) p) {
+    BEGIN();
     int c = blockIdx.x * 128 + threadIdx.x;
     if (c >= p.cols) return;
     int first = blockIdx.y * ROWS, end = min(first + ROWS, p.rows);
@@ -48,6 +50,7 @@ KERNEL __launch_bounds__(128) conv1d_rows(ARGS(Conv) p) {
         float a = 0.0f, b = 0.0f, d = 0.0f;
         int of = -1;
         Span s = {};
+#pragma unroll 4
         for (int t = first; t < end; t++) {
             if (p.span_of[t] != of) {
                 of = p.span_of[t];
@@ -74,7 +77,8 @@ KERNEL __launch_bounds__(128) conv1d_rows(ARGS(Conv) p) {
 }
 
 // The last inputs of each span, for the next batch.
-KERNEL __launch_bounds__(128) conv1d_state(ARGS(Conv) p) {
+KERNEL __launch_bounds__(128, 8) conv1d_state(ARGS(Conv) p) {
+    BEGIN();
     int c = blockIdx.x * 128 + threadIdx.x;
     if (c >= p.cols) return;
     const Span s = p.spans[blockIdx.y];

@@ -9,6 +9,7 @@
     for (int c = blockIdx.y * COLUMNS + threadIdx.x, c##_end = min((int)(cols), (int)(blockIdx.y + 1) * COLUMNS); c < c##_end; c += 256)
 
 KERNEL __launch_bounds__(256) add(In a, In b, Out y, int cols, int wide) {
+    BEGIN();
     const float *p = a.row(blockIdx.x), *q = b.row(blockIdx.x);
     float* to = y.row(blockIdx.x);
     if (wide) {
@@ -22,6 +23,7 @@ KERNEL __launch_bounds__(256) add(In a, In b, Out y, int cols, int wide) {
 }
 
 KERNEL __launch_bounds__(256) scale(In x, float by, Out y, int cols) {
+    BEGIN();
     const float* from = x.row(blockIdx.x);
     float* to = y.row(blockIdx.x);
     FOR_COLUMNS(c, cols) to[c] = from[c] * by;
@@ -29,6 +31,7 @@ KERNEL __launch_bounds__(256) scale(In x, float by, Out y, int cols) {
 
 // y = act(gate) · x, or act(x) where gate.p is null.
 KERNEL __launch_bounds__(256) activate(In x, In gate, int act, Out y, int cols, int wide) {
+    BEGIN();
     const float* from = x.row(blockIdx.x);
     float* to = y.row(blockIdx.x);
     const float* g = gate.p ? gate.row(blockIdx.x) : nullptr;
@@ -52,17 +55,20 @@ KERNEL __launch_bounds__(256) activate(In x, In gate, int act, Out y, int cols, 
 
 // y[t] += bias.
 KERNEL __launch_bounds__(256) add_bias(const float* bias, Out y, int cols) {
+    BEGIN();
     float* to = y.row(blockIdx.x);
     FOR_COLUMNS(c, cols) to[c] += bias[c];
 }
 
 KERNEL __launch_bounds__(256) embed(const u32* ids, const void* table, i64 stride, int type, Out y, int cols) {
+    BEGIN();
     i64 from = ids[blockIdx.x] * stride;
     float* to = y.row(blockIdx.x);
     FOR_COLUMNS(c, cols) to[c] = load(table, from + c, type);
 }
 
 KERNEL __launch_bounds__(256) gather(In x, const u32* rows, Out y, int cols) {
+    BEGIN();
     const float* from = x.row(rows[blockIdx.x]);
     float* to = y.row(blockIdx.x);
     FOR_COLUMNS(c, cols) to[c] = from[c];
@@ -70,6 +76,7 @@ KERNEL __launch_bounds__(256) gather(In x, const u32* rows, Out y, int cols) {
 
 // y[t] = Σⱼ weights[t, j] · x[t·k + j], in order of j.
 KERNEL __launch_bounds__(256) combine(In x, In weights, int choices, Out y, int cols) {
+    BEGIN();
     const float* w = weights.row(blockIdx.x);
     float* to = y.row(blockIdx.x);
     FOR_COLUMNS(c, cols) {
@@ -82,6 +89,7 @@ KERNEL __launch_bounds__(256) combine(In x, In weights, int choices, Out y, int 
 // Between types and strides.
 KERNEL __launch_bounds__(256)
 convert(const void* from, i64 from_stride, int from_type, void* to, i64 to_stride, int to_type, int cols) {
+    BEGIN();
     i64 source = blockIdx.x * from_stride, target = blockIdx.x * to_stride;
     FOR_COLUMNS(c, cols) store(to, target + c, to_type, load(from, source + c, from_type));
 }
@@ -89,6 +97,7 @@ convert(const void* from, i64 from_stride, int from_type, void* to, i64 to_strid
 // Rows of f32 as rows of bf16, for matrix units. `pitch` is even and at least cols; what lies
 // between is zeroed.
 KERNEL __launch_bounds__(256) round_rows(In x, u16* to, int pitch, int cols, int wide) {
+    BEGIN();
     const float* from = x.row(blockIdx.x);
     u32* out = (u32*)(to + (i64)blockIdx.x * pitch);
     if (wide) {
@@ -113,6 +122,7 @@ __device__ __forceinline__ u64 mix(u64 x) {
 
 // The draws of random.rs: element (r, c) depends on seed, r and c only.
 KERNEL __launch_bounds__(256) fill_normal(void* to, i64 stride, int type, u64 seed, float by, i64 cols) {
+    BEGIN();
     u64 start = mix(seed ^ mix((u64)blockIdx.x ^ 0x9e3779b97f4a7c15ull));
     for (i64 c = (i64)blockIdx.y * 256 + threadIdx.x; c < cols; c += (i64)gridDim.y * 256) {
         u64 bits = mix(start + (u64)c * 0x9e3779b97f4a7c15ull);

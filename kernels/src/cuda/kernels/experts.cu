@@ -20,8 +20,9 @@ __device__ __forceinline__ void expert_row(const ExpertProduct& p) {
     int expert = p.experts[(r / p.choices) * p.experts_stride + r % p.choices];
     int chunks = p.k / Chunk<TYPE>::SIZE;
     const uint4* w = (const uint4*)p.w[expert] + (i64)n * chunks;
-    float sum = dot<TYPE>(p.x.row(r / p.x_div), w, chunks, p.round);
-    if (threadIdx.x % 32 == 0) p.y.row(r)[n] = sum;
+    float sum[1];
+    dot<TYPE, 1>(p.x.row(r / p.x_div), w, chunks, threadIdx.x % 32, 32, p.round, sum);
+    if (threadIdx.x % 32 == 0) p.y.row(r)[n] = sum[0];
 }
 
 // The choices of a batch, sorted by expert and cut into tiles of 64 rows.
@@ -39,8 +40,8 @@ __device__ __forceinline__ void expert_tiles(const ExpertProduct& p, const Sorte
 }
 
 #define OF_TYPE(TYPE, NAME)                                                                         \
-    KERNEL __launch_bounds__(256) expert_row_##NAME(ARGS(ExpertProduct) p) { expert_row<TYPE>(p); } \
-    KERNEL __launch_bounds__(256) expert_tiles_##NAME(ARGS(ExpertProduct) p, ARGS(Sorted) s) { expert_tiles<TYPE>(p, s); }
+    KERNEL __launch_bounds__(256) expert_row_##NAME(ARGS(ExpertProduct) p) { BEGIN(); expert_row<TYPE>(p); } \
+    KERNEL __launch_bounds__(256) expert_tiles_##NAME(ARGS(ExpertProduct) p, ARGS(Sorted) s) { BEGIN(); expert_tiles<TYPE>(p, s); }
 OF_TYPE(F32, f32)
 OF_TYPE(F16, f16)
 OF_TYPE(BF16, bf16)
@@ -48,6 +49,7 @@ OF_TYPE(BF16, bf16)
 // Sorts choices by expert, in one block. `ends` has room for a number an expert and one more. Which of
 // an expert's choices comes first changes nothing: each row of a tile is by itself.
 KERNEL __launch_bounds__(1024) sort_choices(const int* experts, i64 stride, int choices, int rows, int count, int* ends, ARGS(Sorted) s) {
+    BEGIN();
     __shared__ int warps[32], warp_tiles[32], base, base_tiles;
     const int tid = threadIdx.x, lane = tid % 32;
     for (int e = tid; e <= count; e += 1024) ends[e] = 0;

@@ -44,7 +44,8 @@ __device__ void rotated(const Mamba3Scan& p, const float* row, const float* bias
 }
 
 // Shared memory: B, C and B of the row before, (rank, N) each.
-KERNEL __launch_bounds__(128) mamba3_scan(ARGS(Mamba3Scan) p) {
+KERNEL __launch_bounds__(128, 2) mamba3_scan(ARGS(Mamba3Scan) p) {
+    BEGIN();
     extern __shared__ float room[];
     __shared__ float sums[32];
     const int head = blockIdx.x, N = p.states, P = p.width, ranked = p.rank * N;

@@ -30,15 +30,17 @@ struct Chunk<F32> {
     }
 };
 
-// One row of x with one row of w, by a warp.
-template <int TYPE>
-__device__ __forceinline__ float dot(const float* x, const uint4* w, int chunks, bool round) {
+// A part of one row of x, from chunk `first` on in steps of `step`, with R neighbouring rows of w.
+template <int TYPE, int R>
+__device__ __forceinline__ void dot(const float* x, const uint4* w, int chunks, int first, int step, bool round, float* sum) {
     const int SIZE = Chunk<TYPE>::SIZE;
-    float sum = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; r++) sum[r] = 0.0f;
 #pragma unroll 4
-    for (int i = threadIdx.x & 31; i < chunks; i += 32) {
-        float v[SIZE];
-        Chunk<TYPE>::widen(__ldg(w + i), v);
+    for (int i = first; i < chunks; i += step) {
+        uint4 q[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) q[r] = __ldg(w + (i64)r * chunks + i);
 #pragma unroll
         for (int j = 0; j < SIZE; j += 4) {
             float4 a = *(const float4*)(x + i * SIZE + j);
@@ -46,13 +48,19 @@ __device__ __forceinline__ float dot(const float* x, const uint4* w, int chunks,
                 u32 low = pack_bf16(a.x, a.y), high = pack_bf16(a.z, a.w);
                 a = make_float4(low_bf16(low), high_bf16(low), low_bf16(high), high_bf16(high));
             }
-            sum = fmaf(a.x, v[j], sum);
-            sum = fmaf(a.y, v[j + 1], sum);
-            sum = fmaf(a.z, v[j + 2], sum);
-            sum = fmaf(a.w, v[j + 3], sum);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                float v[SIZE];
+                Chunk<TYPE>::widen(q[r], v);
+                sum[r] = fmaf(a.x, v[j], sum[r]);
+                sum[r] = fmaf(a.y, v[j + 1], sum[r]);
+                sum[r] = fmaf(a.z, v[j + 2], sum[r]);
+                sum[r] = fmaf(a.w, v[j + 3], sum[r]);
+            }
         }
     }
-    return warp_sum(sum);
+#pragma unroll
+    for (int r = 0; r < R; r++) sum[r] = warp_sum(sum[r]);
 }
 
 // A tile of 64 rows by 64 outputs; each output is one chain over K. `order` lists the rows of y, or is

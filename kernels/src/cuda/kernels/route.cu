@@ -28,6 +28,7 @@ __device__ __forceinline__ int first_largest(float value, int place) {
 }
 
 KERNEL __launch_bounds__(32) route(ARGS(Route) p) {
+    BEGIN();
     extern __shared__ float by[];
     float* group = by + p.count;
     const int lane = threadIdx.x;

@@ -13,6 +13,7 @@ struct S4dScan {
 };
 
 KERNEL __launch_bounds__(64) s4d_scan(ARGS(S4dScan) p) {
+    BEGIN();
     int i = blockIdx.x * 64 + threadIdx.x;
     if (i >= p.inner) return;
     const Span s = p.spans[blockIdx.y];

@@ -18,7 +18,8 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
     const int N = 8 * S, TOKENS = S <= 4 ? 32 : 16;
     __shared__ __align__(16) float xs[2][TOKENS][CHANNELS], ds[2][TOKENS][CHANNELS], zs[2][TOKENS][CHANNELS];
     __shared__ __align__(16) float bs[2][SHARED ? TOKENS : 1][N], cs[2][SHARED ? TOKENS : 1][N];
-    __shared__ __align__(16) float us[TOKENS][CHANNELS], ys[TOKENS][CHANNELS + 4];
+    __shared__ __align__(16) float ys[TOKENS][CHANNELS + 4];
+    __shared__ float2 steps[TOKENS][CHANNELS]; // step size, and that times x
     const Span span = p.spans[blockIdx.y];
     const int tid = threadIdx.x, lane = tid % 8, ch = tid / 8;
     const int c0 = blockIdx.x * CHANNELS, channel = c0 + ch;
@@ -29,14 +30,23 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
                       is_wide(p.y.p, p.y.stride, p.inner) && (!p.z.p || is_wide(p.z.p, p.z.stride, p.inner));
     const bool wide_bc = is_wide(p.b.p, p.b.stride, p.states) && is_wide(p.c.p, p.c.stride, p.states);
 
+    const float* x_at = p.x.row(span.start + my_t) + c0 + my_c;
+    const float* dt_at = p.dt.row(span.start + my_t) + c0 + my_c;
+    const float* z_at = p.z.row(span.start + my_t) + c0 + my_c;
+
     auto stage = [&](int tile) {
         int t = tile * TOKENS + my_t, to = tile & 1;
-        if (my_t < TOKENS) {
-            bool ok = t < span.len;
+        bool ok = t < span.len;
+        if (my_t < TOKENS && wide) {
+            ok = ok && c0 + my_c < p.inner;
+            copy16(&xs[to][my_t][my_c], ok ? x_at + tile * TOKENS * p.x.stride : p.x.p, ok);
+            copy16(&ds[to][my_t][my_c], ok ? dt_at + tile * TOKENS * p.dt.stride : p.dt.p, ok);
+            if (p.z.p) copy16(&zs[to][my_t][my_c], ok ? z_at + tile * TOKENS * p.z.stride : p.z.p, ok);
+        } else if (my_t < TOKENS) {
             i64 row = span.start + (ok ? t : 0);
-            copy_four(&xs[to][my_t][my_c], p.x.row(row), c0 + my_c, p.inner, ok, wide);
-            copy_four(&ds[to][my_t][my_c], p.dt.row(row), c0 + my_c, p.inner, ok, wide);
-            if (p.z.p) copy_four(&zs[to][my_t][my_c], p.z.row(row), c0 + my_c, p.inner, ok, wide);
+            copy_four(&xs[to][my_t][my_c], p.x.row(row), c0 + my_c, p.inner, ok, false);
+            copy_four(&ds[to][my_t][my_c], p.dt.row(row), c0 + my_c, p.inner, ok, false);
+            if (p.z.p) copy_four(&zs[to][my_t][my_c], p.z.row(row), c0 + my_c, p.inner, ok, false);
         }
         if (SHARED) {
             for (int i = tid; i < TOKENS * N / 4; i += 128) {
@@ -83,8 +93,7 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
         for (int e = 0; e < (my_t < TOKENS ? 4 : 0); e++) {
             float delta = softplus(ds[at][my_t][my_c + e] + bias[e]);
             if (tile * TOKENS + my_t >= span.len) delta = 0.0f;
-            ds[at][my_t][my_c + e] = delta;
-            us[my_t][my_c + e] = delta * xs[at][my_t][my_c + e];
+            steps[my_t][my_c + e] = make_float2(delta, delta * xs[at][my_t][my_c + e]);
         }
         __syncthreads();
         const int left = min(TOKENS, span.len - tile * TOKENS);
@@ -106,7 +115,9 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
                         c[s] = n < p.states ? p.c.row(row)[group + n] : 0.0f;
                     }
                 }
-                float delta = ds[at][t][ch], u = us[t][ch], sum = 0.0f;
+                const float2 step = steps[t][ch];
+                const float delta = step.x, u = step.y;
+                float sum = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
                     h[s] = fmaf(exp2_fast(delta * a[s]), h[s], u * b[s]);
@@ -142,10 +153,14 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
     }
 }
 
-#define OF_STATES(S)                                                                                  \
-    KERNEL __launch_bounds__(128) selective_scan_##S(ARGS(SelectiveScan) p) { scan<S, true>(p); }      \
-    KERNEL __launch_bounds__(128, 4) selective_scan_groups_##S(ARGS(SelectiveScan) p) { scan<S, false>(p); }
+#define OF_STATES(S) \
+    KERNEL __launch_bounds__(128, 2) selective_scan_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, true>(p); }
 OF_STATES(1)
 OF_STATES(2)
 OF_STATES(4)
 OF_STATES(8)
+#define OF_GROUPS(S) \
+    KERNEL __launch_bounds__(128, 2) selective_scan_groups_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, false>(p); }
+OF_GROUPS(1)
+OF_GROUPS(2)
+OF_GROUPS(4)

@@ -118,7 +118,7 @@ __device__ __forceinline__ void scan(const SsdScan& p) {
 }
 
 #define OF_STATES(S) \
-    KERNEL __launch_bounds__(128) ssd_scan_##S(ARGS(SsdScan) p) { scan<S>(p); }
+    KERNEL __launch_bounds__(128, 2) ssd_scan_##S(ARGS(SsdScan) p) { BEGIN(); scan<S>(p); }
 OF_STATES(1)
 OF_STATES(2)
 OF_STATES(4)
