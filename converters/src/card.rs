@@ -12,6 +12,7 @@ use strata_layers::{Faults, Graph, Mark, Node, Plan};
 
 use crate::config::Config;
 use crate::expression::{self, Computed, Scope};
+use crate::gguf::Section;
 use crate::stack;
 use crate::tensor_map::TensorMap;
 
@@ -44,6 +45,7 @@ pub struct Card {
     blocks: Vec<Entry>,
     tensors: TensorMap,
     unused: Option<Node>,
+    gguf: Option<Section>,
     tiny: Config,
 }
 
@@ -111,6 +113,19 @@ impl Card {
     /// [`Card::bound`].
     pub fn tensors(&self) -> &TensorMap {
         &self.tensors
+    }
+
+    /// What it says of GGUF files.
+    pub fn gguf(&self) -> Option<&Section> {
+        self.gguf.as_ref()
+    }
+
+    /// The card for checkpoints whose tensors are called otherwise.
+    pub(crate) fn with_tensors(&self, tensors: TensorMap) -> Card {
+        Card {
+            tensors,
+            ..self.clone()
+        }
     }
 
     /// The card for checkpoints with this config: the numbers in its tensors' names are computed.
@@ -245,6 +260,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let ignore = fields.node("ignore");
     let numbers = fields.node("numbers");
     let unused = fields.node("unused").cloned();
+    let gguf = fields.node("gguf");
     for (key, there) in [("stack", stack.is_some()), ("tensors", tensors.is_some())] {
         if !there {
             faults.add(node.at, format!("a card needs `{key}`"));
@@ -252,6 +268,10 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     }
     fields.finish(faults);
     let tensors = TensorMap::read(tensors?, numbers, ignore, faults);
+    let gguf = match gguf {
+        Some(node) => Some(Section::read(node, numbers, faults)?),
+        None => None,
+    };
     let tiny = Node {
         value: Value::Map(tiny?),
         at: fields.at("tiny"),
@@ -271,6 +291,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         blocks: blocks?,
         tensors,
         unused,
+        gguf,
         tiny: Config::from_node(tiny, file),
     })
 }
@@ -305,7 +326,7 @@ fn read_unused(node: &Node, resolver: &mut Resolver<'_>) -> Option<Unused> {
 }
 
 /// Expressions without their `=`.
-fn expressions(list: &[String], at: Mark, faults: &mut Faults) -> Vec<String> {
+pub(crate) fn expressions(list: &[String], at: Mark, faults: &mut Faults) -> Vec<String> {
     let mut found = Vec::new();
     for text in list {
         match text.strip_prefix('=') {
@@ -320,10 +341,10 @@ fn expressions(list: &[String], at: Mark, faults: &mut Faults) -> Vec<String> {
 }
 
 /// A card and a config, on their way to a plan.
-struct Resolver<'a> {
+pub(crate) struct Resolver<'a> {
     card: &'a Card,
-    scope: Scope,
-    faults: Faults,
+    pub scope: Scope,
+    pub faults: Faults,
     /// How the values of expressions came about, by the expressions' places.
     told: BTreeMap<Mark, String>,
     /// The places of expressions that have no value.
@@ -333,7 +354,7 @@ struct Resolver<'a> {
 }
 
 impl<'a> Resolver<'a> {
-    fn new(card: &'a Card, config: &Config) -> Self {
+    pub fn new(card: &'a Card, config: &Config) -> Self {
         Resolver {
             card,
             scope: Scope::new(config),
@@ -401,7 +422,7 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    fn require(&mut self, node: &Node) {
+    pub fn require(&mut self, node: &Node) {
         let before = self.faults.list().len();
         let value = self.node(node).value;
         if value != Value::Bool(true) && self.faults.list().len() == before {
@@ -417,7 +438,7 @@ impl<'a> Resolver<'a> {
 
     /// The tree with every expression computed and every choice made. Expressions without a value are
     /// null, and have failed.
-    fn node(&mut self, node: &Node) -> Node {
+    pub fn node(&mut self, node: &Node) -> Node {
         let value = match &node.value {
             Value::Text(text) => match text.strip_prefix('=') {
                 Some(expression) if self.scope.has(PLACE[1]) => {

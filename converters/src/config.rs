@@ -14,6 +14,7 @@ use strata_layers::{Faults, Mark, Node};
 use crate::cards;
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
+use crate::gguf;
 
 /// Most bytes of a config. Those of published models have some thousands.
 const MAX_BYTES: usize = 4 << 20;
@@ -30,8 +31,12 @@ pub struct Config {
 }
 
 impl Config {
-    /// The `config.json` of a model, and what else the cards say that a model may have beside it.
+    /// The `config.json` of a model, and what else the cards say that a model may have beside it; of a
+    /// GGUF file, what its metadata says in the same words.
     pub fn open(files: &ModelFiles) -> Result<Self> {
+        if let Some(gguf) = files.gguf() {
+            return Ok(gguf::find(gguf)?.config_of(gguf)?);
+        }
         let Some(text) = files.text("config.json")? else {
             return Err(Error::file(
                 files.name(),
@@ -86,6 +91,13 @@ impl Config {
         }
     }
 
+    /// The config as the text of a config.json.
+    pub fn json(&self) -> String {
+        let mut out = serde_json::to_string_pretty(&json_of(&self.root.value)).unwrap_or_default();
+        out.push('\n');
+        out
+    }
+
     /// The texts under a key that holds one or a list of them.
     pub fn texts(&self, key: &str) -> Vec<&str> {
         match self.get(key).map(|n| &n.value) {
@@ -98,6 +110,28 @@ impl Config {
                 })
                 .collect(),
             _ => Vec::new(),
+        }
+    }
+}
+
+/// A value as JSON; numbers that JSON lacks as texts, which read as the numbers again.
+fn json_of(value: &Value) -> serde_json::Value {
+    use serde_json::Value as Json;
+    match value {
+        Value::Null => Json::Null,
+        Value::Bool(b) => Json::from(*b),
+        Value::Int(i) => Json::from(*i),
+        Value::Float(f) if f.is_nan() => Json::from("NaN"),
+        Value::Float(f) if f.is_infinite() => Json::from(match *f > 0.0 {
+            true => "Infinity",
+            false => "-Infinity",
+        }),
+        Value::Float(f) => Json::from(*f),
+        Value::Text(t) => Json::from(t.as_str()),
+        Value::List(list) => list.iter().map(|n| json_of(&n.value)).collect(),
+        Value::Map(entries) => {
+            let entry = |e: &Entry| (e.key.clone(), json_of(&e.value.value));
+            Json::Object(entries.iter().map(entry).collect())
         }
     }
 }

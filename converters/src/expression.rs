@@ -1,13 +1,15 @@
 //! The values of a card that begin with `=`: Jinja expressions over the keys of `config.json`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use minijinja::value::{Rest, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, UndefinedBehavior, Value as Jinja};
+use strata_layers::Mark;
 use strata_layers::param::list_of;
-use strata_layers::yaml::Value;
+use strata_layers::yaml::{Entry, Value};
 
 use crate::config::Config;
+use crate::gguf::kinds_of;
 
 /// Instructions that one expression may take.
 const FUEL: u64 = 20_000;
@@ -18,6 +20,8 @@ pub(crate) struct Scope {
     values: BTreeMap<String, Jinja>,
     /// Each value and where it is from, for messages.
     told: BTreeMap<String, String>,
+    /// What lacks the keys that are nowhere.
+    source: String,
 }
 
 /// A value and how it came about.
@@ -37,6 +41,10 @@ impl Scope {
             environment,
             values: BTreeMap::new(),
             told: BTreeMap::new(),
+            source: match config.file().rsplit('/').next() {
+                Some(file) if file.ends_with(".gguf") => format!("the metadata of {file}"),
+                _ => "config.json".into(),
+            },
         };
         for config in config.files() {
             let file = config.file().rsplit('/').next().unwrap_or_default();
@@ -46,12 +54,29 @@ impl Scope {
                     continue;
                 }
                 let line = entry.value.at.line;
-                let told = format!("{key} = {} (line {line} of {file})", value.describe());
+                let place = match line {
+                    0 => file.to_string(),
+                    line => format!("line {line} of {file}"),
+                };
+                let told = format!("{key} = {} ({place})", value.describe());
                 scope.values.insert(key.clone(), jinja(value));
                 scope.told.insert(key.clone(), told);
             }
         }
         scope
+    }
+
+    /// Lets expressions ask which tensors the blocks of a GGUF file have.
+    pub fn add_kinds(&mut self, tensors: BTreeSet<String>) {
+        let kinds = move |blocks: usize, suffixes: Kwargs| {
+            let mut list = Vec::new();
+            for kind in suffixes.args() {
+                list.push((kind.to_string(), suffixes.get::<String>(kind)?));
+            }
+            Ok::<_, minijinja::Error>(kinds_of(&tensors, blocks, &list))
+        };
+        self.environment.add_function("kinds", kinds);
+        self.environment.add_function("rows", rows);
     }
 
     pub fn has(&self, key: &str) -> bool {
@@ -97,7 +122,7 @@ impl Scope {
         let value = expression.eval(&self.values);
         let lacks = || {
             let keys = list_of(missing.iter().map(|n| n.as_str()));
-            format!("config.json has no {keys}: {told}")
+            format!("{} has no {keys}: {told}", self.source)
         };
         match value {
             Ok(value) if value.is_undefined() && !missing.is_empty() => Err(lacks()),
@@ -149,6 +174,20 @@ fn places(list: Vec<Jinja>, values: Rest<Jinja>) -> Vec<usize> {
     found.map(|(place, _)| place).collect()
 }
 
+/// A mapping for each place of some lists: `rows(a=[1, 2], b=[3, 4])[0]` is `{a: 1, b: 3}`.
+fn rows(lists: Kwargs) -> Result<Vec<BTreeMap<String, Jinja>>, minijinja::Error> {
+    let mut out: Vec<BTreeMap<String, Jinja>> = Vec::new();
+    for name in lists.args() {
+        for (place, value) in lists.get::<Vec<Jinja>>(name)?.into_iter().enumerate() {
+            if out.len() <= place {
+                out.push(BTreeMap::new());
+            }
+            out[place].insert(name.into(), value);
+        }
+    }
+    Ok(out)
+}
+
 fn jinja(value: &Value) -> Jinja {
     match value {
         Value::Null => Jinja::from(()),
@@ -184,6 +223,17 @@ fn plain(value: &Jinja) -> Option<Value> {
         ValueKind::Seq | ValueKind::Iterable => {
             let items: Option<Vec<Value>> = value.try_iter().ok()?.map(|v| plain(&v)).collect();
             Value::List(items?.into_iter().map(Into::into).collect())
+        }
+        ValueKind::Map => {
+            let keys = value.try_iter().ok()?;
+            let entry = |key: Jinja| {
+                let value = plain(&value.get_item(&key).ok()?)?;
+                let (key, value) = (key.as_str()?.to_string(), value.into());
+                let at = Mark::default();
+                Some(Entry { key, at, value })
+            };
+            let entries: Option<Vec<Entry>> = keys.map(entry).collect();
+            Value::Map(entries?)
         }
         _ => return None,
     })

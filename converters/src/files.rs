@@ -1,4 +1,4 @@
-//! The files of a model: a folder on disk, or bytes inside the binary.
+//! The files of a model: a folder on disk, bytes inside the binary, or a GGUF file and what it stands for.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use strata_kernels::tensor::HostBytes;
 
+use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::gguf::{self, Gguf};
 
 /// Most bytes of a text file. The largest that models have are tokenizers, of some 30 MB.
 const MAX_TEXT: u64 = 256 << 20;
@@ -17,12 +19,15 @@ const MAX_TEXT: u64 = 256 << 20;
 pub struct ModelFiles {
     label: String,
     source: Source,
+    /// The one file with weights that was named.
+    weights: Option<String>,
 }
 
 #[derive(Debug, Clone)]
 enum Source {
     Folder(PathBuf),
     Bundled(&'static [(&'static str, &'static [u8])]),
+    Gguf(Arc<Gguf>),
 }
 
 impl ModelFiles {
@@ -34,13 +39,68 @@ impl ModelFiles {
             source,
         })?;
         if !metadata.is_dir() {
-            let why = "a folder with config.json and *.safetensors is expected, not a file";
+            let why = "a folder with config.json and the weights is expected, not a file";
             return Err(Error::file(label, why));
         }
-        Ok(ModelFiles {
+        let files = ModelFiles {
             label,
             source: Source::Folder(folder.into()),
+            weights: None,
+        };
+        // One whose only weights are a GGUF file is that file.
+        let names = files.list()?;
+        let weights = |n: &&String| {
+            [".safetensors", ".bin", ".pt", ".pth"]
+                .iter()
+                .any(|e| n.ends_with(e))
+        };
+        if names.iter().any(|n| weights(&n)) {
+            return Ok(files);
+        }
+        match gguf::only_file(&names) {
+            Ok(None) => Ok(files),
+            Ok(Some(name)) => ModelFiles::gguf_file(&folder.join(name)),
+            Err(why) => Err(Error::file(files.label, why)),
+        }
+    }
+
+    /// A GGUF file, or the set of files that it belongs to.
+    pub fn gguf_file(path: &Path) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        Ok(ModelFiles {
+            label: gguf.label().into(),
+            source: Source::Gguf(Arc::new(gguf)),
+            weights: None,
         })
+    }
+
+    /// The GGUF file, if it is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.source {
+            Source::Gguf(gguf) => Some(gguf),
+            Source::Folder(_) | Source::Bundled(_) => None,
+        }
+    }
+
+    /// The files of the folder that a file with weights lies in: of all weights there, it alone counts.
+    pub fn beside(file: &Path) -> Result<Self> {
+        let folder = match file.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        let name = file.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
+            Error::file(file.display().to_string(), "the file's name is not UTF-8")
+        })?;
+        let files = ModelFiles::open(folder)?;
+        Ok(ModelFiles {
+            weights: Some(name.into()),
+            ..files
+        })
+    }
+
+    /// The one file with weights that was named, if one was.
+    pub fn weights(&self) -> Option<&str> {
+        self.weights.as_deref()
     }
 
     /// Files that the binary holds; `label` stands for their folder in messages.
@@ -48,6 +108,7 @@ impl ModelFiles {
         ModelFiles {
             label: label.into(),
             source: Source::Bundled(files),
+            weights: None,
         }
     }
 
@@ -55,7 +116,7 @@ impl ModelFiles {
     pub fn folder(&self) -> Option<&Path> {
         match &self.source {
             Source::Folder(folder) => Some(folder),
-            Source::Bundled(_) => None,
+            Source::Bundled(_) | Source::Gguf(_) => None,
         }
     }
 
@@ -74,7 +135,13 @@ impl ModelFiles {
         match &self.source {
             Source::Folder(folder) => is_plain(name) && folder.join(name).is_file(),
             Source::Bundled(files) => files.iter().any(|(n, _)| *n == name),
+            Source::Gguf(gguf) => gguf.shards().contains_key(name) || self.stands_for(gguf, name),
         }
+    }
+
+    /// Whether a GGUF file's metadata says what a text file would.
+    fn stands_for(&self, gguf: &Gguf, name: &str) -> bool {
+        name == "config.json" || gguf.file(name).is_some()
     }
 
     /// A file's size and time of change, in nanoseconds: another pair is another file.
@@ -90,6 +157,7 @@ impl ModelFiles {
                 Ok((metadata.len(), since.map_or(0, |t| t.as_nanos())))
             }
             Source::Bundled(_) => Ok((self.bundle(name)?.len() as u64, 0)),
+            Source::Gguf(_) => Ok((self.map(name)?.bytes().len() as u64, 0)),
         }
     }
 
@@ -109,6 +177,7 @@ impl ModelFiles {
                 names
             }
             Source::Bundled(files) => files.iter().map(|(n, _)| n.to_string()).collect(),
+            Source::Gguf(gguf) => gguf.shards().keys().cloned().collect(),
         };
         names.sort();
         Ok(names)
@@ -122,6 +191,11 @@ impl ModelFiles {
         let bytes = match &self.source {
             Source::Folder(folder) => self.read(&folder.join(name), name)?,
             Source::Bundled(_) => self.bundle(name)?.to_vec(),
+            Source::Gguf(gguf) => match gguf.file(name) {
+                Some(text) => return Ok(Some(text.into())),
+                None if name == "config.json" => return Ok(Some(Config::open(self)?.json())),
+                None => return Err(Error::file(self.label(name), "is no text")),
+            },
         };
         let text = String::from_utf8(bytes).map_err(|e| {
             let at = e.utf8_error().valid_up_to();
@@ -144,6 +218,11 @@ impl ModelFiles {
                 Ok(map)
             }
             Source::Bundled(_) => Ok(Arc::new(Bundled(self.bundle(name)?))),
+            Source::Gguf(gguf) => gguf
+                .shards()
+                .get(name)
+                .cloned()
+                .ok_or_else(|| Error::file(self.label(name), "there is no such file")),
         }
     }
 
@@ -215,7 +294,7 @@ impl HostBytes for Mapped {
 
 /// Maps a file for reading.
 #[allow(unsafe_code)]
-fn map_file(path: &Path) -> std::io::Result<Arc<dyn HostBytes>> {
+pub(crate) fn map_file(path: &Path) -> std::io::Result<Arc<dyn HostBytes>> {
     // Asked first: to open a pipe would wait for its other end.
     if !fs::metadata(path)?.is_file() {
         return Err(std::io::Error::other("is no regular file"));

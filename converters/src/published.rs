@@ -131,6 +131,18 @@ fn join(mut pieces: Vec<Piece<'_>>, known: Option<&[usize]>) -> Result<Assembled
             made.shape = shape(&made.shape, numbers, known)?;
             Ok(made)
         }
+        Undo::Pairs => {
+            let width = numbers[0] as usize;
+            let made = join(inner(pieces), known)?;
+            let rows = made.shape.first().copied().unwrap_or(0);
+            // Row j of half o was row 2 j + o.
+            let place = |row: usize| {
+                let (run, at) = (row / width * width, row % width);
+                run + at % 2 * (width / 2) + at / 2
+            };
+            let rows: Vec<Range<usize>> = (0..rows).map(|r| place(r)..place(r) + 1).collect();
+            rearrange(&made, &rows)
+        }
         Undo::Piles => {
             let [piles, width] = [numbers[0] as usize, numbers[1] as usize];
             let made = join(inner(pieces), known)?;

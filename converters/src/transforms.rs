@@ -1,7 +1,7 @@
 //! What a card may do to a tensor on its way into a plan: pure functions, named from cards.
 //!
 //! Most are views. Those that compute make a small tensor of their own in f32, so none is meant for
-//! large matrices; `every` and `unzip` copy.
+//! large matrices; `every`, `unzip` and `unpair` copy.
 
 use std::sync::Arc;
 
@@ -43,6 +43,8 @@ pub enum Undo {
     Place(fn(&[f64]) -> (usize, usize)),
     /// Runs of rows are dealt back.
     Piles,
+    /// In each run of rows the two halves take turns again.
+    Pairs,
     /// The result holds nothing of what it was made from.
     Nothing,
 }
@@ -142,6 +144,66 @@ pub const TRANSFORMS: &[Transform] = &[
             Ok(x.reshape(&shape)?)
         },
         undo: Undo::Shape(as_known),
+    },
+    // All dimensions as one: vectors that a file holds as columns, or in groups.
+    Transform {
+        name: "vector",
+        numbers: &[],
+        widens: false,
+        fractions: false,
+        shape: |shape, _| Ok(vec![shape.iter().product()]),
+        apply: |x, _| Ok(x.reshape(&[x.len()])?),
+        undo: Undo::Shape(as_known),
+    },
+    // The same of a column: (n, 1), or n numbers.
+    Transform {
+        name: "column",
+        numbers: &[],
+        widens: false,
+        fractions: false,
+        shape: |shape, _| Ok(vec![shape.iter().product()]),
+        apply: |x, _| Ok(x.reshape(&[x.len()])?),
+        undo: Undo::Shape(|shape, _, _| Ok(vec![shape.iter().product(), 1])),
+    },
+    // The same of n rows of equal size.
+    Transform {
+        name: "groups",
+        numbers: &["count"],
+        widens: false,
+        fractions: false,
+        shape: |shape, _| Ok(vec![shape.iter().product()]),
+        apply: |x, _| Ok(x.reshape(&[x.len()])?),
+        undo: Undo::Shape(|shape, numbers, _| {
+            let (elements, [count]) = (shape.iter().product::<usize>(), whole(numbers));
+            match elements.checked_rem(count) {
+                Some(0) => Ok(vec![count, elements / count]),
+                _ => Err(format!("{elements} elements are no {count} rows")),
+            }
+        }),
+    },
+    // In each run of `width` rows the even ones, then the odd ones: heads whose rotated pairs lie side by
+    // side, and whose halves are rotated here.
+    Transform {
+        name: "unpair",
+        numbers: &["width"],
+        widens: false,
+        fractions: false,
+        shape: |shape, numbers| match (shape.first(), whole(numbers)) {
+            (Some(&rows), [width]) if width > 0 && width % 2 == 0 && rows % width == 0 => {
+                Ok(shape.to_vec())
+            }
+            _ => Err(format!(
+                "the rows of {shape:?} are no pairs in runs of {}",
+                numbers[0]
+            )),
+        },
+        apply: |x, numbers| {
+            let ([width], rows) = (whole(numbers), rows_of(x));
+            let half = move |at: usize, odd: usize| (at + odd..at + width).step_by(2);
+            let run = move |at: usize| half(at, 0).chain(half(at, 1));
+            gathered(x, rows, (0..rows).step_by(width).flat_map(run))
+        },
+        undo: Undo::Pairs,
     },
     // All dimensions but the outermost as one: the filters of a convolution as rows of a matrix.
     Transform {
@@ -401,6 +463,15 @@ mod tests {
         for bad in [[2.0, 3.0], [0.0, 1.0], [1e300, 1e300]] {
             assert!(run("unzip", &[8, 1], &bad).is_err(), "{bad:?}");
         }
+        assert_eq!(run("column", &[3, 1], &[]).unwrap().shape(), [3]);
+        assert_eq!(run("groups", &[3, 2], &[3.0]).unwrap().shape(), [6]);
+        assert_eq!(run("vector", &[3, 1], &[]).unwrap().shape(), [3]);
+        assert_eq!(run("vector", &[3], &[]).unwrap().shape(), [3]);
+        let halves = run("unpair", &[8, 1], &[4.0]).unwrap();
+        assert_eq!(halves.to_f32(), [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
+        for bad in [[3.0], [0.0], [16.0]] {
+            assert!(run("unpair", &[8, 1], &bad).is_err(), "{bad:?}");
+        }
         assert_eq!(run("flatten", &[3, 2, 4], &[]).unwrap().shape(), [6, 4]);
         assert!(run("flatten", &[3], &[]).is_err());
         let odd = run("every", &[4, 2], &[1.0, 2.0]).unwrap();
@@ -415,7 +486,7 @@ mod tests {
         let x = HostTensor::from_f32(&[2, 4], &[0.0; 8]).unwrap();
         let views = TRANSFORMS
             .iter()
-            .filter(|t| !t.widens && !["squeeze", "every", "unzip"].contains(&t.name));
+            .filter(|t| !t.widens && !["squeeze", "every", "unzip", "unpair"].contains(&t.name));
         for t in views {
             let numbers = [1.0, 2.0];
             let y = (t.apply)(&x, &numbers[..t.numbers.len()]).unwrap();

@@ -564,7 +564,7 @@ fn the_page_about_cards_is_true() {
     let example = example.split("```").next().unwrap();
     let plan = Plan::parse(example, "README.md").unwrap_or_else(|f| panic!("{f}"));
     Graph::lower(&plan, "README.md").unwrap_or_else(|f| panic!("{f}"));
-    let transforms = TRANSFORMS.iter().map(|t| format!("| `{}(x", t.name));
+    let transforms = TRANSFORMS.iter().map(|t| format!("`{}(x", t.name));
     let layers = layer_kinds().map(|kind| format!("| `{kind}` |"));
     for row in transforms.chain(layers) {
         assert!(page.contains(&row), "{row} is missing");

@@ -7,3 +7,4 @@ mod configs;
 mod contradictions;
 mod goldens;
 mod mappings;
+mod writing;

@@ -117,7 +117,7 @@ fn element_types_that_do_not_run_are_named() {
     contains(
         &message,
         &[
-            "embed: unsupported element type I32; F32, F16 and BF16 are read, in model.safetensors, tensor backbone.embeddings.weight",
+            "embed: unsupported element type I32; F32, F16 and BF16 are read, of GGUF files also blocks, in model.safetensors, tensor backbone.embeddings.weight",
         ],
     );
 }

@@ -35,7 +35,7 @@ pub use model::{Limits, Model};
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
 use stored::{SCANNED_BYTES, Stored, main_format, non_finite};
-use text_files::text_of;
+use text_files::{text_note, text_of};
 
 /// Seed of the weights of new blocks, where nobody gives one.
 pub const NEW_SEED: u64 = 0;
@@ -43,7 +43,7 @@ pub const NEW_SEED: u64 = 0;
 /// What to load, and how.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Folder, Hub id, bundled name, config.json or plan; none is the demonstration model.
+    /// Folder, GGUF file, Hub id, bundled name, config.json or plan; none is the demonstration model.
     pub model: Option<String>,
     /// A plan to run instead of the card's.
     pub plan: Option<PathBuf>,
@@ -236,6 +236,11 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         Located::Files(files) => text_of(files, planned.plan.vocab)?,
         Located::Config(_) | Located::Plan(_) => (None, GenerationConfig::default()),
     };
+    let no_text = match &located {
+        Located::Files(files) => text_note(files),
+        Located::Config(_) | Located::Plan(_) => None,
+    };
+    notes.extend(no_text.iter().map(|why| format!("warning: {why}")));
     let template = tokenizer
         .as_ref()
         .and_then(|t| t.chat_template(None, false))
@@ -255,6 +260,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         cpu,
         labels: planned.config.as_ref().map(labels).unwrap_or_default(),
         notes,
+        no_text,
         template,
         weights: source,
     })

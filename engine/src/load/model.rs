@@ -49,6 +49,8 @@ pub struct Model {
     pub notes: Vec<String>,
     /// Fast paths in use.
     pub features: &'static str,
+    /// Why a tokenizer that the files hold cannot be used.
+    pub(super) no_text: Option<String>,
     pub(super) cpu: Option<Arc<Cpu>>,
     pub(super) template: Option<String>,
     pub(super) weights: Weights,
@@ -74,8 +76,8 @@ impl Model {
     pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
         self.tokenizer.as_ref().ok_or_else(|| {
             Error::Input(format!(
-                "{} has no tokenizer.json; give --token-ids, or put the tokenizer's files beside its config.json",
-                self.name
+                "{}",
+                self.no_text.clone().unwrap_or_else(|| format!("{} has no tokenizer.json; give --token-ids, or put the tokenizer's files beside its config.json", self.name))
             ))
         })
     }

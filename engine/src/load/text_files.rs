@@ -34,6 +34,15 @@ impl TextFiles for Files<'_> {
     }
 }
 
+/// What is worth telling of them: that a GGUF file's tokenizer cannot be used, and why.
+pub(super) fn text_note(files: &ModelFiles) -> Option<String> {
+    let why = files.gguf()?.tokenizer_fault()?;
+    Some(format!(
+        "{}: its tokenizer cannot be used: {why}; --token-ids still can",
+        files.name()
+    ))
+}
+
 /// The tokenizer of a model with a vocabulary of `vocab`, if the files have one or it reads bytes, and
 /// how the model asks to be sampled.
 pub(super) fn text_of(
