@@ -274,15 +274,6 @@ impl Backend for Cuda {
         4096
     }
 
-    fn ssd_chunked(&self, op: SsdChunked<'_>) -> Result<()> {
-        op.check()?;
-        Err(Error::Unsupported {
-            op: "ssd_chunked",
-            backend: "cuda",
-            why: "leave `chunk_size` out of the plan".into(),
-        })
-    }
-
     checked! {
         linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
         add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
