@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, UndefinedBehavior, Value as Jinja};
-use strata_layers::param::list_of;
 use strata_layers::Mark;
+use strata_layers::param::list_of;
 use strata_layers::yaml::{Entry, Value};
 
 use crate::config::Config;
@@ -77,6 +77,20 @@ impl Scope {
         };
         self.environment.add_function("kinds", kinds);
         self.environment.add_function("rows", rows);
+    }
+
+    /// Lets expressions ask which of a model's blocks have a weight: `blocks(n, 'attention.q', 8, 0)` is a
+    /// list of n numbers, 8 where they have it and 0 where they do not.
+    pub fn add_blocks(&mut self, weights: BTreeSet<String>) {
+        let blocks = move |count: usize, weight: String, with: Jinja, without: Jinja| {
+            let of = |i: usize| match weights.contains(&format!("blocks.{i}.{weight}")) {
+                true => with.clone(),
+                false => without.clone(),
+            };
+            // Blocks that have no weight are none.
+            (0..count.min(weights.len())).map(of).collect::<Vec<_>>()
+        };
+        self.environment.add_function("blocks", blocks);
     }
 
     pub fn has(&self, key: &str) -> bool {

@@ -46,7 +46,11 @@ impl ModelFiles {
         };
         // One whose only weights are a GGUF file is that file.
         let names = files.list()?;
-        let weights = |n: &&String| [".safetensors", ".bin", ".pt", ".pth"].iter().any(|e| n.ends_with(e));
+        let weights = |n: &&String| {
+            [".safetensors", ".bin", ".pt", ".pth"]
+                .iter()
+                .any(|e| n.ends_with(e))
+        };
         if names.iter().any(|n| weights(&n)) {
             return Ok(files);
         }
@@ -59,11 +63,14 @@ impl ModelFiles {
 
     /// A GGUF file, or the set of files that it belongs to.
     pub fn gguf_file(path: &Path) -> Result<Self> {
-        let gguf = Gguf::open(path)?;
-        Ok(ModelFiles {
+        Ok(ModelFiles::of_gguf(Gguf::open(path)?))
+    }
+
+    pub(crate) fn of_gguf(gguf: Gguf) -> Self {
+        ModelFiles {
             label: gguf.label().into(),
             source: Source::Gguf(Arc::new(gguf)),
-        })
+        }
     }
 
     /// The GGUF file, if it is one.
@@ -188,9 +195,11 @@ impl ModelFiles {
                 Ok(map)
             }
             Source::Bundled(_) => Ok(Arc::new(Bundled(self.bundle(name)?))),
-            Source::Gguf(gguf) => gguf.shards().get(name).cloned().ok_or_else(|| {
-                Error::file(self.label(name), "there is no such file")
-            }),
+            Source::Gguf(gguf) => gguf
+                .shards()
+                .get(name)
+                .cloned()
+                .ok_or_else(|| Error::file(self.label(name), "there is no such file")),
         }
     }
 

@@ -4,12 +4,15 @@
 //! is read. What the metadata means is said by the cards, in their section `gguf`; the tokenizer becomes
 //! the text of a `tokenizer.json`, so that nothing behind it knows where it came from.
 
+mod builder;
 mod card;
 mod pre;
 mod read;
 mod tokenizer;
 mod types;
 mod value;
+mod vocabulary;
+pub mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -61,7 +64,10 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Self> {
         let label = path.display().to_string();
         let file = path.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
-            Error::file(label.clone(), "the name of the file is not UTF-8, or is none")
+            Error::file(
+                label.clone(),
+                "the name of the file is not UTF-8, or is none",
+            )
         })?;
         let mut report = Report::new(&label);
         let names = match split_name(file) {
@@ -129,7 +135,10 @@ impl Gguf {
             (metadata.get("split.tensors.count"), report.is_empty())
             && *said != tensors.len() as i64
         {
-            let message = format!("the set should have {said} tensors, but has {}", tensors.len());
+            let message = format!(
+                "the set should have {said} tensors, but has {}",
+                tensors.len()
+            );
             fault(&mut report, message);
         }
         report.finish()?;
@@ -142,6 +151,26 @@ impl Gguf {
             shards,
             metadata,
             tensors,
+            texts: OnceLock::new(),
+        })
+    }
+
+    /// What a header says of a file that will have `total` bytes.
+    pub(crate) fn of_header(header: &[u8], total: usize) -> Result<Self> {
+        const NAME: &str = "written.gguf";
+        let mut report = Report::new(NAME);
+        let read = read::read_of(NAME, header, total, &mut report);
+        report.finish()?;
+        let missing = || Error::file(NAME, "the header cannot be read again");
+        let read = read.ok_or_else(missing)?;
+        let first: Arc<dyn HostBytes> = Arc::new(header.to_vec());
+        Ok(Gguf {
+            name: stem(NAME).into(),
+            label: NAME.into(),
+            shards: BTreeMap::from([(NAME.to_string(), first.clone())]),
+            first,
+            metadata: read.metadata.into_iter().collect(),
+            tensors: read.tensors.into_iter().collect(),
             texts: OnceLock::new(),
         })
     }
@@ -377,6 +406,10 @@ mod tests {
         assert_eq!(only(&["a.gguf", "b.md"]), Ok(Some("a.gguf".into())));
         let set = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
         assert_eq!(only(&set), Ok(Some(set[0].into())));
-        assert!(only(&["a.gguf", "b.gguf"]).unwrap_err().contains("a.gguf, b.gguf"));
+        assert!(
+            only(&["a.gguf", "b.gguf"])
+                .unwrap_err()
+                .contains("a.gguf, b.gguf")
+        );
     }
 }

@@ -137,9 +137,7 @@ impl<'a> Vocabulary<'a> {
     fn each(&self) -> impl Iterator<Item = (usize, &'a str, Class)> {
         let all = self.tokens.iter().zip(&self.classes).enumerate();
         all.map(|(id, (token, class))| (id, *token, *class))
-            .filter(|(id, token, class)| {
-                *class != Class::Unused || *token != format!("[PAD{id}]")
-            })
+            .filter(|(id, token, class)| *class != Class::Unused || *token != format!("[PAD{id}]"))
     }
 
     fn json(&self) -> Json {
@@ -181,12 +179,8 @@ fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary<'_>) -> Result<Made, String> 
             merges.push(json!([left, right]));
         }
     }
-    let split = |regex: &String| {
-        json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false})
-    };
-    let bytes = |regex: bool| {
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex})
-    };
+    let split = |regex: &String| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+    let bytes = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
     let mut steps: Vec<Json> = cut.cuts.iter().map(split).collect();
     steps.push(bytes(false));
     let json = json!({
@@ -221,9 +215,8 @@ fn scored(gguf: &Gguf, vocabulary: &Vocabulary<'_>) -> Made {
         None => Vec::new(),
     };
     let score = |id: usize| scores.get(id).copied().unwrap_or(0.0);
-    let parts = |(_, _, class): &(usize, &str, Class)| {
-        matches!(class, Class::Normal | Class::UserDefined)
-    };
+    let parts =
+        |(_, _, class): &(usize, &str, Class)| matches!(class, Class::Normal | Class::UserDefined);
     let ids: HashMap<&str, usize> = vocabulary
         .each()
         .filter(parts)
@@ -250,7 +243,9 @@ fn scored(gguf: &Gguf, vocabulary: &Vocabulary<'_>) -> Made {
                 .map(|(_, _, at)| json!([&token[..at], &token[at..]])),
         );
     }
-    let prefix = gguf.truth("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+    let prefix = gguf
+        .truth("tokenizer.ggml.add_space_prefix")
+        .unwrap_or(true);
     let space = json!({"String": " "});
     let mut normalizers = Vec::new();
     let mut decoders = vec![

@@ -175,11 +175,7 @@ impl Value {
             }
             Value::List(kind, elements) => {
                 let items = Items::new(file, *kind, elements);
-                Plain::List(
-                    items
-                        .filter_map(|v| Some(v.plain(file)?.into()))
-                        .collect(),
-                )
+                Plain::List(items.filter_map(|v| Some(v.plain(file)?.into())).collect())
             }
         })
     }
@@ -198,8 +194,16 @@ mod tests {
         check(Kind::U8, &[0xff], Some(Value::Int(255)));
         check(Kind::I16, &[0xfe, 0xff], Some(Value::Int(-2)));
         check(Kind::I32, &(-3i32).to_le_bytes(), Some(Value::Int(-3)));
-        check(Kind::I64, &i64::MIN.to_le_bytes(), Some(Value::Int(i64::MIN)));
-        check(Kind::U64, &u64::MAX.to_le_bytes(), Some(Value::Int(i64::MAX)));
+        check(
+            Kind::I64,
+            &i64::MIN.to_le_bytes(),
+            Some(Value::Int(i64::MIN)),
+        );
+        check(
+            Kind::U64,
+            &u64::MAX.to_le_bytes(),
+            Some(Value::Int(i64::MAX)),
+        );
         check(Kind::F32, &0.22f32.to_le_bytes(), Some(Value::Float(0.22)));
         check(Kind::F32, &1e-6f32.to_le_bytes(), Some(Value::Float(1e-6)));
         check(Kind::Bool, &[1], Some(Value::Bool(true)));

@@ -5,5 +5,6 @@ mod checkpoints;
 mod common;
 mod configs;
 mod contradictions;
+mod gguf;
 mod goldens;
 mod mappings;
