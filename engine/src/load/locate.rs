@@ -115,12 +115,14 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         Located::Config(_) | Located::Plan(_) => None,
     };
     let config = match located {
-        Located::Files(files) if gguf.is_some() => match (gguf.zip(given.as_ref()), &options.plan) {
-            (Some((gguf, card)), _) => Some(card.config_of(gguf)?),
-            (None, None) => Some(Config::open(files)?),
-            // Of a family without a card the tensors have our names.
-            (None, Some(_)) => Config::open(files).ok(),
-        },
+        Located::Files(files) if gguf.is_some() => {
+            match (gguf.zip(given.as_ref()), &options.plan) {
+                (Some((gguf, card)), _) => Some(card.config_of(gguf)?),
+                (None, None) => Some(Config::open(files)?),
+                // Of a family without a card the tensors have our names.
+                (None, Some(_)) => Config::open(files).ok(),
+            }
+        }
         Located::Files(files) if files.exists("config.json") => Some(Config::open(files)?),
         Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
         Located::Files(_) | Located::Plan(_) => None,
