@@ -48,7 +48,9 @@ fn options(from: LoadOptions, to: PathBuf) -> ConvertOptions {
     ConvertOptions {
         from,
         to,
+        gguf: false,
         dtype: None,
+        quantize: None,
         shard_bytes: 5_000_000_000,
         force: false,
         threads: 2,

@@ -8,6 +8,8 @@ use serde_json::Value;
 use strata::load::{LoadOptions, Model, Silent, load};
 use strata::sampler::SamplingParams;
 use strata::session::{Engine, EngineConfig, Output, Request};
+use strata::text::Tokenizer;
+use strata_converters::ModelFiles;
 use strata_kernels::{DType, Format};
 
 /// Largest error, in standard deviations of the logits.
@@ -215,4 +217,64 @@ fn every_format_in_blocks_is_what_the_quantiser_meant() {
         println!("mixed: within {worst:.1e} standard deviations");
         assert!(worst < TOLERANCE, "{worst}");
     }
+}
+
+/// The tokenizer of a GGUF file, through the text files that it stands for.
+fn tokenizer(path: &Path) -> Tokenizer {
+    let files = ModelFiles::gguf_file(path).unwrap();
+    let name = path.file_stem().unwrap().to_string_lossy();
+    let folder = std::env::temp_dir().join(format!("strata-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        let text = files.text(name).unwrap().expect("a tokenizer");
+        std::fs::write(folder.join(name), text).unwrap();
+    }
+    let tokenizer = Tokenizer::open(folder.as_path(), None).unwrap();
+    std::fs::remove_dir_all(folder).ok();
+    tokenizer
+}
+
+#[test]
+fn tokenizers_are_those_that_they_were_made_from() {
+    for name in ["byte_level", "sentencepiece"] {
+        let found = tokenizer(&root().join(format!("gguf/text-{name}.gguf")));
+        let cases = root().join("text").join(name).join("cases.json");
+        let cases: Value = serde_json::from_str(&std::fs::read_to_string(cases).unwrap()).unwrap();
+        let ids = |v: &Value| -> Vec<u32> { serde_json::from_value(v.clone()).unwrap() };
+        for case in cases["encoded"].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            // Tokens that only the tokenizer_config.json adds are not in the file.
+            let known = |v: &Value| ids(v).iter().all(|id| (*id as usize) < found.vocab_size());
+            if !known(&case["plain"]) {
+                continue;
+            }
+            let plain = found.encode(text, false).unwrap();
+            assert_eq!(plain, ids(&case["plain"]), "{name}: {text:?}");
+            let framed = found.encode(text, true).unwrap();
+            assert_eq!(framed, ids(&case["framed"]), "{name}: {text:?}");
+        }
+        for case in cases["decoded"].as_array().unwrap() {
+            let ids = ids(&case["ids"]);
+            if ids.iter().any(|id| *id as usize >= found.vocab_size()) {
+                continue;
+            }
+            let text = found.decode(&ids, true).unwrap();
+            assert_eq!(text, case["bare"].as_str().unwrap(), "{name}: {ids:?}");
+        }
+    }
+    let demo = open(Path::new("demo"), "cpu").unwrap().tokenizer.unwrap();
+    let found = tokenizer(&root().join("gguf/text-demo.gguf"));
+    for text in ["", "Q: 2 + 3?\nA:", "  žluť 👋 <eos> x", "it's\t12:30"] {
+        let ids = demo.encode(text, true).unwrap();
+        assert_eq!(found.encode(text, true).unwrap(), ids, "{text:?}");
+        assert_eq!(
+            found.decode(&ids, true).unwrap(),
+            demo.decode(&ids, true).unwrap()
+        );
+    }
+    assert_eq!(found.eos_id(), demo.eos_id());
+    assert_eq!(
+        found.chat_template(None, false),
+        demo.chat_template(None, false)
+    );
 }

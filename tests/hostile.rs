@@ -64,6 +64,11 @@ fn hostile_safetensors_are_refused_or_open() {
 }
 
 #[test]
+fn hostile_gguf_files_are_refused_or_open() {
+    in_a_folder("gguf", checks::gguf);
+}
+
+#[test]
 fn hostile_indices_are_refused_or_open() {
     in_a_folder("index", checks::index);
 }

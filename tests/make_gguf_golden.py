@@ -50,7 +50,6 @@ CASES = {
     "falcon-h1": ("falcon-h1/norm-groups-shards", {}, "f32"),
     # llama.cpp knows no window.
     "plamo2": ("plamo2/step4-untied", {"attention_window_size": 1048576}, "f32"),
-    "demo": ("../../model-cards/demo", {}, "bf16"),
 }
 
 
@@ -74,13 +73,13 @@ def with_bytes(self):
     self._set_vocab_gpt2()
 
 
-def convert(args, folder, outtype, out, vocabulary):
+def convert(args, folder, outtype, out, vocabulary, *flags):
     import conversion
     import convert_hf_to_gguf
 
     config = json.loads((folder / "config.json").read_text())
     conversion.get_model_class(config["architectures"][0]).set_vocab = vocabulary
-    sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", outtype, "--outfile", str(out)]
+    sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", outtype, "--outfile", str(out), *flags]
     if config.get("num_nextn_predict_layers"):
         sys.argv.append("--no-mtp")
     convert_hf_to_gguf.main()
@@ -117,15 +116,16 @@ def case(args, name):
         config = json.loads((folder / "config.json").read_text())
         config.update(changed)
         (folder / "config.json").write_text(json.dumps(config))
-        convert(args, folder, outtype, out, with_bytes if name == "demo" else without_vocabulary)
+        convert(args, folder, outtype, out, without_vocabulary)
     told = {"golden": golden, "changed": changed}
     # The converter computes with the elements' own type: A of an F16 checkpoint is rounded to F16.
     halves = json.loads((source / "config.json").read_text())
     if "float16" in (halves.get("dtype"), halves.get("torch_dtype")):
         told["tolerance"] = 0.02
-    tokens = list(range(3, 60)) if name == "demo" else tokens_of(golden)
-    # llama.cpp has one eps for all norms of this family, which counts where values are as small as here.
-    logits = None if name == "falcon-mamba" else last_logits(args, out, tokens)
+    tokens = tokens_of(golden)
+    # llama.cpp has one eps for all norms of FalconMamba, which counts where values are as small as here, and
+    # does not come back from loading this PLaMo-2.
+    logits = None if name in ("falcon-mamba", "plamo2") else last_logits(args, out, tokens)
     if logits is not None:
         told["tokens"] = tokens
         told["logits"] = [float(f"{x:.6g}") for x in logits]
@@ -188,7 +188,7 @@ def mixed(args):
                 tensors[name] = x
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         convert(args, folder, "f32", plain, without_vocabulary)
-    types = [f"--tensor-type={name}={kind}" for name, kind in MIXED.items()]
+    types = [word for name, kind in MIXED.items() for word in ("--tensor-type", f"{name}={kind}")]
     subprocess.run([args.quantize, *types, "--token-embedding-type", "q8_0", str(plain), str(out), "q8_0"], check=True)
     plain.unlink()
 
@@ -229,6 +229,45 @@ def mixed(args):
     save_file({"token_ids": tokens, "logits": logits.contiguous()}, OUT / "mixed.safetensors")
 
 
+def tokenizers(args):
+    """The tokenizers of `golden/text` and of the demonstration model, as metadata alone."""
+    import gguf
+
+    demo = ROOT.parent / "model-cards" / "demo"
+    convert(args, demo, "bf16", OUT / "text-demo.gguf", with_bytes, "--vocab-only")
+
+    for name, model in (("byte_level", "gpt2"), ("sentencepiece", "llama")):
+        source = json.loads((ROOT / "golden" / "text" / name / "tokenizer.json").read_text())
+        special = {t["id"]: t for t in source["added_tokens"]}
+        vocab = {**source["model"]["vocab"], **{t["content"]: i for i, t in special.items()}}
+        tokens = sorted(vocab, key=vocab.get)
+        merges = source["model"]["merges"]
+        kinds = [
+            2 if t == "<unk>" else 3 if i in special else 6 if t.startswith("<0x") else 1
+            for i, t in enumerate(tokens)
+        ]
+        writer = gguf.GGUFWriter(OUT / f"text-{name}.gguf", "none")
+        writer.add_tokenizer_model(model)
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        if model == "gpt2":
+            writer.add_tokenizer_pre("gpt-2")
+            writer.add_token_merges([" ".join(m) for m in merges])
+        else:
+            # The earlier a token is made the better it is; those that no merge makes come last.
+            made = {}
+            for rank, (a, b) in enumerate(merges):
+                made.setdefault(a + b, rank)
+            writer.add_token_scores([-float(made.get(t, 10**6)) for t in tokens])
+            writer.add_add_bos_token(True)
+        writer.add_bos_token_id(vocab["<s>"])
+        writer.add_eos_token_id(vocab["</s>"])
+        writer.add_unk_token_id(vocab["<unk>"])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, required=True)
@@ -238,9 +277,11 @@ def main():
     args = parser.parse_args()
     converter(args.llama_cpp)
     OUT.mkdir(exist_ok=True)
-    for name in args.names or [*CASES, "mixed"]:
+    for name in args.names or [*CASES, "mixed", "tokenizers"]:
         if name == "mixed":
             mixed(args)
+        elif name == "tokenizers":
+            tokenizers(args)
         else:
             case(args, name)
 

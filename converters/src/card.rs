@@ -411,7 +411,7 @@ impl<'a> Resolver<'a> {
     }
 
     /// Gives absent keys the values that the family's reference gives them.
-    fn defaults(&mut self) {
+    pub fn defaults(&mut self) {
         for entry in &self.card.defaults {
             if !self.scope.has(&entry.key) {
                 let value = self.node(&entry.value);

@@ -79,6 +79,20 @@ impl Scope {
         self.environment.add_function("rows", rows);
     }
 
+    /// Lets expressions ask which of a model's blocks have a weight: `blocks(n, 'attention.q', 8, 0)` is a
+    /// list of n numbers, 8 where they have it and 0 where they do not.
+    pub fn add_blocks(&mut self, weights: BTreeSet<String>) {
+        let blocks = move |count: usize, weight: String, with: Jinja, without: Jinja| {
+            let of = |i: usize| match weights.contains(&format!("blocks.{i}.{weight}")) {
+                true => with.clone(),
+                false => without.clone(),
+            };
+            // Blocks that have no weight are none.
+            (0..count.min(weights.len())).map(of).collect::<Vec<_>>()
+        };
+        self.environment.add_function("blocks", blocks);
+    }
+
     pub fn has(&self, key: &str) -> bool {
         self.values.contains_key(key)
     }

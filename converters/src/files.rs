@@ -66,12 +66,15 @@ impl ModelFiles {
 
     /// A GGUF file, or the set of files that it belongs to.
     pub fn gguf_file(path: &Path) -> Result<Self> {
-        let gguf = Gguf::open(path)?;
-        Ok(ModelFiles {
+        Ok(ModelFiles::of_gguf(Gguf::open(path)?))
+    }
+
+    pub(crate) fn of_gguf(gguf: Gguf) -> Self {
+        ModelFiles {
             label: gguf.label().into(),
             source: Source::Gguf(Arc::new(gguf)),
             weights: None,
-        })
+        }
     }
 
     /// The GGUF file, if it is one.

@@ -477,6 +477,11 @@ impl TensorMap {
         map
     }
 
+    /// Lets the lines of another map count first.
+    pub(crate) fn put_before(&mut self, first: TensorMap) {
+        self.rules.splice(0..0, first.rules);
+    }
+
     /// The map of a checkpoint whose tensors have our names.
     pub fn identity() -> Self {
         TensorMap::default()

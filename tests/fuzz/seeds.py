@@ -66,6 +66,17 @@ elif name == "config":
     seeds += [p.read_text() for p in root.glob("tests/golden/*/*/config.json")]
     seeds += [p.read_text() for p in root.glob("model-cards/*/config.json")]
     seeds += [t for t in rust_texts() if t.startswith("{")]
+elif name == "gguf":
+    # Without tensors' bytes: the headers are what is read.
+    seeds += [p.read_bytes()[:16384] for p in root.glob("tests/golden/gguf/*.gguf")]
+    texts = {"general.architecture": "mamba", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    text = lambda t: struct.pack("<Q", len(t)) + t.encode()
+    entries = [text(k) + struct.pack("<I", 8) + text(v) for k, v in texts.items()]
+    tokens = struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    entries.append(text("tokenizer.ggml.tokens") + tokens)
+    tensor = text("token_embd.weight") + struct.pack("<IQQIQ", 2, 2, 2, 0, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(entries)) + b"".join(entries) + tensor
+    seeds.append(head + bytes(-len(head) % 32 + 32))
 elif name == "safetensors":
     for path in root.glob("tests/golden/**/*.safetensors"):
         data = path.read_bytes()

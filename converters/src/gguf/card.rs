@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use strata_layers::graph::GraphWeight;
 use strata_layers::param::Fields;
 use strata_layers::yaml::{Entry, Value};
 use strata_layers::{Faults, Mark, Node};
 
 use super::Gguf;
+use super::builder::Builder;
 use crate::card::{Card, Resolver, expressions};
 use crate::cards;
 use crate::config::Config;
@@ -29,6 +31,10 @@ pub struct Section {
     config: Vec<Entry>,
     /// Our weights over theirs.
     pub(crate) tensors: TensorMap,
+    /// The keys of a file that is written.
+    metadata: Vec<Entry>,
+    /// The names in a file that is written, where `tensors` has several: they may be computed.
+    written: Option<Node>,
 }
 
 impl Section {
@@ -39,10 +45,11 @@ impl Section {
         let matches = fields.optional("match", Vec::new(), faults);
         let at = fields.at("match");
         let matches = matches.map(|list: Vec<String>| expressions(&list, at, faults));
-        let [lets, config] = ["let", "config"].map(|key| match fields.node(key) {
-            None => Some(Vec::new()),
-            Some(found) => mapping(found, key, faults),
-        });
+        let [lets, config, metadata] =
+            ["let", "config", "metadata"].map(|key| match fields.node(key) {
+                None => Some(Vec::new()),
+                Some(found) => mapping(found, key, faults),
+            });
         let require = match fields.node("require") {
             None => Vec::new(),
             Some(Node {
@@ -56,6 +63,7 @@ impl Section {
         if tensors.is_none() {
             faults.add(node.at, "`gguf` needs `tensors`");
         }
+        let written = fields.node("written").cloned();
         fields.finish(faults);
         Some(Section {
             architectures: architectures?,
@@ -64,6 +72,8 @@ impl Section {
             require,
             config: config?,
             tensors: TensorMap::read(tensors?, numbers, ignore, faults),
+            metadata: metadata?,
+            written,
         })
     }
 
@@ -158,11 +168,107 @@ impl Card {
         resolver.faults.or(Some(config))
     }
 
+    /// The card by which a GGUF file of a model with this config is written.
+    pub(crate) fn for_writing(&self, config: &Config) -> std::result::Result<Card, Faults> {
+        let mut faults = Faults::new(self.file());
+        let Some(section) = self.gguf().filter(|s| !s.metadata.is_empty()) else {
+            let message = format!(
+                "no GGUF file of {} can be written: the card's section `gguf` has no `metadata`",
+                self.family()
+            );
+            faults.add(Mark::default(), message);
+            return Err(faults);
+        };
+        let mut tensors = section.tensors.clone();
+        if let Some(written) = &section.written {
+            let mut resolver = Resolver::new(self, config);
+            resolver.defaults();
+            let written = resolver.node(written);
+            faults.extend(resolver.faults);
+            let first = TensorMap::read(&written, None, None, &mut faults);
+            tensors.put_before(first);
+        }
+        if !faults.is_empty() {
+            return Err(faults);
+        }
+        self.with_tensors(tensors).bound(config)
+    }
+
+    /// Writes the keys of a model with this config. The architecture.
+    pub(crate) fn metadata(
+        &self,
+        config: &Config,
+        weights: &[GraphWeight],
+        header: &mut Builder,
+    ) -> std::result::Result<String, Faults> {
+        let mut resolver = Resolver::new(self, config);
+        resolver.defaults();
+        resolver
+            .scope
+            .add_blocks(weights.iter().map(|w| w.path.clone()).collect());
+        let section = self.gguf();
+        let whole = Node {
+            value: Value::Map(section.map(|s| s.metadata.clone()).unwrap_or_default()),
+            at: Mark::default(),
+        };
+        let Value::Map(entries) = resolver.node(&whole).value else {
+            return resolver.faults.or(None);
+        };
+        const ARCHITECTURE: &str = "general.architecture";
+        let said = entries.iter().find(|e| e.key == ARCHITECTURE);
+        let architecture = match said.map(|e| &e.value.value) {
+            Some(Value::Text(name)) => name.clone(),
+            _ => section
+                .and_then(|s| s.architectures.first())
+                .cloned()
+                .unwrap_or_default(),
+        };
+        header.text(ARCHITECTURE, &architecture);
+        for entry in entries {
+            let key = match entry.key.starts_with("general.") {
+                true => entry.key.clone(),
+                false => format!("{architecture}.{}", entry.key),
+            };
+            if let Err(why) = put(header, &key, &entry.value.value) {
+                resolver.faults.add(entry.at, format!("{key}: {why}"));
+            }
+        }
+        resolver.faults.or(Some(architecture))
+    }
+
     /// The card for GGUF files: its tensors are called as theirs. None if it knows no such files.
     pub fn for_gguf(&self) -> Option<Card> {
         let tensors = self.gguf()?.tensors.clone();
         Some(self.with_tensors(tensors))
     }
+}
+
+/// A key and its value: whole numbers as u32, `{f32: …}` and fractions as f32, lists of numbers as i32.
+fn put(header: &mut Builder, key: &str, value: &Value) -> std::result::Result<(), String> {
+    let uint = |n: i64| u32::try_from(n).map_err(|_| format!("{n} is no u32"));
+    match value {
+        Value::Null => {}
+        Value::Bool(b) => header.truth(key, *b),
+        Value::Int(n) => header.uint(key, uint(*n)?),
+        Value::Float(f) => header.float(key, *f as f32),
+        Value::Text(t) => header.text(key, t),
+        Value::Map(entries) => match entries.first().map(|e| (e.key.as_str(), &e.value.value)) {
+            Some(("f32", Value::Int(n))) => header.float(key, *n as f32),
+            Some(("f32", Value::Float(f))) => header.float(key, *f as f32),
+            // A number that the config leaves out.
+            Some(("f32", Value::Null)) | None => {}
+            Some(_) => return Err("a mapping here is {f32: a number}".into()),
+        },
+        Value::List(list) => {
+            let int = |n: &Node| match &n.value {
+                Value::Int(n) => i32::try_from(*n).ok(),
+                _ => None,
+            };
+            let ints: Option<Vec<i32>> = list.iter().map(int).collect();
+            header.ints(key, &ints.ok_or("a list here holds whole numbers")?);
+        }
+    }
+    Ok(())
 }
 
 /// The places of expressions mean nothing in the file that the values came from.

@@ -4,12 +4,15 @@
 //! is read. What the metadata means is said by the cards, in their section `gguf`; the tokenizer becomes
 //! the text of a `tokenizer.json`, so that nothing behind it knows where it came from.
 
+mod builder;
 mod card;
 mod pre;
 mod read;
 mod tokenizer;
 mod types;
 mod value;
+mod vocabulary;
+pub mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -148,6 +151,26 @@ impl Gguf {
             shards,
             metadata,
             tensors,
+            texts: OnceLock::new(),
+        })
+    }
+
+    /// What a header says of a file that will have `total` bytes.
+    pub(crate) fn of_header(header: &[u8], total: usize) -> Result<Self> {
+        const NAME: &str = "written.gguf";
+        let mut report = Report::new(NAME);
+        let read = read::read_of(NAME, header, total, &mut report);
+        report.finish()?;
+        let missing = || Error::file(NAME, "the header cannot be read again");
+        let read = read.ok_or_else(missing)?;
+        let first: Arc<dyn HostBytes> = Arc::new(header.to_vec());
+        Ok(Gguf {
+            name: stem(NAME).into(),
+            label: NAME.into(),
+            shards: BTreeMap::from([(NAME.to_string(), first.clone())]),
+            first,
+            metadata: read.metadata.into_iter().collect(),
+            tensors: read.tensors.into_iter().collect(),
             texts: OnceLock::new(),
         })
     }

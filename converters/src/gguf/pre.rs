@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use serde_json::Value as Json;
 use strata_layers::Faults;
 use strata_layers::param::{Fields, list_of};
 use strata_layers::yaml::{self, Value};
@@ -62,6 +63,41 @@ pub(super) fn named(name: &str) -> Result<&'static Cut, String> {
         )
     })
 }
+
+/// The name of the way that a tokenizer.json cuts words in. Where there are no merges, any is the same.
+pub(super) fn of(pre_tokenizer: &Json, no_merges: bool) -> Result<&'static str, String> {
+    let steps: Vec<&Json> = match pre_tokenizer["pretokenizers"].as_array() {
+        Some(list) => list.iter().collect(),
+        None => vec![pre_tokenizer],
+    };
+    let mut cuts: Vec<&str> = Vec::new();
+    for step in steps {
+        match step["type"].as_str() {
+            Some("Split") if step["invert"] != true => {
+                let regex = step["pattern"]["Regex"].as_str();
+                cuts.push(regex.ok_or("it splits at a text")?);
+            }
+            Some("Digits") if step["individual_digits"] == true => cuts.push(r"\p{N}"),
+            Some("ByteLevel") if step["use_regex"] == false => {}
+            Some("ByteLevel") => cuts.push(WORDS),
+            other => return Err(format!("it cuts words by {other:?}")),
+        }
+    }
+    // What is left behind the last match is a piece of its own, said or not.
+    let plain = |cut: &str| cut.trim_end_matches(r"|\s+").to_string();
+    let same = |c: &&Cut| {
+        let known = c.cuts.iter().map(|cut| plain(cut));
+        known.eq(cuts.iter().map(|cut| plain(cut)))
+    };
+    match CUTS.iter().find(same) {
+        Some(cut) => Ok(&cut.names[0]),
+        None if no_merges => Ok(&CUTS[0].names[0]),
+        None => Err(format!("no known way to cut words is {cuts:?}")),
+    }
+}
+
+/// What byte-level tokenizers cut words by, unless they say otherwise.
+const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
 #[cfg(test)]
 mod tests {

@@ -38,6 +38,16 @@ pub(super) struct Header {
 
 /// The header of a file; none if something is wrong with it, which is reported.
 pub(super) fn read(shard: &str, file: &[u8], report: &mut Report) -> Option<Header> {
+    read_of(shard, file, file.len(), report)
+}
+
+/// The same of the beginning of a file that has, or will have, `total` bytes.
+pub(super) fn read_of(
+    shard: &str,
+    file: &[u8],
+    total: usize,
+    report: &mut Report,
+) -> Option<Header> {
     let mut reader = Reader { file, at: 0 };
     let raw = match header(&mut reader) {
         Ok(raw) => raw,
@@ -46,7 +56,7 @@ pub(super) fn read(shard: &str, file: &[u8], report: &mut Report) -> Option<Head
             return None;
         }
     };
-    checked(shard, raw, reader.at, file.len(), report)
+    checked(shard, raw, reader.at, total, report)
 }
 
 struct Reader<'a> {

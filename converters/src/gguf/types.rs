@@ -67,6 +67,11 @@ impl Type {
         TYPES.into_iter().find(|t| t.number == number)
     }
 
+    /// The type of this name.
+    pub fn named(name: &str) -> Option<Type> {
+        TYPES.into_iter().find(|t| t.name == name)
+    }
+
     /// Bytes of a tensor, outermost size first; none if its rows are no whole blocks, or too many.
     pub fn bytes_of(self, shape: &[usize]) -> Option<usize> {
         let (cols, outer) = shape.split_last()?;

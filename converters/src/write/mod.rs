@@ -119,6 +119,14 @@ impl Target {
         }
     }
 
+    /// The format of its elements, if it is one that runs.
+    pub fn format(&self) -> Option<Format> {
+        match self.encoding {
+            Encoding::Made(format) => Some(format),
+            Encoding::Stored(..) => None,
+        }
+    }
+
     /// Element type, in the words of safetensors; `None` for formats that it does not know.
     pub fn dtype(&self) -> Option<&str> {
         match &self.encoding {

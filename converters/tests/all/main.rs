@@ -5,6 +5,7 @@ mod checkpoints;
 mod common;
 mod configs;
 mod contradictions;
+mod gguf;
 mod goldens;
 mod mappings;
 mod writing;

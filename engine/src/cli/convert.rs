@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use serde_json::json;
 use strata_converters::write::Progress;
@@ -13,6 +13,7 @@ use strata_converters::write::Progress;
 use super::output::{Terminal, bytes};
 use super::{DTypeChoice, Environment, Source, catch_interrupts, interrupted};
 use crate::load::{self, ConvertOptions};
+use crate::recipe::Recipe;
 
 /// Write a checkpoint in another form
 #[derive(Debug, Args)]
@@ -24,13 +25,19 @@ the mean of two, `mamba@new` drawn by --seed. The folder then holds plan.yaml to
 pub struct Convert {
     /// What to read: folder, Hub id (owner/name[@revision]) or bundled name
     from: String,
-    /// The folder to write
+    /// The folder to write, or the file where it ends with .gguf
     to: PathBuf,
     #[command(flatten)]
     source: Source,
     /// Element type of matrices; auto keeps what they have
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
     dtype: DTypeChoice,
+    /// The form to write [default: gguf if the name ends so, else safetensors]
+    #[arg(long = "to", value_enum, value_name = "FORM", id = "form")]
+    form: Option<Form>,
+    /// Quantise matrices: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, or a file of a recipe
+    #[arg(long, value_name = "RECIPE", value_parser = Recipe::find)]
+    quantize: Option<Recipe>,
     /// Largest file, such as 5GB or 500MB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
     shard_size: u64,
@@ -43,6 +50,13 @@ pub struct Convert {
     /// Threads [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+}
+
+/// What is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Form {
+    Safetensors,
+    Gguf,
 }
 
 /// `5GB`, `500MB`, or bytes.
@@ -77,6 +91,11 @@ impl Convert {
         let options = ConvertOptions {
             from: self.source.load_options(Some(&self.from), environment),
             to: self.to.clone(),
+            gguf: match self.form {
+                Some(form) => form == Form::Gguf,
+                None => self.to.extension().is_some_and(|e| e == "gguf"),
+            },
+            quantize: self.quantize.clone(),
             dtype: self.dtype.chosen(),
             shard_bytes: self.shard_size,
             force: self.force,

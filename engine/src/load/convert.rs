@@ -13,10 +13,12 @@ use strata_layers::plan::{self, Place};
 use strata_layers::{Graph, Plan, Role};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::convert_gguf::{from_gguf, to_gguf};
 use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
 use crate::random_weights;
+use crate::recipe::Recipe;
 
 /// What to write, and how.
 #[derive(Debug, Clone)]
@@ -25,8 +27,12 @@ pub struct ConvertOptions {
     pub from: LoadOptions,
     /// The folder that is written.
     pub to: PathBuf,
+    /// Writes a GGUF file instead of a folder of safetensors.
+    pub gguf: bool,
     /// Element type of matrices; none keeps what they have.
     pub dtype: Option<DType>,
+    /// Quantises matrices; for GGUF files.
+    pub quantize: Option<Recipe>,
     /// Most bytes of a file.
     pub shard_bytes: u64,
     /// Replaces what is there.
@@ -68,8 +74,29 @@ pub fn convert(
         notes: mapping.notes().to_vec(),
         ..Converted::default()
     };
+    if options.gguf {
+        if planned.origin == Origin::Edited {
+            return Err(Error::Input(
+                "a plan of one's own goes to a folder first; its GGUF file is made from there"
+                    .into(),
+            ));
+        }
+        return to_gguf(options, &planned, &files, &mapping, converted, progress);
+    }
+    if options.quantize.is_some() {
+        return Err(Error::Input(
+            "safetensors has no block formats: write a GGUF file (--to gguf), or quantise while loading".into(),
+        ));
+    }
     let mut texts = text_files(&files)?;
-    let mut targets = if planned.origin == Origin::Edited {
+    let mut targets = if let Some(gguf) = files.gguf() {
+        if planned.origin == Origin::Edited {
+            return Err(Error::Input(
+                "a GGUF file goes to a folder first; a plan of one's own is applied to that".into(),
+            ));
+        }
+        from_gguf(&planned, gguf, &mapping, options.dtype)?
+    } else if planned.origin == Origin::Edited {
         let new_plan = renumbered(&planned.plan);
         let targets = edited(
             &planned,
@@ -90,7 +117,9 @@ pub fn convert(
         copied(&mapping)?
     };
     if let Some(dtype) = options.dtype {
-        retype(&mut targets, &planned.graph, &mapping, dtype);
+        if files.gguf().is_none() {
+            retype(&mut targets, &planned.graph, &mapping, dtype);
+        }
         if let Some(config) = texts.get_mut("config.json") {
             set_dtype(config, dtype);
         }
@@ -100,24 +129,7 @@ pub fn convert(
     for target in &targets {
         converted.bytes += target.bytes()?;
     }
-    let room = options.to.parent().unwrap_or(Path::new("."));
-    let room = if room.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        room
-    };
-    if let Some(free) = hub::free_bytes(room)
-        && free < converted.bytes
-    {
-        let gb = |bytes: u64| bytes as f64 / 1e9;
-        return Err(Error::Input(format!(
-            "{}: the checkpoint needs {:.2} GB and {:.2} GB are free there",
-            options.to.display(),
-            gb(converted.bytes),
-            gb(free)
-        )));
-    }
-
+    check_space(&options.to, converted.bytes)?;
     progress.begin(converted.bytes);
     let shards = safetensors::shards(&targets, options.shard_bytes)?;
     let identity = identity(&files, &mapping, &shards)?;
@@ -155,6 +167,26 @@ pub fn convert(
     }
     folder.finish()?;
     Ok(converted)
+}
+
+/// Fails unless there is room for so many bytes where `to` will be.
+pub(super) fn check_space(to: &Path, bytes: u64) -> Result<()> {
+    let room = match to.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    match hub::free_bytes(room) {
+        Some(free) if free < bytes => {
+            let gb = |bytes: u64| bytes as f64 / 1e9;
+            Err(Error::Input(format!(
+                "{}: the checkpoint needs {:.2} GB and {:.2} GB are free there",
+                to.display(),
+                gb(bytes),
+                gb(free)
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Every tensor as it is, those that feed no weight too.
@@ -413,6 +445,20 @@ fn text_files(files: &ModelFiles) -> Result<BTreeMap<String, Vec<u8>>> {
         ".tiktoken",
     ];
     let mut texts = BTreeMap::new();
+    if files.gguf().is_some() {
+        // What metadata stands for.
+        for name in [
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+        ] {
+            if let Some(text) = files.text(name)? {
+                texts.insert(name.to_string(), text.into_bytes());
+            }
+        }
+        return Ok(texts);
+    }
     for name in files.list()? {
         let kept = KEPT.iter().any(|end| name.ends_with(end)) || name.starts_with("LICENSE");
         if kept && !name.ends_with(".index.json") && !name.starts_with('.') {

@@ -39,6 +39,8 @@ pub struct Planned {
     pub(super) label: String,
     pub(super) origin: Origin,
     pub(super) card: Option<Card>,
+    /// The card with the names that the family publishes, whatever names this checkpoint has.
+    pub(super) published: Option<Card>,
     pub(super) config: Option<Config>,
 }
 
@@ -138,6 +140,10 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         (None, Some(config)) => Some(cards::find(config)?.clone()),
         (None, None) => None,
     };
+    let published = match (&card, &config) {
+        (Some(card), Some(config)) => Some(card.bound(config)?),
+        _ => None,
+    };
     // Cards that know no GGUF files were refused with the config.
     let card = match gguf {
         Some(_) => card.and_then(|c| c.for_gguf()),
@@ -194,6 +200,7 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         label,
         origin,
         card,
+        published,
         config,
     })
 }

@@ -1,6 +1,7 @@
 //! From what a user named to a model that runs: the only user of the converters.
 
 mod convert;
+mod convert_gguf;
 mod device;
 mod inspect;
 mod limits;
@@ -36,7 +37,7 @@ pub use model::{Limits, Model};
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
 use stored::{SCANNED_BYTES, Stored, main_format, non_finite};
-use text_files::{text_note, text_of};
+use text_files::text_of;
 
 /// Seed of the weights of new blocks, where nobody gives one.
 pub const NEW_SEED: u64 = 0;
@@ -238,13 +239,9 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         }
     };
 
-    let (tokenizer, generation) = match &located {
+    let (tokenizer, generation, no_text) = match &located {
         Located::Files(files) => text_of(files, planned.plan.vocab)?,
-        Located::Config(_) | Located::Plan(_) => (None, GenerationConfig::default()),
-    };
-    let no_text = match &located {
-        Located::Files(files) => text_note(files),
-        Located::Config(_) | Located::Plan(_) => None,
+        Located::Config(_) | Located::Plan(_) => (None, GenerationConfig::default(), None),
     };
     notes.extend(no_text.iter().map(|why| format!("warning: {why}")));
     let template = tokenizer

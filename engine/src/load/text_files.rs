@@ -34,21 +34,18 @@ impl TextFiles for Files<'_> {
     }
 }
 
-/// What is worth telling of them: that a GGUF file's tokenizer cannot be used, and why.
-pub(super) fn text_note(files: &ModelFiles) -> Option<String> {
-    let why = files.gguf()?.tokenizer_fault()?;
-    Some(format!(
-        "{}: its tokenizer cannot be used: {why}; --token-ids still can",
-        files.name()
-    ))
-}
-
 /// The tokenizer of a model with a vocabulary of `vocab`, if the files have one or it reads bytes, and
-/// how the model asks to be sampled.
+/// how the model asks to be sampled. A GGUF file's model runs without its tokenizer too: why that cannot be
+/// used is told.
 pub(super) fn text_of(
     files: &ModelFiles,
     vocab: usize,
-) -> Result<(Option<Arc<Tokenizer>>, GenerationConfig)> {
+) -> Result<(Option<Arc<Tokenizer>>, GenerationConfig, Option<String>)> {
+    let gguf = files.gguf();
+    let told = |why: &dyn std::fmt::Display| {
+        let name = files.name();
+        format!("{name}: its tokenizer cannot be used: {why}; --token-ids still can")
+    };
     let files = Files(files);
     let generation = GenerationConfig::open(&files)?;
     let bytes = byte_offset(&files, vocab)?.map(|offset| Bytes {
@@ -57,11 +54,16 @@ pub(super) fn text_of(
         eos: generation.eos_token_ids.first().copied(),
         pad: generation.pad_token_id,
     });
-    let tokenizer = match bytes {
-        None if !files.0.exists("tokenizer.json") => None,
-        bytes => Some(Arc::new(Tokenizer::open(&files, bytes)?)),
+    let fault = gguf.and_then(|g| g.tokenizer_fault());
+    let (tokenizer, why) = match bytes {
+        None if !files.0.exists("tokenizer.json") => (None, fault.map(|why| told(&why))),
+        bytes => match Tokenizer::open(&files, bytes) {
+            Ok(tokenizer) => (Some(Arc::new(tokenizer)), None),
+            Err(why) if gguf.is_some() => (None, Some(told(&why))),
+            Err(why) => return Err(why.into()),
+        },
     };
-    Ok((tokenizer, generation))
+    Ok((tokenizer, generation, why))
 }
 
 /// The id of byte 0 in a model that reads bytes: the `byte_offset` of tokenizer_config.json. Where there

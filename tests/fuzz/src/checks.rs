@@ -92,6 +92,35 @@ pub fn safetensors(bytes: &[u8], folder: &Path) {
     }
 }
 
+/// A GGUF file in a folder of its own: what opens has its tensors within the file, and its metadata is a
+/// config and a tokenizer, or says why not.
+pub fn gguf(bytes: &[u8], folder: &Path) {
+    std::fs::write(folder.join("x.gguf"), bytes).expect("a folder to write to");
+    let Ok(files) = ModelFiles::open(folder) else {
+        return;
+    };
+    let Some(gguf) = files.gguf() else {
+        return;
+    };
+    gguf.tokenizer_fault();
+    if let Ok(Some(text)) = files.text("tokenizer.json") {
+        assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok());
+    }
+    let checkpoint = Checkpoint::open(&files).expect("the header was read");
+    for (name, info) in checkpoint.tensors() {
+        assert!(info.range.end <= bytes.len(), "{name}: {info:?}");
+        if let Ok(tensor) = checkpoint.tensor(name) {
+            assert_eq!(tensor.shape(), info.shape, "{name}");
+        }
+    }
+    if let Ok(config) = Config::open(&files)
+        && let Ok(card) = cards::find(&config)
+        && let Ok(plan) = card.plan(&config, "fuzzed")
+    {
+        lowered(&plan);
+    }
+}
+
 /// An index of shards in a folder of its own.
 pub fn index(bytes: &[u8], folder: &Path) {
     std::fs::write(folder.join("model.safetensors.index.json"), bytes)

@@ -1,0 +1,128 @@
+//! Conversions to and from GGUF files.
+
+use std::collections::BTreeMap;
+
+use strata_converters::gguf::write::{self as gguf_write, Input};
+use strata_converters::mapping::Mapping;
+use strata_converters::published;
+use strata_converters::tensor_map::Source;
+use strata_converters::write::{Content, Progress, Target};
+use strata_converters::{Gguf, ModelFiles};
+use strata_kernels::{DType, Format, HostTensor};
+use strata_layers::Role;
+use strata_layers::graph::GraphWeight;
+
+use super::convert::{ConvertOptions, Converted, check_space};
+use super::locate::Planned;
+use super::{Error, Result};
+
+/// Writes a GGUF file.
+pub(super) fn to_gguf(
+    options: &ConvertOptions,
+    planned: &Planned,
+    files: &ModelFiles,
+    mapping: &Mapping,
+    mut converted: Converted,
+    progress: &mut dyn Progress,
+) -> Result<Converted> {
+    let (Some(card), Some(config)) = (&planned.published, &planned.config) else {
+        return Err(Error::Input(
+            "a GGUF file needs a config.json, whose card says how the family is written there"
+                .into(),
+        ));
+    };
+    let input = Input {
+        files,
+        card,
+        config,
+        plan: &planned.plan,
+        mapping,
+    };
+    let choose = |weight: &GraphWeight| {
+        let chosen = options.quantize.as_ref().and_then(|r| r.choose(weight));
+        chosen.or(options.dtype.map(Format::from))
+    };
+    let stored: u64 = mapping.rows().iter().map(|row| row.bytes as u64).sum();
+    check_space(
+        &options.to,
+        if options.quantize.is_some() {
+            0
+        } else {
+            stored
+        },
+    )?;
+    let how = gguf_write::Options {
+        choose: &choose,
+        threads: options.threads,
+        force: options.force,
+    };
+    let written = gguf_write::write(&options.to, &input, &how, progress)?;
+    converted.tensors = written.tensors;
+    converted.bytes = written.bytes;
+    let name = options.to.file_name().unwrap_or_default();
+    converted.files = vec![name.to_string_lossy().into_owned()];
+    converted.notes.extend(written.notes);
+    Ok(converted)
+}
+
+/// The tensors of a GGUF file under the names that the family publishes, in the types that they had before.
+pub(super) fn from_gguf(
+    planned: &Planned,
+    gguf: &Gguf,
+    mapping: &Mapping,
+    dtype: Option<DType>,
+) -> Result<Vec<Target>> {
+    let card = planned.published.as_ref().ok_or_else(|| {
+        Error::Input("the file's family has no card, which would name its tensors".into())
+    })?;
+    let weights = planned.graph.weights();
+    let mut sources: Vec<(Source, Vec<usize>)> = Vec::new();
+    for weight in &weights {
+        let found = card.tensors().find(&weight.path).sources.into_iter().next();
+        let source = found
+            .ok_or_else(|| Error::Input(format!("{}: the card has no name for it", weight.path)))?;
+        sources.push((source, weight.spec.shape.clone()));
+    }
+    let before: BTreeMap<String, String> = gguf
+        .text(gguf_write::DTYPES)
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or_default();
+    let mut targets = Vec::new();
+    for (name, made) in published::assemble(&sources, |_| None) {
+        let made = made.map_err(|why| Error::Input(format!("{name}: {why}")))?;
+        let was = before
+            .get(&name)
+            .and_then(|d| Format::named(&d.to_lowercase()));
+        let mut runs: Vec<(HostTensor, std::ops::Range<usize>)> = Vec::new();
+        let mut format = was;
+        for run in &made.runs {
+            let weight = &weights[run.weight];
+            let tensor = mapping.load(&weight.path)?;
+            let matrix = weight.spec.role != Role::Vector;
+            let in_blocks = tensor.format().dtype().is_none();
+            let chosen = match (matrix, dtype) {
+                (true, Some(dtype)) => dtype.into(),
+                (true, None) if in_blocks => Format::BF16,
+                _ => was.unwrap_or(tensor.format()),
+            };
+            format = Some(chosen);
+            let tensor = if made.undo.is_empty() {
+                tensor
+            } else {
+                // What cannot be computed back lies in the file.
+                let source = &sources[run.weight].0;
+                let values = gguf_write::original(gguf, &weight.path, &tensor, source, chosen);
+                HostTensor::from_f32(&weight.spec.shape, &values)?
+            };
+            runs.push((tensor, run.elements.clone()));
+        }
+        let format = format.unwrap_or(Format::F32);
+        targets.push(Target::made(name, made.shape, format, move || {
+            Ok(Content::Made {
+                runs: runs.clone(),
+                undo: Vec::new(),
+            })
+        }));
+    }
+    Ok(targets)
+}
