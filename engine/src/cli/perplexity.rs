@@ -22,7 +22,7 @@ guide to perplexity: each token is scored once, in the first window that reaches
 context - stride tokens before it; of the first window, every token but the text's first is scored. Within
 a window the state is carried and chunks change nothing. By default the window is all that the model was
 made for, so that most texts are one unbroken pass; --context 0 makes it one whatever the model was made
-for. llama.cpp cuts the text into windows of 512 and scores the second half of each:
+for. The usual tool for GGUF files cuts the text into windows of 512 and scores the second half of each:
 --context 512 --stride 256 comes nearest. A text gets the tokens that the tokenizer frames it with
 (often a beginning-of-text token), once.
 
