@@ -253,8 +253,8 @@ fn generate_refuses_what_cannot_be() {
             "stop string 0 is empty",
         ),
         (
-            [hi, &["4", "--device", "cuda:0"]].concat(),
-            "no CUDA backend",
+            [hi, &["4", "--device", "cuda:first"]].concat(),
+            "devices are cpu, cuda, cuda:N and reference",
         ),
         (
             vec!["generate", "--token-ids", "999999999"],

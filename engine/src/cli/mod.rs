@@ -22,7 +22,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_kernels::DType;
 
 use crate::hub::HubOptions;
-use crate::load::{self, LoadOptions, Model};
+use crate::load::{self, CudaPlaces, LoadOptions, Model};
+use crate::recipe::Recipe;
 use crate::session::EngineConfig;
 use output::Terminal;
 
@@ -71,6 +72,8 @@ pub struct Environment {
     pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
+    /// Where a GPU's libraries may be, and where its kernels are kept.
+    pub cuda: CudaPlaces,
 }
 
 /// Where a model comes from, and how to print.
@@ -102,7 +105,7 @@ pub struct Source {
 pub struct Common {
     #[command(flatten)]
     source: Source,
-    /// Where to run: cpu, or reference (plain loops, to settle arguments)
+    /// Where to run: cpu, cuda (a GPU; cuda:1 is the second), or reference (plain loops, to settle arguments)
     #[arg(
         long,
         value_name = "DEVICE",
@@ -113,6 +116,10 @@ pub struct Common {
     /// Compute type; auto is the checkpoint's
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
     dtype: DTypeChoice,
+    /// Quantise matrices while loading: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, or a
+    /// file of a recipe
+    #[arg(long, value_name = "RECIPE", value_parser = Recipe::find, help_heading = "Computing")]
+    quantize: Option<Recipe>,
     /// Threads to compute with [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS), help_heading = "Computing")]
     threads: Option<u16>,
@@ -154,7 +161,9 @@ impl Source {
             random: self.random,
             device: "cpu".into(),
             dtype: None,
+            quantize: None,
             threads: None,
+            cuda: environment.cuda.clone(),
             hub,
         }
     }
@@ -165,6 +174,7 @@ impl Common {
         LoadOptions {
             device: self.device.clone(),
             dtype: self.dtype.chosen(),
+            quantize: self.quantize.clone(),
             threads: self.threads.map(usize::from),
             ..self.source.load_options(model, environment)
         }
@@ -195,7 +205,7 @@ impl Common {
     /// Sizes for one sequence of up to `tokens`.
     fn engine_config(&self, model: &Model, tokens: usize, sequences: usize) -> EngineConfig {
         EngineConfig::new(tokens.max(1), sequences, model.kv_dtype)
-            .with_row_bytes(model.footprint.per_row())
+            .for_device(&*model.network.backend, model.footprint.per_row())
     }
 }
 
