@@ -27,7 +27,7 @@ for. The usual tool for GGUF files cuts the text into windows of 512 and scores 
 (often a beginning-of-text token), once.
 
 With --compare both models read the same tokens. KL is D(MODEL || MODEL2) in nats a token: how surprising
-MODEL2's predictions are to MODEL. --plan, --card and --random are MODEL's alone. Standard errors
+MODEL2's predictions are to MODEL. --plan, --card, --random and --quantize are MODEL's alone. Standard errors
 take tokens as independent.
 
 Examples:
@@ -210,6 +210,7 @@ impl Perplexity {
             plan: None,
             card: None,
             random: None,
+            quantize: None,
             ..self.common.load_options(Some(name), environment)
         }
     }
