@@ -1,13 +1,17 @@
 //! The exactness contract on random models of many shapes, on every backend of the CPU.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use strata::load::{LoadOptions, Silent, load};
 use strata::random_weights::RandomWeights;
-use strata::runner::Network;
+use strata::runner::{Network, Point};
+use strata::session::{Engine, EngineConfig, Request};
 use strata::verify::{VerifyOptions, verify};
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType};
 use strata_layers::{Graph, Plan};
+use strata_tests::golden;
 
 const MOE: &str =
     "{experts: 4, top_k: 2, d_ff: 20, act: silu, router: {score: softmax, normalize: false}}";
@@ -133,5 +137,98 @@ fn the_reference_is_exact() {
         ("chunks", chunks()),
     ] {
         check(name, &plan, DType::F32, Arc::new(Reference), &[]);
+    }
+}
+
+/// The stream of some sequences at every point, and their logits: by sequence, then point, then position.
+type Streams = Vec<Vec<(Point, Vec<Vec<u32>>)>>;
+
+fn streams(
+    folder: &Path,
+    prompts: &[Vec<u32>],
+    config: &dyn Fn(EngineConfig) -> EngineConfig,
+) -> Streams {
+    let options = LoadOptions {
+        model: Some(folder.display().to_string()),
+        device: "cpu".into(),
+        dtype: Some(DType::F32),
+        threads: Some(2),
+        ..LoadOptions::default()
+    };
+    let model = load(&options, &mut Silent::default()).unwrap();
+    let network = Arc::clone(&model.network);
+    let graph = network.graph.clone();
+    let points = || {
+        let blocks = (0..graph.stack.len()).map(Point::Block);
+        [Point::Embedding]
+            .into_iter()
+            .chain(blocks)
+            .chain([Point::Norm])
+    };
+    let mut found: Streams = prompts
+        .iter()
+        .map(|_| points().map(|p| (p, Vec::new())).collect())
+        .collect();
+    let mut engine = Engine::new(
+        network,
+        config(EngineConfig::new(64, prompts.len(), DType::F32)),
+    )
+    .unwrap();
+    let ids: Vec<_> = prompts
+        .iter()
+        .map(|p| {
+            engine
+                .submit(Request {
+                    prompt: p.clone(),
+                    ..Request::default()
+                })
+                .unwrap()
+        })
+        .collect();
+    let mut take = |w: strata::session::Watched<'_>| {
+        let sequence = ids.iter().position(|id| *id == w.id).unwrap();
+        let (_, rows) = found[sequence]
+            .iter_mut()
+            .find(|(p, _)| *p == w.point)
+            .unwrap();
+        assert_eq!(
+            w.position,
+            rows.len(),
+            "{:?}: rows come in order, those of a prefix to no one",
+            w.point
+        );
+        rows.extend(
+            w.rows
+                .chunks_exact(graph.d_model)
+                .map(|r| r.iter().map(|x| x.to_bits()).collect()),
+        );
+    };
+    while engine.step_watched(&mut take, &mut |_, _, _| {}).unwrap() {}
+    found
+}
+
+#[test]
+fn the_watched_stream_depends_on_no_chunk_and_no_neighbour() {
+    // One with learned rows before every sequence, one whose blocks share weights.
+    for name in [
+        "hymba/memory-tokens",
+        "jamba/dense-tied-bf16",
+        "zamba2/two-blocks-rope",
+    ] {
+        let folder: PathBuf = golden(name);
+        let prompts: Vec<Vec<u32>> = vec![(1..24).collect(), vec![5], vec![9, 8, 7, 6]];
+        let alone: Streams = prompts
+            .iter()
+            .flat_map(|p| streams(&folder, std::slice::from_ref(p), &|c| c))
+            .collect();
+        for (rows, prompt) in alone.iter().zip(&prompts) {
+            assert!(rows.iter().all(|(_, r)| r.len() == prompt.len()), "{name}");
+        }
+        assert_eq!(streams(&folder, &prompts, &|c| c), alone, "{name}: batched");
+        assert_eq!(
+            streams(&folder, &prompts, &|c| c.with_chunk(3)),
+            alone,
+            "{name}: chunked"
+        );
     }
 }

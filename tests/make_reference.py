@@ -9,7 +9,7 @@ with `strata verify --dtype f32`). The file holds
     token_ids    I64 (tokens)
     hidden.0     F32 (tokens, d_model)   what the first block reads: the embedding, scaled if the model does that
     hidden.{i}   F32 (tokens, d_model)   behind block i, counted from 1
-    norm         F32 (tokens, d_model)   behind the final norm
+    final_norm   F32 (tokens, d_model)   behind the norm that follows the last block
     logits       F32 (tokens, vocab)
 
 `output_hidden_states` would not do: its last entry is behind the final norm, so that the last block's own is
@@ -52,7 +52,7 @@ def record(model, ids, blocks, norm):
     hooks = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
     for i, block in enumerate(blocks):
         hooks.append(block.register_forward_hook(lambda _, __, out, i=i: keep(f"hidden.{i + 1}", out)))
-    hooks.append(norm.register_forward_hook(lambda _, __, out: keep("norm", out)))
+    hooks.append(norm.register_forward_hook(lambda _, __, out: keep("final_norm", out)))
     with torch.no_grad():
         keep("logits", model(ids[None], use_cache=False).logits)
     for hook in hooks:

@@ -3,16 +3,10 @@
 #![cfg(target_os = "linux")]
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use strata::load::{LoadOptions, Silent, load};
-use strata::runner::Point;
-use strata::session::{Engine, EngineConfig, Request};
-use strata_kernels::DType;
 use strata_tests::{Done, Folder, Row, check, golden, root, run, text};
 
 fn object(done: &Done) -> Value {
@@ -221,7 +215,13 @@ fn texts_and_models_that_give_no_perplexity_are_refused() {
     weights[end..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(bad.join("model.safetensors"), weights).unwrap();
     let jamba = text(&golden("jamba/dense-tied-bf16"));
-    let rows: [Row<'_>; 17] = [
+    let rows: [Row<'_>; 19] = [
+        (&["perplexity", "--help"], 0, "D(MODEL || MODEL2) in nats"),
+        (
+            &["verify", "--help"],
+            0,
+            "tests/make_reference.py writes them",
+        ),
         (&["perplexity"], 2, "--file"),
         (
             &["perplexity", "--file", "text", "--token-ids-file", "ids"],
@@ -551,7 +551,7 @@ fn reference_files_are_not_trusted() {
         keep(&n.replace("hidden.4", "hidden.9"), d, s, b)
     });
     let extra = rewritten(&file, &folder, "extra", |n, d, s, b| {
-        keep(&n.replace("norm", "norms"), d, s, b)
+        keep(&n.replace("final_norm", "norms"), d, s, b)
     });
     let far = rewritten(&file, &folder, "far", |n, d, s, b| {
         let bytes = if n == "token_ids" {
@@ -574,7 +574,7 @@ fn reference_files_are_not_trusted() {
         (deep, "has at least 9 blocks, the plan 4"),
         (
             extra,
-            "`norms` is none of token_ids, hidden.0 to hidden.4, norm and logits",
+            "`norms` is none of token_ids, hidden.0 to hidden.4, final_norm and logits",
         ),
         (
             far,
@@ -645,97 +645,4 @@ fn reference_files_are_not_trusted() {
         ],
         &folder.0,
     );
-}
-
-/// The stream of some sequences at every point, and their logits: by sequence, then point, then position.
-type Streams = Vec<Vec<(Point, Vec<Vec<u32>>)>>;
-
-fn streams(
-    folder: &Path,
-    prompts: &[Vec<u32>],
-    config: &dyn Fn(EngineConfig) -> EngineConfig,
-) -> Streams {
-    let options = LoadOptions {
-        model: Some(folder.display().to_string()),
-        device: "cpu".into(),
-        dtype: Some(DType::F32),
-        threads: Some(2),
-        ..LoadOptions::default()
-    };
-    let model = load(&options, &mut Silent::default()).unwrap();
-    let network = Arc::clone(&model.network);
-    let graph = network.graph.clone();
-    let points = || {
-        let blocks = (0..graph.stack.len()).map(Point::Block);
-        [Point::Embedding]
-            .into_iter()
-            .chain(blocks)
-            .chain([Point::Norm])
-    };
-    let mut found: Streams = prompts
-        .iter()
-        .map(|_| points().map(|p| (p, Vec::new())).collect())
-        .collect();
-    let mut engine = Engine::new(
-        network,
-        config(EngineConfig::new(64, prompts.len(), DType::F32)),
-    )
-    .unwrap();
-    let ids: Vec<_> = prompts
-        .iter()
-        .map(|p| {
-            engine
-                .submit(Request {
-                    prompt: p.clone(),
-                    ..Request::default()
-                })
-                .unwrap()
-        })
-        .collect();
-    let mut take = |w: strata::session::Watched<'_>| {
-        let sequence = ids.iter().position(|id| *id == w.id).unwrap();
-        let (_, rows) = found[sequence]
-            .iter_mut()
-            .find(|(p, _)| *p == w.point)
-            .unwrap();
-        assert_eq!(
-            w.position,
-            rows.len(),
-            "{:?}: rows come in order, those of a prefix to no one",
-            w.point
-        );
-        rows.extend(
-            w.rows
-                .chunks_exact(graph.d_model)
-                .map(|r| r.iter().map(|x| x.to_bits()).collect()),
-        );
-    };
-    while engine.step_watched(&mut take, &mut |_, _, _| {}).unwrap() {}
-    found
-}
-
-#[test]
-fn the_watched_stream_depends_on_no_chunk_and_no_neighbour() {
-    // One with learned rows before every sequence, one whose blocks share weights.
-    for name in [
-        "hymba/memory-tokens",
-        "jamba/dense-tied-bf16",
-        "zamba2/two-blocks-rope",
-    ] {
-        let folder: PathBuf = golden(name);
-        let prompts: Vec<Vec<u32>> = vec![(1..24).collect(), vec![5], vec![9, 8, 7, 6]];
-        let alone: Streams = prompts
-            .iter()
-            .flat_map(|p| streams(&folder, std::slice::from_ref(p), &|c| c))
-            .collect();
-        for (rows, prompt) in alone.iter().zip(&prompts) {
-            assert!(rows.iter().all(|(_, r)| r.len() == prompt.len()), "{name}");
-        }
-        assert_eq!(streams(&folder, &prompts, &|c| c), alone, "{name}: batched");
-        assert_eq!(
-            streams(&folder, &prompts, &|c| c.with_chunk(3)),
-            alone,
-            "{name}: chunked"
-        );
-    }
 }

@@ -1,8 +1,8 @@
 //! Another implementation's run of a model, block by block, and how far ours is from it.
 //!
 //! The file is safetensors: `token_ids` (T) I64 or I32, and in F32 whichever there are of `hidden.0` (T, D),
-//! what the first block reads; `hidden.{i}` (T, D), the stream behind block i, counted from 1; `norm` (T, D),
-//! behind the final norm; `logits` (T, V). `tests/make_reference.py` writes one with transformers.
+//! what the first block reads; `hidden.{i}` (T, D), the stream behind block i, counted from 1; `final_norm`
+//! (T, D); `logits` (T, V). `tests/make_reference.py` writes one with transformers.
 //!
 //! A row's difference is measured by the row: sqrt(mean((x - r)²)) over the standard deviation of r, the
 //! reference's values at that position. So positions and blocks of any size compare.
@@ -51,14 +51,14 @@ impl Value {
         match self {
             Value::Stream(Point::Embedding) => "hidden.0".into(),
             Value::Stream(Point::Block(i)) => format!("hidden.{}", i + 1),
-            Value::Stream(Point::Norm) => "norm".into(),
+            Value::Stream(Point::Norm) => "final_norm".into(),
             Value::Logits => "logits".into(),
         }
     }
 
     fn of(name: &str) -> Option<Value> {
         match name {
-            "norm" => Some(Value::Stream(Point::Norm)),
+            "final_norm" => Some(Value::Stream(Point::Norm)),
             "logits" => Some(Value::Logits),
             _ => {
                 let number = name.strip_prefix("hidden.")?;
@@ -150,7 +150,7 @@ impl ReferenceRun {
         for name in names {
             let Some(value) = Value::of(name) else {
                 faults.push(format!(
-                    "`{name}` is none of token_ids, hidden.0 to hidden.{blocks}, norm and logits"
+                    "`{name}` is none of token_ids, hidden.0 to hidden.{blocks}, final_norm and logits"
                 ));
                 continue;
             };

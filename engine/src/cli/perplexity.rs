@@ -22,12 +22,12 @@ guide to perplexity: each token is scored once, in the first window that reaches
 context - stride tokens before it; of the first window, every token but the text's first is scored. Within
 a window the state is carried and chunks change nothing. By default the window is all that the model was
 made for, so that most texts are one unbroken pass; --context 0 makes it one whatever the model was made
-for. llama.cpp cuts the text into windows of 512 and scores the second half of each:
+for. The usual tool for GGUF files cuts the text into windows of 512 and scores the second half of each:
 --context 512 --stride 256 comes nearest. A text gets the tokens that the tokenizer frames it with
 (often a beginning-of-text token), once.
 
 With --compare both models read the same tokens. KL is D(MODEL || MODEL2) in nats a token: how surprising
-MODEL2's predictions are to MODEL. --plan, --card and --random are MODEL's alone. Standard errors
+MODEL2's predictions are to MODEL. --plan, --card, --random and --quantize are MODEL's alone. Standard errors
 take tokens as independent.
 
 Examples:
@@ -210,6 +210,7 @@ impl Perplexity {
             plan: None,
             card: None,
             random: None,
+            quantize: None,
             ..self.common.load_options(Some(name), environment)
         }
     }

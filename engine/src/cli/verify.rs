@@ -24,7 +24,7 @@ With --against, the tokens of a reference's run are run instead, and the stream 
 reference's behind the embedding, every block and the final norm, and so are the logits. Differences are
 root mean squares over all positions, each row in standard deviations of the reference's row; the first
 block beyond --tolerance is named, with its worst position, and the status is 1. -v lists all blocks. The tensors
-of FILE are token_ids, hidden.0 (what the first block reads), hidden.1 … (behind each block), norm and
+of FILE are token_ids, hidden.0 (what the first block reads), hidden.1 … (behind each block), final_norm and
 logits, whichever there are; tests/make_reference.py writes them with transformers. The reference is F32
 unless made otherwise: --dtype f32 compares most sharply.
 
