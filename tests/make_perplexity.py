@@ -4,8 +4,8 @@
 
 Mean negative log-likelihoods of model-cards/demo/sample.md under the demonstration model in F32, in windows
 of some tokens every some tokens as in transformers' guide to perplexity: the labels of a window's tokens that an
-earlier window scored are left out. Beside it, per token, the divergence from the same model with the
-fourth of its eight blocks left out, in one window. Needs torch and transformers; seconds on one CPU thread.
+earlier window scored are left out. Beside it, in one window, how far the same model without the fourth of
+its eight blocks (the first, P) is from the whole one (the second, Q). Needs torch and transformers; seconds on one CPU thread.
 """
 
 import argparse
@@ -21,7 +21,7 @@ OUT = ROOT / "tests/golden/perplexity.json"
 TEXT = "model-cards/demo/sample.md"
 # context, stride; the first holds the whole text.
 WINDOWS = [(4096, 2048), (256, 128), (200, 70), (128, 128)]
-# Left out of the second model.
+# Left out of the first of two models.
 LEFT_OUT = 3
 
 
@@ -57,17 +57,15 @@ def main():
         for context, stride in WINDOWS:
             total, count = windowed(model, ids, context, stride)
             found["windows"].append({"context": context, "stride": stride, "scored_tokens": count, "nll": total / count})
-        p = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
-        other = load()
+        first = load()
         # A block that hands on what it is given.
-        other.model.layers[LEFT_OUT].register_forward_hook(lambda _, given, __: given[0])
-        q = torch.log_softmax(other(ids[None]).logits[0, :-1].double(), -1)
+        first.model.layers[LEFT_OUT].register_forward_hook(lambda _, given, __: given[0])
+        p, q = (torch.log_softmax(m(ids[None]).logits[0, :-1].double(), -1) for m in (first, model))
     kl = (p.exp() * (p - q)).sum(-1)
     back = (q.exp() * (q - p)).sum(-1)
-    nll = -q.gather(1, ids[1:, None])[:, 0]
     found["compared"] = {
         "left_out": LEFT_OUT,
-        "nll": nll.mean().item(),
+        "nll": -p.gather(1, ids[1:, None]).mean().item(),
         "kl_divergence": {
             "mean": kl.mean().item(),
             "standard_error": (kl.std() / math.sqrt(len(kl))).item(),

@@ -467,7 +467,7 @@ mod tests {
                 assert!(w.scored - w.start >= before, "{w:?} of {tokens}");
                 scored[w.scored..w.end].iter_mut().for_each(|s| *s += 1);
             }
-            let starts = |t: usize| t == 0 || stride == context && t % stride == 0;
+            let starts = |t: usize| t == 0 || stride == context && t.is_multiple_of(stride);
             for (t, times) in scored.iter().enumerate() {
                 assert_eq!(
                     *times,

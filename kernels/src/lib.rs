@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod error;
 pub mod format;
+mod formats;
 pub mod matrix;
 pub mod null;
 pub mod ops;

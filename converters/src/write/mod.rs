@@ -218,25 +218,23 @@ impl Target {
     }
 }
 
-/// Values in a format, appended.
+/// Values in a format, appended: whole blocks.
 fn encode(format: Format, values: &[f32], to: &mut Vec<u8>) -> std::result::Result<(), String> {
-    match format {
-        Format::F32 => to.extend(values.iter().flat_map(|v| v.to_le_bytes())),
-        Format::F16 => to.extend(
-            values
-                .iter()
-                .flat_map(|v| half::f16::from_f32(*v).to_le_bytes()),
-        ),
-        Format::BF16 => {
-            to.extend(
-                values
-                    .iter()
-                    .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()),
-            );
-        }
-        other => return Err(format!("nothing is quantised to {other} yet")),
+    let start = to.len();
+    let bytes = format
+        .row_bytes(values.len())
+        .ok_or("its pieces are no whole blocks")?;
+    to.resize(start + bytes, 0);
+    let to = &mut to[start..];
+    if format == Format::F32 {
+        // What is not finite is written as it is.
+        let places = to.chunks_exact_mut(4).zip(values);
+        places.for_each(|(to, v)| to.copy_from_slice(&v.to_le_bytes()));
+        return Ok(());
     }
-    Ok(())
+    format
+        .quantize(values, None, to)
+        .map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use strata_kernels::DType;
 
 use crate::hub::HubOptions;
 use crate::load::{self, CudaPlaces, LoadOptions, Model};
+use crate::recipe::Recipe;
 use crate::session::EngineConfig;
 use output::Terminal;
 
@@ -115,6 +116,10 @@ pub struct Common {
     /// Compute type; auto is the checkpoint's
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
     dtype: DTypeChoice,
+    /// Quantise matrices while loading: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, or a
+    /// file of a recipe
+    #[arg(long, value_name = "RECIPE", value_parser = Recipe::find, help_heading = "Computing")]
+    quantize: Option<Recipe>,
     /// Threads to compute with [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS), help_heading = "Computing")]
     threads: Option<u16>,
@@ -156,6 +161,7 @@ impl Source {
             random: self.random,
             device: "cpu".into(),
             dtype: None,
+            quantize: None,
             threads: None,
             cuda: environment.cuda.clone(),
             hub,
@@ -168,6 +174,7 @@ impl Common {
         LoadOptions {
             device: self.device.clone(),
             dtype: self.dtype.chosen(),
+            quantize: self.quantize.clone(),
             threads: self.threads.map(usize::from),
             ..self.source.load_options(model, environment)
         }

@@ -9,14 +9,13 @@ mod model;
 mod stored;
 mod text_files;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::Config;
-use strata_converters::mapping::Row as Mapped;
 use strata_kernels::{DType, Format};
 use strata_layers::graph::GraphWeight;
-use strata_layers::plan::is_new;
 use strata_layers::yaml::Value;
 use strata_layers::{Faults, Role};
 
@@ -24,6 +23,7 @@ use crate::footprint::Footprint;
 use crate::generation_config::{self, GenerationConfig};
 use crate::hub::{self, HubOptions};
 use crate::random_weights::RandomWeights;
+use crate::recipe::{Recipe, Storage};
 use crate::runner::Network;
 use crate::text;
 
@@ -58,6 +58,8 @@ pub struct LoadOptions {
     pub cuda: CudaPlaces,
     /// Compute type; none is the checkpoint's.
     pub dtype: Option<DType>,
+    /// Quantises matrices while loading.
+    pub quantize: Option<Recipe>,
     /// Threads; none is as many as the process may use.
     pub threads: Option<usize>,
     /// Where the Hub is; none knows no Hub ids.
@@ -156,7 +158,10 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         }
     };
     // What weights in blocks are multiplied with is rounded to BF16, as it is for those in BF16.
-    let auto = stored.dtype().unwrap_or(DType::BF16);
+    let auto = match options.quantize {
+        Some(_) => DType::BF16,
+        None => stored.dtype().unwrap_or(DType::BF16),
+    };
     let dtype = options.dtype.unwrap_or(auto);
     let activations = if dtype == DType::BF16 {
         DType::BF16
@@ -166,47 +171,70 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
 
     let weights = planned.graph.weights();
     let footprint = Footprint::of(planned.graph()?)?;
+    let threads = cpu.as_ref().map_or(1, |c| c.threads());
+    let storage = Storage {
+        format: stored.dtype().map_or(stored, |_| dtype.into()),
+        recipe: options.quantize.clone(),
+    };
+    // Of checkpoints what is not in blocks yet may be changed; widening is exact, so `f32` computes from the
+    // stored form.
+    let convert = options.dtype.filter(|d| *d != DType::F32);
+    let runs_in = |weight: &GraphWeight, stored: Format| match stored.dtype() {
+        _ if weight.spec.role == Role::Vector => Format::F32,
+        None => stored,
+        Some(stored) => {
+            let chosen = options.quantize.as_ref().and_then(|r| r.choose(weight));
+            chosen.unwrap_or_else(|| convert.unwrap_or(stored).into())
+        }
+    };
+    // In blocks there is nothing to draw: the weights of new blocks stay wide.
+    let matrices = convert.or(stored.dtype()).unwrap_or(DType::BF16);
+    let formats: HashMap<String, Format> = match &source {
+        Weights::Random(_) => weights
+            .iter()
+            .map(|w| (w.path.clone(), storage.of(w)))
+            .collect(),
+        Weights::Checkpoint(mapping) => {
+            let rows = mapping
+                .rows()
+                .iter()
+                .map(|row| (row.path.as_str(), row.format));
+            let rows: HashMap<&str, Format> = rows.collect();
+            let format = |w: &GraphWeight| match rows.get(w.path.as_str()) {
+                Some(stored) => runs_in(w, *stored),
+                None => runs_in(w, matrices.into()),
+            };
+            weights
+                .iter()
+                .map(|w| (w.path.clone(), format(w)))
+                .collect()
+        }
+    };
+    let bytes = |w: &GraphWeight| formats[&w.path].bytes_of(&w.spec.shape).unwrap_or(0) as u64;
+    let weights_bytes = weights.iter().map(bytes).sum();
+    let std = planned.plan.init_std;
     let network = match &source {
         Weights::Random(seed) => {
-            fits_memory(random_bytes(&weights, dtype))?;
-            let drawn = RandomWeights::new(*seed, planned.plan.init_std, dtype, backend.clone());
+            fits_memory(weights_bytes)?;
+            let drawn = RandomWeights::new(*seed, std, dtype, backend.clone());
+            let drawn = drawn.with_formats(formats, threads);
             Network::build(planned.graph, &drawn, backend, activations)?
         }
         Weights::Checkpoint(mapping) => {
             notes.extend(non_finite(mapping, SCANNED_BYTES));
+            if options.quantize.is_some()
+                && mapping.rows().iter().any(|r| r.format.dtype().is_none())
+            {
+                notes.push("matrices that are in blocks already stay in them".into());
+            }
             let total = mapping.rows().iter().map(|r| r.bytes as u64).sum();
             progress.start("loading", total);
-            // Widening is exact, so `f32` computes from the stored form.
-            let convert = options.dtype.filter(|d| *d != DType::F32);
-            // In blocks there is nothing to draw: such weights stay wide.
-            let matrices = convert.or(stored.dtype()).unwrap_or(DType::BF16);
-            let std = planned.plan.init_std;
             let drawn = RandomWeights::new(NEW_SEED, std, matrices, backend.clone());
-            let source = Stored::new(mapping, convert, drawn, backend.clone(), progress);
+            let drawn = drawn.with_formats(formats.clone(), threads);
+            let source = Stored::new(mapping, formats, threads, drawn, backend.clone(), progress);
             let network = Network::build(planned.graph, &source, backend, activations)?;
             source.finish();
             network
-        }
-    };
-    let weights_bytes = match &source {
-        Weights::Random(_) => random_bytes(&weights, dtype),
-        Weights::Checkpoint(mapping) => {
-            // One pass: the rows stand in the order of the weights.
-            let mut rows = mapping.rows().iter();
-            let row = |w: &GraphWeight| (!is_new(&w.path)).then(|| rows.next()).flatten();
-            let rows: Vec<Option<&Mapped>> = weights.iter().map(row).collect();
-            let each = weights.iter().zip(rows);
-            each.map(|(w, row)| {
-                let new = stored.dtype().unwrap_or(DType::BF16).into();
-                let stored = row.map_or(new, |row| row.format);
-                let format = match (w.spec.role, options.dtype) {
-                    (Role::Vector, _) => Format::F32,
-                    (_, Some(d)) if d != DType::F32 && stored.dtype().is_some() => d.into(),
-                    _ => stored,
-                };
-                format.bytes_of(&w.spec.shape).unwrap_or(0) as u64
-            })
-            .sum()
         }
     };
 
@@ -232,8 +260,8 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         kv_dtype: dtype,
         weights_bytes,
         footprint,
-        format: stored.dtype().map_or(stored, |_| dtype.into()),
-        threads: cpu.as_ref().map_or(1, |c| c.threads()),
+        storage,
+        threads,
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
         cpu,
         labels: planned.config.as_ref().map(labels).unwrap_or_default(),
@@ -260,16 +288,6 @@ fn labels(config: &Config) -> Vec<String> {
     };
     let labels: Option<Vec<String>> = (0..entries.len()).map(label).collect();
     labels.unwrap_or_default()
-}
-
-/// Bytes of weights that are drawn.
-fn random_bytes(weights: &[GraphWeight], dtype: DType) -> u64 {
-    let size = |w: &GraphWeight| match w.spec.role {
-        Role::Vector => 4,
-        Role::Matrix | Role::Table => dtype.size(),
-    };
-    let each = weights.iter().map(|w| (w.spec.elements() * size(w)) as u64);
-    each.sum()
 }
 
 /// Drawing more than the machine can hold would end in the middle, or take the machine down.
