@@ -3,7 +3,12 @@
 //!
 //! ```text
 //! cargo test --test parity cuda -- --ignored
+//! cargo test --test golden cuda -- --ignored
+//! strata verify --device cuda
 //! ```
+//!
+//! The test binaries (`cargo test --no-run` names them) and `strata` can be carried to a machine that has a
+//! GPU and no Rust: `parity cuda --ignored`, `golden cuda --ignored` with STRATA_GOLDEN naming the goldens.
 //!
 //! Orders of sums differ from the plain loops', and from one batch to another; what the CPU's tests ask
 //! to the bit is asked within a stated distance here, but for scans and convolutions, which no cut of a

@@ -39,7 +39,6 @@ pub struct EngineConfig {
 pub const DEFAULT_CHUNK: usize = 512;
 /// Most bytes that the activations of a chunk take, unless someone asks for more rows.
 const ACTIVATION_BYTES: usize = 160 << 20;
-/// The same on a device with memory of its own.
 const DEVICE_ACTIVATION_BYTES: usize = 4 << 30;
 /// Tokens of a page: keys and values of a page are some tens of kilobytes in published models.
 pub const DEFAULT_PAGE: usize = 64;

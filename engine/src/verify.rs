@@ -112,8 +112,7 @@ impl Trace {
             let distances = a.iter().zip(b).map(|(a, b)| (a - b).abs());
             let most = distances.fold(0.0, |m: f32, d| if d.is_nan() { d } else { m.max(d) });
             let error = most / deviation.sqrt().max(f32::MIN_POSITIVE);
-            // What is no number is too far as well.
-            if !(error <= tolerance) {
+            if error.is_nan() || error > tolerance {
                 return Some(format!(
                     "position {position}: logits differ by {error:.1e} of their standard deviation, at most {tolerance:.0e} is allowed"
                 ));
