@@ -565,6 +565,27 @@ impl<T: Element> View<T> {
         self.stride
     }
 
+    /// Rows in memory that a kernel has for itself.
+    pub(crate) fn of_rows(from: &[T], rows: usize, cols: usize) -> Self {
+        assert_eq!(from.len(), rows * cols, "{rows} rows of {cols}");
+        View {
+            pointer: from.as_ptr(),
+            rows,
+            cols,
+            stride: cols,
+        }
+    }
+
+    /// Columns `range` of every row.
+    pub(crate) fn columns(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.cols);
+        View {
+            pointer: self.pointer.wrapping_add(range.start),
+            cols: range.len(),
+            ..*self
+        }
+    }
+
     /// The first element.
     pub(crate) fn pointer(&self) -> *const T {
         self.pointer
@@ -591,6 +612,11 @@ impl<T: Element> ViewMut<T> {
 
     pub(crate) fn cols(&self) -> usize {
         self.0.cols
+    }
+
+    /// Columns `range` of every row.
+    pub(crate) fn column_range(&self, range: Range<usize>) -> Self {
+        ViewMut(self.0.columns(range))
     }
 
     /// The rows from `first` on.

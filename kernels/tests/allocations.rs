@@ -8,7 +8,7 @@ use strata_kernels::ops::{
     Attention, ExpertLinear, KvWrite, LayerNorm, Linear, RmsNorm, Rope, Route, S4dScan, Score,
     SelectiveScan, SsdChunked, SsdScan,
 };
-use strata_kernels::{Backend, DType, Matrix, Ragged, Span};
+use strata_kernels::{Backend, DType, Format, HostTensor, Matrix, Ragged, Span};
 
 /// The system's allocator, counted.
 struct Counting;
@@ -51,6 +51,16 @@ fn operations_allocate_nothing_after_the_first_time() {
     let (x, mut y, mut z) = (f32s(rows, d), f32s(rows, d), f32s(2 * rows, d));
     let (a, b, vector) = (f32s(n, d), f32s(rows, n), f32s(1, d));
     let (w, experts) = (bf16(d, d), [bf16(d, d), bf16(d, d)]);
+    let blocks = |format: Format| {
+        let values: Vec<f32> = (0..2 * d * d).map(|i| (i % 29) as f32 - 14.0).collect();
+        let mut bytes = vec![0; format.bytes_of(&[d, 2 * d]).unwrap()];
+        format.quantize(&values, None, &mut bytes).unwrap();
+        let range = 0..bytes.len();
+        let host = HostTensor::new(format, &[d, 2 * d], std::sync::Arc::new(bytes), range).unwrap();
+        Matrix::new(format, 2 * d, cpu.upload(&host, d, 2 * d).unwrap())
+    };
+    let in_blocks = [blocks(Format::Q8_0), blocks(Format::Q4K)];
+    let wide = f32s(rows, 2 * d);
     let mut chosen = cpu.alloc(DType::I32, rows, 2).unwrap();
     cpu.write(
         &(0..2 * rows).map(|i| (i % 2) as f32).collect::<Vec<_>>(),
@@ -88,6 +98,24 @@ fn operations_allocate_nothing_after_the_first_time() {
                 y: &mut y,
             };
             cpu.linear(op).unwrap();
+            for w in &in_blocks {
+                let op = Linear {
+                    x: &wide,
+                    w,
+                    bias: None,
+                    activations,
+                    y: &mut y,
+                };
+                cpu.linear(op).unwrap();
+            }
+            let op = ExpertLinear {
+                x: &wide,
+                w: &in_blocks,
+                experts: &chosen,
+                activations,
+                y: &mut z,
+            };
+            cpu.expert_linear(op).unwrap();
             let (w, experts) = (&experts, &chosen);
             cpu.expert_linear(ExpertLinear {
                 x: &x,

@@ -38,10 +38,24 @@ macro_rules! memory {
 impl Simd for Avx2 {
     type V = V;
     type Pairs = ();
+    type I = __m256i;
     const LANES: usize = 8;
     const ROWS: usize = 2;
+    const BYTE_ROWS: usize = 2;
 
     op! {
+        fn splat_i(x: i32) -> __m256i { _mm256_set1_epi32(x) }
+        fn add_i(a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi32(a, b) }
+        fn mul_i(a: __m256i, b: __m256i) -> __m256i { _mm256_mullo_epi32(a, b) }
+        fn to_f32(x: __m256i) -> V { _mm256_cvtepi32_ps(x) }
+        fn halves(x: __m256i) -> V {{
+            let words = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), x);
+            let words = _mm256_permute4x64_epi64::<0b10_00>(words);
+            _mm256_cvtph_ps(_mm256_castsi256_si128(words))
+        }}
+        fn dot_words(acc: __m256i, w: __m256i, x: i32) -> __m256i {
+            _mm256_add_epi32(acc, _mm256_madd_epi16(w, _mm256_set1_epi32(x)))
+        }
         fn splat(x: f32) -> V { _mm256_set1_ps(x) }
         fn add(a: V, b: V) -> V { _mm256_add_ps(a, b) }
         fn sub(a: V, b: V) -> V { _mm256_sub_ps(a, b) }
@@ -112,6 +126,32 @@ impl Simd for Avx2 {
         }
         fn store_f16_n(p: *mut f16, n: usize, x: V) {
             store_words(p, n, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const i32) -> __m256i {
+        // SAFETY: the caller has eight words there.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    fn dot_bytes<const WIDE: bool>(self, acc: __m256i, w: __m256i, x: i32) -> __m256i {
+        // SAFETY: a token exists only where the features were found.
+        unsafe {
+            let (x, ones) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
+            // Pairs are summed in 16 bits, which hold 2 · 127 · 128.
+            let low = if WIDE {
+                _mm256_and_si256(w, _mm256_set1_epi8(127))
+            } else {
+                w
+            };
+            let sum = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones);
+            let acc = _mm256_add_epi32(acc, sum);
+            if !WIDE {
+                return acc;
+            }
+            let high = _mm256_and_si256(w, _mm256_set1_epi8(-128));
+            let sum = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones);
+            _mm256_add_epi32(acc, sum)
         }
     }
     #[inline(always)]

@@ -39,11 +39,25 @@ macro_rules! memory {
 impl<const BF16: bool> Simd for Avx512<BF16> {
     type V = V;
     type Pairs = __m512i;
+    type I = __m512i;
     const LANES: usize = 16;
     const ROWS: usize = 4;
+    const BYTE_ROWS: usize = 6;
     const BF16_DOT: bool = BF16;
 
     op! {
+        fn splat_i(x: i32) -> __m512i { _mm512_set1_epi32(x) }
+        fn add_i(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
+        fn mul_i(a: __m512i, b: __m512i) -> __m512i { _mm512_mullo_epi32(a, b) }
+        fn to_f32(x: __m512i) -> V { _mm512_cvtepi32_ps(x) }
+        fn halves(x: __m512i) -> V { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)) }
+        fn dot_words(acc: __m512i, w: __m512i, x: i32) -> __m512i {
+            if BF16 {
+                _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x))
+            } else {
+                _mm512_add_epi32(acc, _mm512_madd_epi16(w, _mm512_set1_epi32(x)))
+            }
+        }
         fn splat(x: f32) -> V { _mm512_set1_ps(x) }
         fn add(a: V, b: V) -> V { _mm512_add_ps(a, b) }
         fn sub(a: V, b: V) -> V { _mm512_sub_ps(a, b) }
@@ -118,6 +132,80 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         fn load_pairs(p: *const bf16) -> __m512i { _mm512_loadu_si512(p.cast()) }
         fn load_pairs_n(p: *const bf16, n: usize) -> __m512i {
             _mm512_maskz_loadu_epi16(((1u64 << n) - 1) as __mmask32, p.cast())
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const i32) -> __m512i {
+        // SAFETY: the caller has sixteen words there.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    fn dot_bytes<const WIDE: bool>(self, acc: __m512i, w: __m512i, x: i32) -> __m512i {
+        // SAFETY: a token exists only where the features were found.
+        unsafe {
+            let x = _mm512_set1_epi32(x);
+            if BF16 {
+                return _mm512_dpbusd_epi32(acc, w, x);
+            }
+            // As in `avx2`.
+            let ones = _mm512_set1_epi16(1);
+            let low = if WIDE {
+                _mm512_and_si512(w, _mm512_set1_epi8(127))
+            } else {
+                w
+            };
+            let sum = _mm512_madd_epi16(_mm512_maddubs_epi16(low, x), ones);
+            let acc = _mm512_add_epi32(acc, sum);
+            if !WIDE {
+                return acc;
+            }
+            let high = _mm512_and_si512(w, _mm512_set1_epi8(-128));
+            let sum = _mm512_madd_epi16(_mm512_maddubs_epi16(high, x), ones);
+            _mm512_add_epi32(acc, sum)
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const i32, pitch: usize, to: *mut i32) {
+        // SAFETY: the caller has sixteen words in each of sixteen rows, and room for as many.
+        unsafe {
+            // Loops, not closures: those of sixteen elements are not always inlined.
+            let mut row = [_mm512_setzero_si512(); 16];
+            for (r, row) in row.iter_mut().enumerate() {
+                *row = _mm512_loadu_si512(from.add(r * pitch).cast());
+            }
+            // Quarters of a register hold words of two, then of four rows.
+            let mut two = row;
+            for i in 0..8 {
+                let (a, b) = (row[2 * i], row[2 * i + 1]);
+                two[2 * i] = _mm512_unpacklo_epi32(a, b);
+                two[2 * i + 1] = _mm512_unpackhi_epi32(a, b);
+            }
+            // Index 4g + w: word w of each quarter, of rows 4g to 4g + 3.
+            let mut four = two;
+            for g in 0..4 {
+                for w in 0..2 {
+                    let (a, b) = (two[4 * g + w], two[4 * g + w + 2]);
+                    four[4 * g + 2 * w] = _mm512_unpacklo_epi64(a, b);
+                    four[4 * g + 2 * w + 1] = _mm512_unpackhi_epi64(a, b);
+                }
+            }
+            for w in 0..4 {
+                let (a, b, c, d) = (four[w], four[4 + w], four[8 + w], four[12 + w]);
+                // Quarters 0 and 2, or 1 and 3, of two groups of rows.
+                let ab = _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
+                let cd = _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d);
+                let ab_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
+                let cd_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(c, d);
+                let out = [
+                    _mm512_shuffle_i32x4::<0b10_00_10_00>(ab, cd),
+                    _mm512_shuffle_i32x4::<0b10_00_10_00>(ab_odd, cd_odd),
+                    _mm512_shuffle_i32x4::<0b11_01_11_01>(ab, cd),
+                    _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_odd, cd_odd),
+                ];
+                for (quarter, out) in out.iter().enumerate() {
+                    _mm512_storeu_si512(to.add(16 * (4 * quarter + w)).cast(), *out);
+                }
+            }
         }
     }
     #[inline(always)]

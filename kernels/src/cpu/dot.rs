@@ -257,8 +257,9 @@ pub(crate) enum Place<'a> {
 }
 
 impl Place<'_> {
+    /// The rows of x and of y.
     #[inline(always)]
-    fn at(self, i: usize) -> (usize, usize) {
+    pub(crate) fn at(self, i: usize) -> (usize, usize) {
         match self {
             Place::Same => (i, i),
             Place::Listed { choices, x_div } => (choices[i] as usize / x_div, choices[i] as usize),

@@ -6,11 +6,19 @@ use crate::ops::Embed;
 use crate::tensor::{View, ViewMut};
 
 impl Cpu {
-    pub(super) fn do_embed(&self, mut op: Embed<'_>) {
-        if op.table.format().dtype().is_none() {
-            return op.reference();
-        }
+    pub(super) fn do_embed(&self, op: Embed<'_>) {
         let (ids, y) = (op.ids, op.y.view_mut::<f32>());
+        let format = op.table.format();
+        if format.dtype().is_none() {
+            let table = op.table.data().view::<u8>();
+            return self.for_rows(ids.len(), y.cols(), |rows, _| {
+                for r in rows {
+                    // SAFETY: rows are shared out, and each is written by one part.
+                    let y = unsafe { y.row(r) };
+                    format.dequantize(table.row(ids[r] as usize), y);
+                }
+            });
+        }
         with_float!(op.table.data().dtype(), T => {
             let table = op.table.data().view::<T>();
             self.for_rows(ids.len(), y.cols(), |rows, _| {

@@ -2,23 +2,25 @@
 //! weight is read once for all of its rows.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::bf16;
 
 use super::Cpu;
+use super::blocks::BlockDot;
 use super::dot::panel_len;
 use super::dot::{By, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
-use super::scratch::Plain;
+use super::linear::WIDENED_ROWS;
+use super::scratch::{Plain, Scratch};
 use super::simd::{Kernel, Simd, dots_bf16, with_float};
+use crate::format::Format;
+use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
 use crate::ops::{Combine, ExpertLinear};
 use crate::tensor::{DType, Element, View, ViewMut};
 
 impl Cpu {
-    pub(super) fn do_expert_linear(&self, mut op: ExpertLinear<'_>) {
-        if op.w.iter().any(|w| w.format().dtype().is_none()) {
-            return op.reference();
-        }
+    pub(super) fn do_expert_linear(&self, op: ExpertLinear<'_>) {
         let (x, y) = (op.x.view::<f32>(), op.y.view_mut::<f32>());
         let experts = op.experts.view::<i32>();
         let mut lists = self.lists();
@@ -33,6 +35,9 @@ impl Cpu {
         };
         let mut shared = self.shared();
         // Experts may be of several types; each goes its own way.
+        for format in Format::ALL.into_iter().filter(|f| f.dtype().is_none()) {
+            self.experts_in_blocks(&op, format, &sorted, x_div, (y, &mut shared));
+        }
         for (dtype, dot) in [
             (DType::BF16, true),
             (DType::F32, false),
@@ -56,6 +61,87 @@ impl Cpu {
                 });
             }
         }
+    }
+
+    /// The products with experts in blocks of one format.
+    fn experts_in_blocks(
+        &self,
+        op: &ExpertLinear<'_>,
+        format: Format,
+        sorted: &Sorted<'_>,
+        x_div: usize,
+        (y, shared): (ViewMut<f32>, &mut Scratch),
+    ) {
+        let is_ours = |e: &u32| op.w[*e as usize].format() == format;
+        if !sorted.busy.iter().any(is_ours) {
+            return;
+        }
+        let x = op.x.view::<f32>();
+        if op.activations == DType::BF16 {
+            let x = self.round_x(x, Form::of(format), shared);
+            let unit = self.panel_columns();
+            let columns = if y.rows() > STREAMED_ROWS {
+                unit
+            } else {
+                y.cols().div_ceil(4 * self.threads()).next_multiple_of(unit)
+            };
+            self.expert_parts(sorted, y.cols(), columns, |expert, columns, scratch| {
+                if op.w[expert].format() != format {
+                    return;
+                }
+                let choices = sorted.of(expert);
+                let dot = BlockDot {
+                    x,
+                    rows: choices.len(),
+                    place: Place::Listed { choices, x_div },
+                    format,
+                    w: op.w[expert].data().view::<u8>(),
+                    columns,
+                    bias: None,
+                    y,
+                };
+                self.block_dot(&dot, scratch);
+            });
+            return;
+        }
+        let x = self.copy_x::<f32>(x, false, shared);
+        self.expert_parts(
+            sorted,
+            y.cols(),
+            WIDENED_ROWS,
+            |expert, columns, scratch| {
+                if op.w[expert].format() != format {
+                    return;
+                }
+                let choices = sorted.of(expert);
+                self.widened_dot(&op.w[expert], columns, scratch, |w, columns, panel| Dot {
+                    x,
+                    rows: choices.len(),
+                    place: Place::Listed { choices, x_div },
+                    w,
+                    bias: None,
+                    y: y.column_range(columns),
+                    columns: 0..w.rows(),
+                    panel,
+                });
+            },
+        );
+    }
+
+    /// Shares out the columns of all experts with choices.
+    fn expert_parts(
+        &self,
+        sorted: &Sorted<'_>,
+        cols: usize,
+        columns: usize,
+        f: impl Fn(usize, Range<usize>, &mut Scratch) + Sync,
+    ) {
+        let parts = cols.div_ceil(columns);
+        self.pool().run(sorted.busy.len() * parts, |part, scratch| {
+            let n = part % parts * columns;
+            let expert = sorted.busy[part / parts] as usize;
+            f(expert, n..(n + columns).min(cols), scratch);
+        });
     }
 
     fn by_experts<P, X: Plain, W: Element>(

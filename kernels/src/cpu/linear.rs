@@ -1,21 +1,28 @@
 //! The product with a weight: see `dot` for the order of its sums.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::bf16;
 
 use super::Cpu;
+use super::blocks::BlockDot;
 use super::dot::{By, COLUMNS, CopyX, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
 use super::dot::{panel_len, x_pitch};
 use super::scratch::{Plain, Scratch, SharedMut};
 use super::simd::{Float, Kernel, dots_bf16, with_float};
+use crate::formats::unpack::Form;
+use crate::matrix::Matrix;
 use crate::ops::Linear;
 use crate::tensor::{DType, Element, View, ViewMut};
+
+/// Rows of a weight in blocks that are widened at once, where inputs are not rounded.
+pub(super) const WIDENED_ROWS: usize = 16;
 
 impl Cpu {
     pub(super) fn do_linear(&self, mut op: Linear<'_>) {
         if op.w.format().dtype().is_none() {
-            return op.reference();
+            return self.linear_in_blocks(&mut op);
         }
         let (x, w, bias) = (
             op.x.view::<f32>(),
@@ -41,6 +48,62 @@ impl Cpu {
         with_float!(w.dtype(), T => {
             self.products::<Widened<T>, _, _>(x, y.rows(), w.view::<T>(), bias, y);
         });
+    }
+
+    fn linear_in_blocks(&self, op: &mut Linear<'_>) {
+        let (x, w) = (op.x.view::<f32>(), op.w);
+        let bias = op.bias.map(|b| b.view::<f32>());
+        let y = op.y.view_mut::<f32>();
+        let mut shared = self.shared();
+        if op.activations == DType::BF16 {
+            let x = self.round_x(x, Form::of(w.format()), &mut shared);
+            return self.block_products(&BlockDot {
+                x,
+                rows: y.rows(),
+                place: Place::Same,
+                format: w.format(),
+                w: w.data().view::<u8>(),
+                columns: 0..w.rows(),
+                bias,
+                y,
+            });
+        }
+        let x = self.copy_x::<f32>(x, false, &mut shared);
+        let parts = w.rows().div_ceil(WIDENED_ROWS);
+        self.pool().run(parts, |part, scratch| {
+            let columns = part * WIDENED_ROWS..((part + 1) * WIDENED_ROWS).min(w.rows());
+            self.widened_dot(w, columns, scratch, |w, columns, panel| Dot {
+                x,
+                rows: y.rows(),
+                place: Place::Same,
+                w,
+                bias: bias.map(|b| b.columns(columns.clone())),
+                y: y.column_range(columns),
+                columns: 0..w.rows(),
+                panel,
+            });
+        });
+    }
+
+    /// Widens rows `columns` of a weight in blocks, and forms the product with those, as with f32.
+    pub(super) fn widened_dot<'a>(
+        &self,
+        w: &Matrix,
+        columns: Range<usize>,
+        scratch: &'a mut Scratch,
+        dot: impl FnOnce(View<f32>, Range<usize>, &'a mut [f32]) -> Dot<'a, f32, f32>,
+    ) {
+        let (k, panel) = (w.cols(), panel_len(WIDENED_ROWS));
+        let mut room = scratch.split(&[4 * panel, 4 * columns.len() * k]);
+        let panel = room.next::<f32>(panel);
+        let rows = room.next::<f32>(columns.len() * k);
+        let blocks = w.data().view::<u8>();
+        for (n, row) in columns.clone().zip(rows.chunks_exact_mut(k.max(1))) {
+            w.format().dequantize(blocks.row(n), row);
+        }
+        let view = View::of_rows(rows, columns.len(), k);
+        let dot = dot(view, columns, panel);
+        self.isa().launch(By::<Widened<f32>, _>(dot, PhantomData));
     }
 
     /// A copy of x as a product takes it: see [`CopyX`].

@@ -14,6 +14,7 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod blocks;
 mod conv1d;
 mod dot;
 mod elementwise;

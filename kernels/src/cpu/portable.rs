@@ -105,6 +105,47 @@ impl Simd for Portable {
             .fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
     }
 
+    type I = [i32; LANES];
+    const BYTE_ROWS: usize = 2;
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> Self::I {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
+    }
+    #[inline(always)]
+    fn to_f32(self, x: Self::I) -> V {
+        x.map(|x| x as f32)
+    }
+    #[inline(always)]
+    fn halves(self, x: Self::I) -> V {
+        x.map(|x| f16::from_bits(x as u16).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const i32) -> Self::I {
+        // SAFETY: the caller has `LANES` elements there.
+        unsafe { p.cast::<Self::I>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn dot_bytes<const WIDE: bool>(self, acc: Self::I, w: Self::I, x: i32) -> Self::I {
+        let x = x.to_le_bytes().map(|x| i32::from(x.cast_signed()));
+        std::array::from_fn(|i| {
+            let w = w[i].to_le_bytes().map(i32::from);
+            acc[i] + (w[0] * x[0] + w[1] * x[1]) + (w[2] * x[2] + w[3] * x[3])
+        })
+    }
+    #[inline(always)]
+    fn dot_words(self, acc: Self::I, w: Self::I, x: i32) -> Self::I {
+        let (low, high) = (i32::from(x as i16), x >> 16);
+        std::array::from_fn(|i| acc[i] + i32::from(w[i] as i16) * low + (w[i] >> 16) * high)
+    }
+
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> V {
         // SAFETY: the caller has `LANES` elements there.

@@ -18,6 +18,8 @@ pub(crate) trait Plain: Copy {}
 impl Plain for f32 {}
 impl Plain for bf16 {}
 impl Plain for u32 {}
+impl Plain for i32 {}
+impl Plain for i8 {}
 impl Plain for u8 {}
 
 impl Scratch {

@@ -16,7 +16,7 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// The same with BF16 dot products.
+    /// The same with dot products of BF16 and, as every such machine has them, of bytes (VNNI).
     Avx512Bf16,
 }
 
@@ -39,6 +39,14 @@ impl Isa {
         }
     }
 
+    /// Lanes of its vectors.
+    pub(crate) fn lanes(self) -> usize {
+        match self {
+            Isa::Portable | Isa::Avx2 => 8,
+            Isa::Avx512 | Isa::Avx512Bf16 => 16,
+        }
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn is_available(self) -> bool {
         use std::arch::is_x86_feature_detected as has;
@@ -49,7 +57,7 @@ impl Isa {
             Isa::Portable => true,
             Isa::Avx2 => avx2,
             Isa::Avx512 => avx512,
-            Isa::Avx512Bf16 => avx512 && has!("avx512bf16"),
+            Isa::Avx512Bf16 => avx512 && has!("avx512bf16") && has!("avx512vnni"),
         }
     }
 
@@ -79,7 +87,9 @@ impl Isa {
         fn avx512<K: Kernel>(kernel: K) -> K::Out {
             kernel.run(Avx512::<false>)
         }
-        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+        #[target_feature(
+            enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni"
+        )]
         fn avx512_bf16<K: Kernel>(kernel: K) -> K::Out {
             kernel.run(Avx512::<true>)
         }
@@ -106,7 +116,7 @@ impl Isa {
 pub(crate) trait Kernel {
     /// What it returns.
     type Out;
-    /// Whether it has a form of its own for BF16 dot products.
+    /// Whether it has a form of its own for dot products of BF16 or of bytes.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // read by `launch` there
     const BF16_DOT: bool = false;
     /// The work. Implementations are `#[inline(always)]`, as is all they call in an inner loop.
@@ -195,6 +205,35 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn dot_pairs(self, _acc: Self::V, _x: Self::Pairs, _w: Self::Pairs) -> Self::V {
         unreachable!("a path without BF16 dot products was asked for one")
     }
+
+    /// A vector of `LANES` i32.
+    type I: Copy;
+    /// Rows of x in the largest register tile of a product with two vectors of columns.
+    const BYTE_ROWS: usize;
+    fn splat_i(self, x: i32) -> Self::I;
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// To the nearest f32.
+    fn to_f32(self, x: Self::I) -> Self::V;
+    /// The f16 in the lower half of each lane.
+    fn halves(self, x: Self::I) -> Self::V;
+    unsafe fn load_i(self, p: *const i32) -> Self::I;
+    /// Each lane of acc plus the products of its four bytes of `w`, not negative, with those of `x`. Bytes
+    /// of `w` from 128 on are allowed only if `WIDE`; bytes of x are at least -127.
+    fn dot_bytes<const WIDE: bool>(self, acc: Self::I, w: Self::I, x: i32) -> Self::I;
+    /// Each lane of acc plus the products of its two i16 of `w` with those of `x`.
+    fn dot_words(self, acc: Self::I, w: Self::I, x: i32) -> Self::I;
+    /// `LANES` words of each of `LANES` rows, `pitch` words apart, to a vector for each word.
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const i32, pitch: usize, to: *mut i32) {
+        for j in 0..Self::LANES {
+            for r in 0..Self::LANES {
+                // SAFETY: the caller has these words.
+                unsafe { *to.add(j * Self::LANES + r) = *from.add(r * pitch + j) }
+            }
+        }
+    }
+
     /// Asks for the cache line at `p`, soon to be read. Any address is allowed.
     #[inline(always)]
     fn prefetch<T>(self, _p: *const T) {}

@@ -7,6 +7,7 @@ pub(crate) mod iq4;
 mod runs;
 mod search;
 pub(crate) mod super_blocks;
+pub(crate) mod unpack;
 
 use half::{bf16, f16};
 

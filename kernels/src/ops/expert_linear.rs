@@ -6,9 +6,11 @@
 
 use super::{
     Check,
-    linear::{round, write_row},
+    linear::{round, rounds_to_blocks, write_row},
+    rounded::RoundedRow,
 };
 use crate::error::Result;
+use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
 use crate::tensor::{DType, Tensor};
 
@@ -63,15 +65,20 @@ impl ExpertLinear<'_> {
                 let expert = &self.w[self.experts.view::<i32>().row(t)[j] as usize];
                 let x = self.x.view::<f32>();
                 let x = x.row(self.x_row(t, j));
-                let y: Vec<f32> = (0..expert.rows())
-                    .map(|n| {
-                        expert.read_row(n, &mut w);
-                        x.iter()
-                            .zip(&w)
-                            .map(|(&x, w)| round(x, self.activations) * w)
-                            .sum()
-                    })
-                    .collect();
+                let y: Vec<f32> = if rounds_to_blocks(expert, self.activations) {
+                    let x = RoundedRow::new(x, Form::of(expert.format()));
+                    (0..expert.rows()).map(|n| x.product(expert, n)).collect()
+                } else {
+                    (0..expert.rows())
+                        .map(|n| {
+                            expert.read_row(n, &mut w);
+                            x.iter()
+                                .zip(&w)
+                                .map(|(&x, w)| round(x, self.activations) * w)
+                                .sum()
+                        })
+                        .collect()
+                };
                 write_row(self.y, t * self.experts.cols() + j, 0, &y);
             }
         }

@@ -1,10 +1,13 @@
 //! y = round(x) · Wᵀ + bias.
 //!
 //! Products are summed in f32. `round` is the identity for `activations: F32`; for BF16 each input
-//! is rounded to nearest even first, which is what matrix units take.
+//! is rounded to nearest even first, which is what matrix units take. With a weight in blocks BF16 stands
+//! for less: inputs are rounded to integers of 8 bits, as `rounded` has it.
 
 use super::Check;
+use super::rounded::RoundedRow;
 use crate::error::Result;
+use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
 use crate::tensor::{DType, Tensor};
 
@@ -16,7 +19,7 @@ pub struct Linear<'a> {
     pub w: &'a Matrix,
     /// (1, N) F32.
     pub bias: Option<&'a Tensor>,
-    /// F32 or BF16: the type that inputs are rounded to before they are multiplied.
+    /// F32 or BF16: the type that inputs are rounded to before they are multiplied; see above for blocks.
     pub activations: DType,
     /// (T, N) F32.
     pub y: &'a mut Tensor,
@@ -41,6 +44,17 @@ impl Linear<'_> {
         let x = self.x.view::<f32>();
         let y = self.y.view_mut::<f32>();
         let bias = self.bias.map(|b| b.view::<f32>());
+        if rounds_to_blocks(self.w, self.activations) {
+            for t in 0..x.rows() {
+                let x = RoundedRow::new(x.row(t), Form::of(self.w.format()));
+                for n in 0..self.w.rows() {
+                    let bias = bias.map_or(0.0, |b| b.row(0)[n]);
+                    // SAFETY: one thread, one slice at a time.
+                    unsafe { y.row(t)[n] = x.product(self.w, n) + bias };
+                }
+            }
+            return;
+        }
         let mut w = vec![0.0; self.w.cols()];
         for n in 0..self.w.rows() {
             self.w.read_row(n, &mut w);
@@ -56,6 +70,11 @@ impl Linear<'_> {
             }
         }
     }
+}
+
+/// Whether inputs of products with `w` are rounded to blocks of bytes.
+pub(crate) fn rounds_to_blocks(w: &Matrix, activations: DType) -> bool {
+    w.format().dtype().is_none() && activations == DType::BF16
 }
 
 /// Row `r` of a floating-point tensor, widened.
