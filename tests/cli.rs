@@ -1446,10 +1446,15 @@ fn inspect_bench_and_verify_tell_scripts_what_they_found() {
         "--generate",
         "2",
         "--json",
+        "--verbose",
     ];
     let done = run(&verify, &folder.0);
     assert!(
         done.status == 0 && done.out.lines().count() > 10,
+        "{done:?}"
+    );
+    assert!(
+        done.err.contains(" held, ") && !done.err.contains("estimate of memory"),
         "{done:?}"
     );
     for line in done.out.lines() {
@@ -1469,8 +1474,12 @@ fn classify_names_classes_and_says_what_is_no_image() {
     let model = text(&model);
     let strata = |args: &[&str]| run(args, &folder.0);
 
-    let done = strata(&["classify", &model, &image, "--top", "2"]);
+    let done = strata(&["classify", &model, &image, "--top", "2", "--verbose"]);
     assert_eq!(done.status, 0, "{done:?}");
+    assert!(
+        done.err.contains(" held, ") && !done.err.contains("estimate of memory"),
+        "{done:?}"
+    );
     assert!(
         done.out.lines().count() == 3 && done.out.contains("thing "),
         "{done:?}"

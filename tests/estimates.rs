@@ -94,6 +94,26 @@ fn goldens() -> Vec<PathBuf> {
 }
 
 #[test]
+fn a_scan_by_chunks_runs_in_the_memory_that_was_estimated() {
+    let card = cards::all()
+        .iter()
+        .find(|c| c.family() == "mamba2")
+        .unwrap();
+    let plan = card.plan(card.tiny(), card.family()).unwrap().print();
+    let edited = plan.replace("mamba2: {", "mamba2: {chunk_size: 48, ");
+    let [recurrence, chunks] = [("recurrence", plan), ("chunks", edited)].map(|(name, plan)| {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("scan-{name}.yaml"));
+        std::fs::write(&file, plan).unwrap();
+        let model = open(&file, DType::F32, Some(1));
+        for batch in [1, 3] {
+            assert_eq!(off(&model, batch), None, "{name}, {batch} at a time");
+        }
+        model.network.graph.slot_bytes()
+    });
+    assert!(chunks > recurrence, "{chunks} and {recurrence} bytes");
+}
+
+#[test]
 fn every_golden_runs_in_the_memory_that_was_estimated() {
     let mut wrong = Vec::new();
     for folder in goldens() {

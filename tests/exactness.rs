@@ -50,6 +50,31 @@ fn trapezoids() -> Plan {
     )
 }
 
+/// Scans of Mamba-2 by chunks, some of them longer than the prompt, beside their recurrence, after a
+/// learned prefix that is no whole chunk.
+fn chunks() -> Plan {
+    let n = "norm: {eps: 1.0e-6}";
+    let mixer = |name: &str, size: &str| {
+        format!(
+            "mamba2: {{name: {name}, heads: 6, head_dim: 7, groups: 2, d_state: 9, d_conv: 3, norm: {{eps: 1.0e-5}}{size}}}"
+        )
+    };
+    let (few, many) = (
+        mixer("few", ", chunk_size: 7"),
+        mixer("many", ", chunk_size: 64"),
+    );
+    let scan = "let: {dt: [linear: {name: dt, d_out: 3}]}, let: {b: [linear: {name: b, d_out: 5}]}, let: {c: [linear: {name: c, d_out: 5}]}";
+    let scan = scan.replace(", let", "}, {let");
+    let one = "ssd_scan: {dt: dt, b: b, c: c, heads: 3, d_state: 5, scale_input: false, dt_max: 0.5, chunk_size: 1}";
+    plan(
+        &format!(
+            "  f: [residual: [{n}, {few}]]\n  m: [residual: [{n}, {many}]]\n  r: [residual: [{n}, {}]]\n  s: [residual: [{n}, {{{scan}}}, {one}]]",
+            mixer("none", "")
+        ),
+        "[f, m, r, s, f@1]\nembed: {prefix: 5}",
+    )
+}
+
 fn pure_attention() -> Plan {
     let attention = "attention: {heads: 3, kv_heads: 1, head_dim: 8}";
     plan(
@@ -105,6 +130,7 @@ fn the_reference_is_exact() {
         ("mamba", pure_mamba()),
         ("attention", pure_attention()),
         ("trapezoids", trapezoids()),
+        ("chunks", chunks()),
     ] {
         check(name, &plan, DType::F32, Arc::new(Reference), &[]);
     }

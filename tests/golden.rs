@@ -37,6 +37,10 @@ fn goldens() -> Vec<PathBuf> {
 fn open(folder: &Path, device: &str, threads: usize) -> Model {
     // A family without a card is a plan.
     let plan = Some(folder.join("plan.yaml")).filter(|p| p.is_file());
+    open_with(folder, plan, device, threads)
+}
+
+fn open_with(folder: &Path, plan: Option<PathBuf>, device: &str, threads: usize) -> Model {
     let options = LoadOptions {
         model: Some(folder.display().to_string()),
         plan,
@@ -146,6 +150,37 @@ fn greedy(model: &Model, golden: &Golden) -> Vec<u32> {
     tokens
 }
 
+/// The largest error of a model's logits in standard deviations, and what is wrong with it.
+fn compare(model: &Model, golden: &Golden, name: &str) -> (f32, Vec<String>) {
+    let (mut worst_of_all, mut faults) = (0.0f32, Vec::new());
+    for chunk in [golden.tokens[0].len(), 7] {
+        let found = logits(model, &golden.tokens, chunk);
+        for (s, (found, expected)) in found.iter().zip(&golden.logits).enumerate() {
+            assert_eq!(found.len(), expected.len());
+            let worst =
+                found
+                    .iter()
+                    .zip(expected)
+                    .map(|(a, b)| (a - b).abs())
+                    .fold(
+                        0.0,
+                        |a: f32, b| if b.is_nan() { f32::INFINITY } else { a.max(b) },
+                    );
+            let error = worst / std_of(expected);
+            worst_of_all = worst_of_all.max(error);
+            if error >= TOLERANCE {
+                faults.push(format!(
+                    "{name}, sequence {s}, chunk {chunk}: {error:.2e} standard deviations"
+                ));
+            }
+        }
+    }
+    if greedy(model, golden) != golden.greedy {
+        faults.push(format!("{name}: greedy tokens differ"));
+    }
+    (worst_of_all, faults)
+}
+
 #[test]
 fn logits_and_greedy_tokens_equal_the_references() {
     let mut faults = Vec::new();
@@ -155,63 +190,109 @@ fn logits_and_greedy_tokens_equal_the_references() {
         let mut worst_of_all: f32 = 0.0;
         for device in ["reference", "cpu"] {
             let model = open(&folder, device, 2);
-            for chunk in [golden.tokens[0].len(), 7] {
-                let found = logits(&model, &golden.tokens, chunk);
-                for (s, (found, expected)) in found.iter().zip(&golden.logits).enumerate() {
-                    assert_eq!(found.len(), expected.len());
-                    let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(
-                        0.0,
-                        |a: f32, b| if b.is_nan() { f32::INFINITY } else { a.max(b) },
-                    );
-                    let error = worst / std_of(expected);
-                    worst_of_all = worst_of_all.max(error);
-                    if error >= TOLERANCE {
-                        faults.push(format!(
-                            "{name}, sequence {s}, {device}, chunk {chunk}: {error:.2e} standard deviations"
-                        ));
-                    }
-                }
-            }
-            if greedy(&model, &golden) != golden.greedy {
-                faults.push(format!("{name}, {device}: greedy tokens differ"));
-            }
+            let (worst, wrong) = compare(&model, &golden, &format!("{name}, {device}"));
+            worst_of_all = worst_of_all.max(worst);
+            faults.extend(wrong);
         }
         println!("{name}: within {worst_of_all:.1e} standard deviations");
     }
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
+/// A file with the model's plan in which every scan of Mamba-2 goes by chunks of `size`; none if it has
+/// no such scan.
+fn by_chunks(model: &Model, name: &str, size: usize) -> Option<PathBuf> {
+    let plan = model.plan.print();
+    let mut edited = plan.clone();
+    for kind in ["mamba2", "ssd_scan"] {
+        edited = edited.replace(
+            &format!("{kind}: {{"),
+            &format!("{kind}: {{chunk_size: {size}, "),
+        );
+        // A step with more parameters than fit in a line.
+        let step = format!("- {kind}:\n");
+        let mut parts = edited.split(&step);
+        let mut longer = parts.next().unwrap().to_string();
+        for part in parts {
+            let indent = &part[..part.len() - part.trim_start().len()];
+            longer += &format!("{step}{indent}chunk_size: {size}\n{part}");
+        }
+        edited = longer;
+    }
+    let file = format!("{}-{size}.yaml", name.replace('/', "-"));
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(file);
+    std::fs::write(&file, &edited).unwrap();
+    (edited != plan).then_some(file)
+}
+
+#[test]
+fn scans_by_chunks_say_the_same_and_keep_the_contract() {
+    let (mut faults, mut seen) = (Vec::new(), Vec::new());
+    for folder in goldens() {
+        let name = format!("{}", folder.display());
+        let name = name.split("golden/").last().unwrap();
+        let model = open(&folder, "cpu", 2);
+        let golden = golden(&folder);
+        for size in [4, 16, 256] {
+            let Some(plan) = by_chunks(&model, name, size) else {
+                continue;
+            };
+            seen.push(name.split('/').next().unwrap().to_string());
+            for device in ["reference", "cpu"] {
+                let model = open_with(&folder, Some(plan.clone()), device, 2);
+                let what = format!("{name}, {device}, scans by chunks of {size}");
+                let parts = model.network.graph.nodes.iter().flat_map(|n| &n.state.slot);
+                let kept = parts.filter(|p| p.name == "chunk_inputs").count();
+                assert!(kept > 0, "{what}: none does");
+                faults.extend(compare(&model, &golden, &what).1);
+                if device == "cpu" {
+                    let temporary = Path::new(env!("CARGO_TARGET_TMPDIR"));
+                    check(&model, DType::F32, size as u64, &what, temporary);
+                }
+            }
+        }
+    }
+    for family in [
+        "mamba2",
+        "granite-moe-hybrid",
+        "nemotron-h",
+        "zamba2",
+        "plamo2",
+    ] {
+        assert!(seen.iter().any(|f| f == family), "{family} among {seen:?}");
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// The exactness contract of a model on the CPU. Tests that run at once have folders of their own.
+fn check(model: &Model, dtype: DType, seed: u64, name: &str, temporary: &Path) {
+    let others: Vec<_> = [1, 3]
+        .into_iter()
+        .map(|t| (t, strata::load::backend("cpu", Some(t)).unwrap().0))
+        .collect();
+    let mut network = (*model.network).clone();
+    network.activations = dtype;
+    let options = VerifyOptions {
+        prompt: 45,
+        generate: 6,
+        chunks: vec![1, 2, 16],
+        kv_dtype: dtype,
+        seed,
+    };
+    let network = Arc::new(network);
+    let checks = verify(&network, &options, &others, temporary, &mut |_| {}).unwrap();
+    for check in &checks {
+        assert_eq!(check.fault, None, "{name}, {dtype}: {}", check.name);
+    }
+}
+
 #[test]
 fn every_golden_keeps_the_exactness_contract() {
     for folder in goldens() {
         let model = open(&folder, "cpu", 2);
-        let others: Vec<_> = [1, 3]
-            .into_iter()
-            .map(|t| (t, strata::load::backend("cpu", Some(t)).unwrap().0))
-            .collect();
+        let name = format!("{}", folder.display());
         for (dtype, seed) in [(DType::F32, 1), (DType::BF16, 2)] {
-            let mut network = (*model.network).clone();
-            network.activations = dtype;
-            let options = VerifyOptions {
-                prompt: 45,
-                generate: 6,
-                chunks: vec![1, 2, 16],
-                kv_dtype: dtype,
-                seed,
-            };
-            let folder_name = folder.display();
-            let temporary = std::env::temp_dir();
-            let checks = verify(
-                &Arc::new(network),
-                &options,
-                &others,
-                &temporary,
-                &mut |_| {},
-            )
-            .unwrap();
-            for check in &checks {
-                assert_eq!(check.fault, None, "{folder_name}, {dtype}: {}", check.name);
-            }
+            check(&model, dtype, seed, &name, &std::env::temp_dir());
         }
     }
 }

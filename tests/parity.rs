@@ -9,7 +9,7 @@ use strata_kernels::cpu::{Cpu, CpuOptions, Isa};
 use strata_kernels::ops::{
     Activate, Activation, Add, Attention, Combine, Conv1d, Decay, Embed, ExpertLinear, Gather,
     HeadNorm, KvWrite, LayerNorm, Linear, Mamba3Scan, Mimo, RmsNorm, Rope, Route, S4dScan, Scale,
-    Score, SelectiveScan, SsdScan,
+    Score, SelectiveScan, SsdChunked, SsdScan,
 };
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor, random};
@@ -1253,6 +1253,8 @@ struct SsdCase {
     skip: bool,
     scale_input: bool,
     dt_limit: (f32, f32),
+    /// Q of the form with chunks.
+    chunk: Option<usize>,
     /// Of each sequence: x, dt, b, c.
     inputs: [Vec<Vec<f32>>; 4],
     begins: Vec<Vec<f32>>,
@@ -1294,10 +1296,34 @@ impl SsdCase {
             } else {
                 (0.1, 2.0)
             },
+            chunk: None,
             inputs,
             begins,
             rows: [a, rng.numbers(heads, 1.0), rng.numbers(heads, 1.0)],
         }
+    }
+}
+
+impl SsdCase {
+    /// The same in chunks of so many tokens. What a slot keeps of a chunk begins as numbers that show
+    /// wherever they count.
+    fn chunked(mut self, size: usize) -> Self {
+        self.chunk = Some(size);
+        let kept: usize = self.kept().iter().sum();
+        for begin in &mut self.begins {
+            begin.extend(vec![1e30; kept]);
+        }
+        self
+    }
+
+    /// Elements that a slot keeps of a chunk: inputs, b and decays.
+    fn kept(&self) -> [usize; 3] {
+        let of = [
+            self.heads * self.width,
+            self.groups * self.states,
+            self.heads,
+        ];
+        of.map(|n| n * self.chunk.unwrap_or(0))
     }
 }
 
@@ -1330,7 +1356,17 @@ impl Scan for SsdCase {
         y: &mut Tensor,
     ) {
         let [a, dt_bias, d] = self.rows.each_ref().map(|r| vector(b, r));
-        let op = SsdScan {
+        // What a slot keeps of a chunk lies behind the state; whether that is all, the check says.
+        let state = match self.chunk {
+            None => ssm_state.cols(),
+            Some(_) => self.heads * self.width * self.states,
+        };
+        let [of_inputs, of_b, _] = self.kept();
+        let all = ssm_state.cols();
+        let ends = [0, state, state + of_inputs, state + of_inputs + of_b, all];
+        let [ssm_state, chunk_inputs, chunk_b, chunk_decays] =
+            &mut std::array::from_fn(|i| ssm_state.columns(ends[i]..ends[i + 1]));
+        let scan = SsdScan {
             x: &inputs[0].view,
             dt: &inputs[1].view,
             dt_bias: self.bias.then_some(&dt_bias),
@@ -1345,7 +1381,24 @@ impl Scan for SsdCase {
             ragged,
             y,
         };
-        b.ssd_scan(op).unwrap();
+        match self.chunk {
+            None => b.ssd_scan(scan).unwrap(),
+            Some(chunk_size) => {
+                let op = SsdChunked {
+                    scan,
+                    chunk_size,
+                    chunk_inputs,
+                    chunk_b,
+                    chunk_decays,
+                };
+                b.ssd_chunked(op).unwrap();
+            }
+        }
+    }
+
+    /// Decays are negative.
+    fn state_size(&self, state: Vec<f32>) -> Vec<f32> {
+        abs(&state)
     }
 
     fn sizes(&self) -> Self {
@@ -1388,21 +1441,68 @@ fn the_ssd_scan_follows_the_reference_and_no_cut_changes_a_bit() {
 }
 
 #[test]
+fn the_ssd_scan_by_chunks_follows_the_reference_and_no_cut_changes_a_bit() {
+    let mut rng = Rng(17 << 20);
+    let cases = [
+        // heads, groups, width of a head, states; tokens of a chunk
+        ((1, 1, 1, 1), 1),
+        ((2, 1, 3, 5), 3),
+        ((6, 3, 7, 16), 16),
+        ((4, 4, 16, 9), 5),
+        ((3, 1, 31, 64), 64),
+        ((4, 2, 32, 96), 32),
+        ((3, 3, 48, 7), 1),
+        ((5, 1, 64, 128), 17),
+        ((2, 2, 80, 64), 256),
+        ((2, 1, 128, 256), 50),
+        ((1, 1, 200, 33), 81),
+        ((24, 1, 8, 4), 20),
+    ];
+    for (shape, size) in cases {
+        let case = SsdCase::new(&mut rng, &[50, 1, 2, 81], shape).chunked(size);
+        // As for the recurrence; decays of a chunk are as exact as its sum of them is long.
+        case.check(&mut rng, &format!("{shape:?} by {size}"), 2e-5);
+    }
+}
+
+#[test]
+fn both_forms_of_the_ssd_scan_say_the_same() {
+    let mut rng = Rng(18 << 20);
+    let lengths = [70, 1, 33];
+    for size in [1, 4, 32, 100] {
+        let case = SsdCase::new(&mut rng, &lengths, (6, 2, 9, 11));
+        let schedule = schedules(&mut rng, &lengths, [1, 1, 1]).remove(2);
+        let [expected, _] = case.run(&Reference, &schedule);
+        let [sizes, _] = case.sizes().run(&Reference, &schedule);
+        let [found, _] = case.chunked(size).run(&Reference, &schedule);
+        for ((found, expected), sizes) in found.iter().zip(&expected).zip(&sizes) {
+            near(&format!("chunks of {size}"), found, expected, sizes, 2e-5);
+        }
+    }
+}
+
+#[test]
 fn an_ssd_scan_of_odd_arguments_is_refused() {
     let mut rng = Rng(15 << 20);
-    let case = SsdCase::new(&mut rng, &[3], (4, 2, 3, 2));
-    let refused = |change: fn(&mut SsdCase)| {
-        let mut case = case.clone();
-        change(&mut case);
-        let schedule = schedules(&mut Rng(1), &[3], [1, 1, 1]).remove(0);
-        std::panic::catch_unwind(|| case.run(&Reference, &schedule)).is_err()
-    };
-    assert!(!refused(|_| {}));
-    assert!(refused(|case| case.groups = 3));
-    assert!(refused(|case| case.dt_limit = (1.0, 0.5)));
-    assert!(refused(|case| case.dt_limit = (f32::NAN, 0.5)));
-    assert!(refused(|case| case.begins[0].push(0.0)));
-    assert!(refused(|case| case.rows[0].push(-1.0)));
+    let scan = SsdCase::new(&mut rng, &[3], (4, 2, 3, 2));
+    for case in [scan.clone(), scan.chunked(5)] {
+        let refused = |change: fn(&mut SsdCase)| {
+            let mut case = case.clone();
+            change(&mut case);
+            let schedule = schedules(&mut Rng(1), &[3], [1, 1, 1]).remove(0);
+            std::panic::catch_unwind(|| case.run(&Reference, &schedule)).is_err()
+        };
+        assert!(!refused(|_| {}));
+        assert!(refused(|case| case.groups = 3));
+        assert!(refused(|case| case.dt_limit = (1.0, 0.5)));
+        assert!(refused(|case| case.dt_limit = (f32::NAN, 0.5)));
+        assert!(refused(|case| case.begins[0].push(0.0)));
+        assert!(refused(|case| case.rows[0].push(-1.0)));
+        if case.chunk.is_some() {
+            assert!(refused(|case| case.chunk = Some(0)));
+            assert!(refused(|case| case.chunk = Some(4)));
+        }
+    }
 }
 
 #[derive(Clone)]

@@ -18,6 +18,17 @@ pub enum Error {
         /// Its reason.
         source: io::Error,
     },
+    /// The operating system refused to write.
+    #[error("{file} cannot be written: {source}")]
+    Write {
+        /// The file.
+        file: String,
+        /// Its reason.
+        source: io::Error,
+    },
+    /// Somebody asked to stop. What is written stays, and the same command goes on from there.
+    #[error("stopped; the same command goes on from here")]
+    Stopped,
     /// A file is not what it should be.
     #[error("{file}: {why}")]
     File {

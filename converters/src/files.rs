@@ -102,6 +102,22 @@ impl ModelFiles {
         }
     }
 
+    /// A file's size and time of change, in nanoseconds: another pair is another file.
+    pub fn stamp(&self, name: &str) -> Result<(u64, u128)> {
+        match &self.source {
+            Source::Folder(folder) => {
+                let metadata = fs::metadata(folder.join(name)).map_err(|source| Error::Read {
+                    file: self.label(name),
+                    source,
+                })?;
+                let changed = metadata.modified().ok();
+                let since = changed.and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+                Ok((metadata.len(), since.map_or(0, |t| t.as_nanos())))
+            }
+            Source::Bundled(_) => Ok((self.bundle(name)?.len() as u64, 0)),
+        }
+    }
+
     /// The names of all files, sorted. Names that are not UTF-8 are left out.
     pub fn list(&self) -> Result<Vec<String>> {
         let mut names = match &self.source {
@@ -202,6 +218,23 @@ struct Mapped(memmap2::Mmap);
 impl HostBytes for Mapped {
     fn bytes(&self) -> &[u8] {
         &self.0
+    }
+
+    /// Pages of a file can be read again, so their memory is given back.
+    #[cfg(unix)]
+    #[allow(unsafe_code)]
+    fn forget(&self, range: std::ops::Range<usize>) {
+        const PAGE: usize = 64 << 10;
+        let from = range.start.next_multiple_of(PAGE);
+        let to = range.end / PAGE * PAGE;
+        if from < to && to <= self.0.len() {
+            // SAFETY: the map is read only and backed by a file: pages that are dropped are read again
+            // when they are touched, with the same bytes. Whether the system does it matters to nobody.
+            let _ = unsafe {
+                self.0
+                    .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from)
+            };
+        }
     }
 }
 

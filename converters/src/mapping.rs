@@ -30,6 +30,7 @@ pub struct Mapping {
     checkpoint: Arc<Checkpoint>,
     rows: Vec<Row>,
     places: BTreeMap<String, usize>,
+    drawn: Vec<GraphWeight>,
     notes: Vec<String>,
 }
 
@@ -76,7 +77,10 @@ impl Mapping {
             misshapen_layers: BTreeSet::new(),
             notes: Vec::new(),
         };
-        weights.iter().for_each(|w| resolve.weight(w));
+        let (drawn, stored): (Vec<_>, Vec<_>) = weights
+            .iter()
+            .partition(|w| strata_layers::plan::is_new(&w.path));
+        stored.iter().for_each(|w| resolve.weight(w));
         if !weights.iter().any(|w| w.path == HEAD) {
             resolve.tied_head();
         }
@@ -100,6 +104,7 @@ impl Mapping {
             checkpoint,
             rows,
             places,
+            drawn: drawn.into_iter().cloned().collect(),
             notes,
         })
     }
@@ -117,6 +122,11 @@ impl Mapping {
     /// All weights, in the order of the plan.
     pub fn rows(&self) -> &[Row] {
         &self.rows
+    }
+
+    /// The weights of new blocks, which are in no checkpoint.
+    pub fn drawn(&self) -> &[GraphWeight] {
+        &self.drawn
     }
 
     /// What is worth telling, and no fault: blocks that were dropped, a second copy of the embedding.
@@ -189,10 +199,11 @@ impl Resolve<'_> {
         let path = &want.path;
         let found = self.map.find(path);
         let at = found.at;
-        let there = found
-            .sources
-            .iter()
-            .find_map(|s| Some((s, self.checkpoint.get(s.tensor())?)));
+        let there = found.sources.iter().find_map(|s| {
+            let mut tensors = s.tensors().into_iter().map(|t| self.checkpoint.get(t));
+            let first = tensors.next()??;
+            tensors.all(|t| t.is_some()).then_some((s, first))
+        });
         let Some((source, info)) = there else {
             let names: Vec<&str> = found.sources.iter().map(Source::tensor).collect();
             let why = match &names[..] {
@@ -206,7 +217,8 @@ impl Resolve<'_> {
             let message = format!("{path} is missing: {why}{hint}");
             return self.report.add(MISSING, at, message);
         };
-        self.used.insert(source.tensor().into());
+        let tensors = source.tensors().into_iter();
+        self.used.extend(tensors.map(ToString::to_string));
         let expected = shown(&want.spec.shape);
         let place = format!("{}, tensor {source}", info.shard);
         match source.shape(self.checkpoint) {

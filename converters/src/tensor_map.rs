@@ -16,7 +16,7 @@ use strata_layers::{Faults, Mark, Node};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::expression::Scope;
-use crate::transforms::{TRANSFORMS, Transform};
+use crate::transforms::{self, TRANSFORMS, Transform};
 
 /// What the holes of a pattern stand for.
 pub type Captures = BTreeMap<char, String>;
@@ -270,6 +270,8 @@ pub enum Source {
     Tensor(String),
     /// A transform of one, with its numbers.
     Call(&'static Transform, Box<Source>, Vec<f64>),
+    /// The mean of several, in the format of the first: blocks that a plan merges.
+    Mean(Vec<Source>),
 }
 
 impl Source {
@@ -278,6 +280,15 @@ impl Source {
         match self {
             Source::Tensor(name) => name,
             Source::Call(_, of, _) => of.tensor(),
+            Source::Mean(of) => of.first().map_or("", Source::tensor),
+        }
+    }
+
+    /// All tensors that it is made from.
+    pub fn tensors(&self) -> Vec<&str> {
+        match self {
+            Source::Mean(of) => of.iter().flat_map(Source::tensors).collect(),
+            one => vec![one.tensor()],
         }
     }
 
@@ -292,6 +303,19 @@ impl Source {
                 (transform.shape)(&of.shape(checkpoint)?, numbers)
                     .map_err(|why| format!("{}: {why}", transform.name))
             }
+            Source::Mean(of) => {
+                let mut shapes = of.iter().map(|s| s.shape(checkpoint));
+                let first = shapes
+                    .next()
+                    .unwrap_or_else(|| Err("a mean of nothing".into()))?;
+                for other in shapes {
+                    let other = other?;
+                    if other != first {
+                        return Err(format!("{first:?} and {other:?} have no mean"));
+                    }
+                }
+                Ok(first)
+            }
         }
     }
 
@@ -300,6 +324,7 @@ impl Source {
         match self {
             Source::Tensor(_) => false,
             Source::Call(transform, of, _) => transform.widens || of.widens(),
+            Source::Mean(of) => of.iter().any(Source::widens),
         }
     }
 
@@ -309,6 +334,11 @@ impl Source {
             Source::Tensor(name) => checkpoint.tensor(name),
             Source::Call(transform, of, numbers) => {
                 (transform.apply)(&of.load(checkpoint)?, numbers)
+            }
+            Source::Mean(of) => {
+                let loaded = of.iter().map(|s| s.load(checkpoint));
+                let loaded = loaded.collect::<Result<Vec<_>>>()?;
+                transforms::mean(&loaded)
             }
         }
     }
@@ -322,6 +352,10 @@ impl fmt::Display for Source {
                 write!(f, "{}({of}", transform.name)?;
                 numbers.iter().try_for_each(|n| write!(f, ", {n}"))?;
                 f.write_str(")")
+            }
+            Source::Mean(of) => {
+                let each: Vec<String> = of.iter().map(ToString::to_string).collect();
+                write!(f, "mean({})", each.join(", "))
             }
         }
     }
@@ -436,6 +470,15 @@ impl TensorMap {
 
     /// Where a weight may come from.
     pub fn find(&self, path: &str) -> Found {
+        if let Some(merged) = strata_layers::plan::merged(path) {
+            let each: Vec<Found> = merged.iter().map(|p| self.find(p)).collect();
+            let ways = each.iter().map(|f| f.sources.len()).min().unwrap_or(0);
+            let mean = |way: usize| each.iter().map(|f| f.sources[way].clone()).collect();
+            return Found {
+                sources: (0..ways).map(|way| Source::Mean(mean(way))).collect(),
+                at: each.first().map(|f| f.at).unwrap_or_default(),
+            };
+        }
         if self.rules.is_empty() {
             return Found {
                 sources: vec![Source::Tensor(path.into())],

@@ -27,6 +27,24 @@ pub struct Transform {
     pub shape: fn(&[usize], &[f64]) -> Shaped,
     /// The result, after `shape` has agreed.
     pub apply: fn(&HostTensor, &[f64]) -> Result<HostTensor>,
+    /// How to go back.
+    pub undo: Undo,
+}
+
+/// From what a transform made to what it was made from.
+#[derive(Debug, Clone, Copy)]
+pub enum Undo {
+    /// Element by element, with the transform's first number.
+    Values(fn(f32, f64) -> f32),
+    /// The same elements: the shape, from the shape that was made, the numbers, and the shape of the tensor
+    /// where it is known.
+    Shape(fn(&[usize], &[f64], Option<&[usize]>) -> Shaped),
+    /// The result is a piece: its place, and of how many or up to where, from the numbers.
+    Place(fn(&[f64]) -> (usize, usize)),
+    /// Runs of rows are dealt back.
+    Piles,
+    /// The result holds nothing of what it was made from.
+    Nothing,
 }
 
 /// Numbers of rows, or places among them.
@@ -47,6 +65,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let values: Vec<f32> = x.to_f32().iter().map(|v| -v.exp()).collect();
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
+        undo: Undo::Values(|y, _| (-y).ln()),
     },
     // x + c: weights that are stored as what they differ by from c.
     Transform {
@@ -60,6 +79,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let values: Vec<f32> = x.to_f32().iter().map(|v| v + amount).collect();
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
+        undo: Undo::Values(|y, amount| y - amount as f32),
     },
     // Zeros in the shape of x: a weight that the family does without.
     Transform {
@@ -72,6 +92,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let values = vec![0.0; x.shape().iter().product()];
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
+        undo: Undo::Nothing,
     },
     // Drops a dimension of size 1: (C, 1, K) of a depthwise convolution is (C, K).
     Transform {
@@ -85,6 +106,12 @@ pub const TRANSFORMS: &[Transform] = &[
                 squeezed(x.shape(), numbers[0] as usize).unwrap_or_else(|_| x.shape().to_vec());
             Ok(x.reshape(&shape)?)
         },
+        undo: Undo::Shape(|shape, numbers, _| {
+            let dimension = numbers[0] as usize;
+            let mut shape = shape.to_vec();
+            shape.insert(dimension.min(shape.len()), 1);
+            Ok(shape)
+        }),
     },
     // Entry n of the outermost dimension: one expert of a stack.
     Transform {
@@ -101,6 +128,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let entry = x.slice(n..n.saturating_add(1))?;
             Ok(entry.reshape(entry.shape().get(1..).unwrap_or_default())?)
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, 0)),
     },
     // The two outermost dimensions as one: the rows of all heads.
     Transform {
@@ -113,6 +141,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let shape = flattened(x.shape()).unwrap_or_else(|_| x.shape().to_vec());
             Ok(x.reshape(&shape)?)
         },
+        undo: Undo::Shape(as_known),
     },
     // All dimensions but the outermost as one: the filters of a convolution as rows of a matrix.
     Transform {
@@ -129,6 +158,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let cols = x.shape().iter().skip(1).product();
             Ok(x.reshape(&[rows, cols])?)
         },
+        undo: Undo::Shape(as_known),
     },
     // Rows k, k + n, k + 2n and so on, copied: two matrices whose rows take turns.
     Transform {
@@ -149,6 +179,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let ([first, step], rows) = (whole(numbers), rows_of(x));
             gathered(x, rows / step, (first..rows).step_by(step))
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, numbers[1] as usize)),
     },
     // Runs of `width` rows, dealt to n piles which lie one behind the other: heads whose two matrices take
     // turns.
@@ -176,6 +207,34 @@ pub const TRANSFORMS: &[Transform] = &[
             let pile = move |k: usize| (k * width..rows).step_by(piles * width).flat_map(run);
             gathered(x, rows, (0..piles).flat_map(pile))
         },
+        undo: Undo::Piles,
+    },
+    // Of every `period` rows those from one to before another, copied: queries, keys and values that are
+    // stored a group at a time.
+    Transform {
+        name: "runs",
+        numbers: &["from", "to", "period"],
+        widens: false,
+        fractions: false,
+        shape: |shape, numbers| match (shape.split_first(), whole(numbers)) {
+            (Some((&rows, rest)), [from, to, period])
+                if from < to && to <= period && rows % period == 0 =>
+            {
+                Ok([&[rows / period * (to - from)], rest].concat())
+            }
+            _ => Err(format!(
+                "there are no rows {} to {} of every {} in {shape:?}",
+                numbers[0], numbers[1], numbers[2]
+            )),
+        },
+        apply: |x, numbers| {
+            let ([from, to, period], rows) = (whole(numbers), rows_of(x));
+            let run = move |at: usize| at + from..at + to;
+            let count = rows / period * (to - from);
+            gathered(x, count, (0..rows).step_by(period).flat_map(run))
+        },
+        // Published under names without it: it is read only.
+        undo: Undo::Nothing,
     },
     // Rows from one to before another: one of several matrices that are stored as one.
     Transform {
@@ -196,6 +255,7 @@ pub const TRANSFORMS: &[Transform] = &[
             let [from, to] = whole(numbers);
             Ok(x.slice(from..to)?)
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, numbers[1] as usize)),
     },
     // The k-th of n equal parts of the rows: gate and up that are stored as one.
     Transform {
@@ -218,8 +278,15 @@ pub const TRANSFORMS: &[Transform] = &[
             let start = rows.saturating_mul(which);
             Ok(x.slice(start..start.saturating_add(rows))?)
         },
+        undo: Undo::Place(|numbers| (numbers[0] as usize, numbers[1] as usize)),
     },
 ];
+
+/// The shape that the tensor is known to have.
+fn as_known(_: &[usize], _: &[f64], known: Option<&[usize]>) -> Shaped {
+    let known = known.ok_or("no file tells its shape")?;
+    Ok(known.to_vec())
+}
 
 fn rows_of(x: &HostTensor) -> usize {
     x.shape().first().copied().unwrap_or_default()
@@ -256,6 +323,38 @@ fn squeezed(shape: &[usize], dimension: usize) -> Shaped {
     let mut shape = shape.to_vec();
     shape.remove(dimension);
     Ok(shape)
+}
+
+/// The mean of tensors of one shape, element by element, in the format of the first; in f32 if that has
+/// blocks.
+pub fn mean(of: &[HostTensor]) -> Result<HostTensor> {
+    let Some(first) = of.first() else {
+        return Ok(HostTensor::from_f32(&[0], &[])?);
+    };
+    let mut sum = vec![0.0f32; first.len()];
+    for tensor in of {
+        let values = tensor.to_f32();
+        sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+    }
+    let mean: Vec<f32> = sum.iter().map(|s| s / of.len() as f32).collect();
+    match first.format() {
+        format @ (Format::F16 | Format::BF16) => {
+            let bytes: Vec<u8> = match format {
+                Format::F16 => mean
+                    .iter()
+                    .flat_map(|v| half::f16::from_f32(*v).to_le_bytes())
+                    .collect(),
+                _ => mean
+                    .iter()
+                    .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+                    .collect(),
+            };
+            let range = 0..bytes.len();
+            let mean = HostTensor::new(format, first.shape(), Arc::new(bytes), range);
+            Ok(mean?)
+        }
+        _ => Ok(HostTensor::from_f32(first.shape(), &mean)?),
+    }
 }
 
 /// How many elements are NaN or infinite.
@@ -329,6 +428,16 @@ mod tests {
         for bad in [[2.0, 3.0], [0.0, 1.0], [1e300, 1e300]] {
             assert!(run("unzip", &[8, 1], &bad).is_err(), "{bad:?}");
         }
+        let runs = run("runs", &[8, 1], &[1.0, 3.0, 4.0]).unwrap();
+        assert_eq!(runs.to_f32(), [1.0, 2.0, 5.0, 6.0]);
+        for bad in [
+            [1.0, 1.0, 4.0],
+            [1.0, 5.0, 4.0],
+            [0.0, 1.0, 3.0],
+            [0.0, 1.0, 0.0],
+        ] {
+            assert!(run("runs", &[8, 1], &bad).is_err(), "{bad:?}");
+        }
         assert_eq!(run("flatten", &[3, 2, 4], &[]).unwrap().shape(), [6, 4]);
         assert!(run("flatten", &[3], &[]).is_err());
         let odd = run("every", &[4, 2], &[1.0, 2.0]).unwrap();
@@ -343,7 +452,7 @@ mod tests {
         let x = HostTensor::from_f32(&[2, 4], &[0.0; 8]).unwrap();
         let views = TRANSFORMS
             .iter()
-            .filter(|t| !t.widens && !["squeeze", "every", "unzip"].contains(&t.name));
+            .filter(|t| !t.widens && !["squeeze", "every", "unzip", "runs"].contains(&t.name));
         for t in views {
             let numbers = [1.0, 2.0];
             let y = (t.apply)(&x, &numbers[..t.numbers.len()]).unwrap();

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use strata_kernels::{DType, Result};
 use strata_layers::Image;
 
+use crate::estimate::Allocated;
 use crate::runner::{Network, Runner};
-use crate::session::DEFAULT_PAGE;
+use crate::session::EngineConfig;
 use crate::state_store::{StateSize, StateStore};
 
 /// A model of images with the memory for one image.
 pub struct Classifier {
     runner: Runner,
     image: Image,
+    config: EngineConfig,
 }
 
 impl Classifier {
@@ -21,15 +23,33 @@ impl Classifier {
         let Some(image) = network.graph.image.clone() else {
             return Ok(None);
         };
+        let config = EngineConfig {
+            token_budget: image.tokens(),
+            ..EngineConfig::new(image.tokens(), 1, DType::F32)
+        };
         let size = StateSize {
-            page_size: DEFAULT_PAGE,
-            pages: image.tokens().div_ceil(DEFAULT_PAGE),
-            slots: 1,
-            kv_dtype: DType::F32,
+            page_size: config.page_size,
+            pages: config.pages(network.graph.prefix),
+            slots: config.slots(),
+            kv_dtype: config.kv_dtype,
         };
         let state = StateStore::new(&network.graph, size, network.backend.clone())?;
-        let runner = Runner::new(network, state, image.tokens())?;
-        Ok(Some(Classifier { runner, image }))
+        let runner = Runner::new(network, state, config.token_budget)?;
+        Ok(Some(Classifier {
+            runner,
+            image,
+            config,
+        }))
+    }
+
+    /// The sizes of an engine that reads one image at a time.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// What it holds now, and the rows of its largest step so far.
+    pub fn allocated(&self) -> (Allocated, usize) {
+        (self.runner.allocated(), self.runner.most_rows())
     }
 
     /// What it reads.

@@ -6,6 +6,7 @@
 
 mod address;
 mod disk;
+pub(crate) use disk::free_bytes;
 mod error;
 mod id;
 mod progress;
@@ -24,7 +25,7 @@ use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
 use address::{escape, origin, proxy};
-use disk::{check_space, free_bytes, link};
+use disk::{check_space, link};
 use id::{plain, shards};
 
 /// Read beside the weights, where a repository has them; only the first must be there.

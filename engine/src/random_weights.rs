@@ -31,53 +31,62 @@ impl RandomWeights {
         }
     }
 
-    /// FNV-1a of the path, so that the draw does not depend on the standard library's hash.
-    fn seed_of(&self, path: &str) -> u64 {
-        let hash = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-        });
-        hash ^ self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)
-    }
-
     fn values(&self, path: &str, spec: &WeightSpec) -> Vec<f32> {
-        let (seed, elements) = (self.seed_of(path), spec.elements());
-        let uniform = |i: usize| random::uniform(seed, i as u64);
-        match spec.init {
-            Init::Normal => random::normal_row(seed, 0, elements, self.init_std),
-            Init::Constant(value) => vec![value; elements],
-            Init::Uniform(fan_in) => {
-                let bound = (fan_in as f32).powf(-0.5);
-                (0..elements)
-                    .map(|i| bound * (2.0 * uniform(i) - 1.0))
-                    .collect()
-            }
-            Init::StateDecay => {
-                let states = spec.shape.last().copied().unwrap_or(1);
-                (0..elements).map(|i| -((i % states + 1) as f32)).collect()
-            }
-            Init::UnitNormal => random::normal_row(seed, 0, elements, 1.0),
-            Init::Harmonics => {
-                let states = spec.shape.last().copied().unwrap_or(1);
-                (0..elements)
-                    .map(|i| std::f32::consts::PI * (i % states) as f32)
-                    .collect()
-            }
-            Init::LogStep => {
+        values(seed_of(self.seed, path), spec, self.init_std)
+    }
+}
+
+/// The elements of a weight, drawn as [`RandomWeights`] draws them.
+pub fn draw(seed: u64, init_std: f64, path: &str, spec: &WeightSpec) -> Vec<f32> {
+    values(seed_of(seed, path), spec, init_std as f32)
+}
+
+/// FNV-1a of the path, so that the draw does not depend on the standard library's hash.
+fn seed_of(seed: u64, path: &str) -> u64 {
+    let hash = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
+    hash ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+fn values(seed: u64, spec: &WeightSpec, init_std: f32) -> Vec<f32> {
+    let elements = spec.elements();
+    let uniform = |i: usize| random::uniform(seed, i as u64);
+    match spec.init {
+        Init::Normal => random::normal_row(seed, 0, elements, init_std),
+        Init::Constant(value) => vec![value; elements],
+        Init::Uniform(fan_in) => {
+            let bound = (fan_in as f32).powf(-0.5);
+            (0..elements)
+                .map(|i| bound * (2.0 * uniform(i) - 1.0))
+                .collect()
+        }
+        Init::StateDecay => {
+            let states = spec.shape.last().copied().unwrap_or(1);
+            (0..elements).map(|i| -((i % states + 1) as f32)).collect()
+        }
+        Init::UnitNormal => random::normal_row(seed, 0, elements, 1.0),
+        Init::Harmonics => {
+            let states = spec.shape.last().copied().unwrap_or(1);
+            (0..elements)
+                .map(|i| std::f32::consts::PI * (i % states) as f32)
+                .collect()
+        }
+        Init::LogStep => {
+            let (low, high) = (1e-3f32.ln(), 1e-1f32.ln());
+            let draw = |i| low + (high - low) * uniform(i);
+            (0..elements).map(draw).collect()
+        }
+        Init::HeadDecay => (0..elements).map(|i| -1.0 - 15.0 * uniform(i)).collect(),
+        Init::StepBias => {
+            let step = |i| {
                 let (low, high) = (1e-3f32.ln(), 1e-1f32.ln());
-                let draw = |i| low + (high - low) * uniform(i);
-                (0..elements).map(draw).collect()
-            }
-            Init::HeadDecay => (0..elements).map(|i| -1.0 - 15.0 * uniform(i)).collect(),
-            Init::StepBias => {
-                let step = |i| {
-                    let (low, high) = (1e-3f32.ln(), 1e-1f32.ln());
-                    (low + (high - low) * uniform(i)).exp()
-                };
-                // The inverse of softplus: ln(eˢ - 1).
-                (0..elements)
-                    .map(|i| step(i) + (-(-step(i)).exp_m1()).ln())
-                    .collect()
-            }
+                (low + (high - low) * uniform(i)).exp()
+            };
+            // The inverse of softplus: ln(eˢ - 1).
+            (0..elements)
+                .map(|i| step(i) + (-(-step(i)).exp_m1()).ln())
+                .collect()
         }
     }
 }
@@ -94,7 +103,7 @@ impl WeightSource for RandomWeights {
         match spec.init {
             Init::Normal => {
                 self.backend
-                    .fill_normal(&mut data, self.seed_of(path), self.init_std)?;
+                    .fill_normal(&mut data, seed_of(self.seed, path), self.init_std)?;
             }
             _ => self.backend.write(&self.values(path, spec), &mut data)?,
         }

@@ -9,6 +9,7 @@ use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Span, Tensor};
 use strata_layers::graph::{Graph, Node, Run, ValueId};
 use strata_layers::{Context, Init, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
 
+use crate::estimate::Allocated;
 use crate::state_store::StateStore;
 
 /// A graph with its weights on a device. Shared by all that run it.
@@ -167,6 +168,20 @@ pub struct Step<'a> {
     pub logits: &'a [usize],
 }
 
+/// A place of the stream that can be watched while a network runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Point {
+    /// Before the first block: rows of the embedding, scaled if the plan says so.
+    Embedding,
+    /// Behind a place of the stack, counted from 0.
+    Block(usize),
+    /// Behind the last norm: what the output matrix multiplies.
+    Norm,
+}
+
+/// Told the stream at each [`Point`] as it is computed: all rows of the step, (rows, D).
+pub type Watch<'a> = dyn FnMut(Point, &[f32]) + 'a;
+
 /// Rows of logits that are computed at a time: the output matrix is read once for all of them, and
 /// their memory stays small beside any vocabulary.
 const LOGIT_ROWS: usize = 32;
@@ -239,6 +254,17 @@ impl Runner {
         self.buffers.len()
     }
 
+    /// All that it holds now.
+    pub fn allocated(&self) -> Allocated {
+        let (kv, state) = self.state.bytes();
+        Allocated {
+            weights: self.network.weight_bytes,
+            kv,
+            state,
+            buffers: self.buffer_bytes() as u64,
+        }
+    }
+
     /// Bytes of activations and scratch, beside weights and state.
     pub fn buffer_bytes(&self) -> usize {
         let buffers: usize = self.buffers.iter().map(Tensor::bytes).sum();
@@ -253,6 +279,17 @@ impl Runner {
     /// Runs one step. `sink` gets the row number and the logits of every row that asked for them,
     /// in order.
     pub fn forward(&mut self, step: &Step<'_>, sink: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.forward_watched(step, None, sink)
+    }
+
+    /// As [`Runner::forward`]; `watch` is told the stream on its way. Nothing is read back, and nothing
+    /// takes longer, without one.
+    pub fn forward_watched(
+        &mut self,
+        step: &Step<'_>,
+        mut watch: Option<&mut Watch<'_>>,
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
         let rows = step.tokens.len();
         assert!(
             rows > 0 && rows <= self.max_rows,
@@ -261,7 +298,10 @@ impl Runner {
         );
         self.most_rows = self.most_rows.max(rows);
         self.embed(step, rows)?;
-        self.nodes(step.ragged, rows)?;
+        if let Some(watch) = &mut watch {
+            self.tell(0, rows, &mut **watch)?;
+        }
+        self.nodes(step.ragged, rows, watch)?;
         self.head(step.logits, rows, sink)
     }
 
@@ -274,6 +314,7 @@ impl Runner {
             panic!("{}: no model of images", graph.vocab);
         };
         let (rows, place) = (image.tokens(), image.class_place());
+        self.most_rows = self.most_rows.max(rows);
         let page_size = self.state.size().page_size;
         let page_table: Vec<u32> = (0..rows.div_ceil(page_size) as u32).collect();
         let spans = [Span {
@@ -318,7 +359,7 @@ impl Runner {
             b: &embed.positions,
             y: &mut x,
         })?;
-        self.nodes(ragged, rows)?;
+        self.nodes(ragged, rows, None)?;
         let mut logits = Vec::new();
         self.head(&[place], rows, &mut |_, row| logits = row.to_vec())?;
         Ok(logits)
@@ -371,7 +412,12 @@ impl Runner {
     }
 
     /// All nodes, in their order.
-    fn nodes(&mut self, ragged: Ragged<'_>, rows: usize) -> Result<()> {
+    fn nodes(
+        &mut self,
+        ragged: Ragged<'_>,
+        rows: usize,
+        mut watch: Option<&mut Watch<'_>>,
+    ) -> Result<()> {
         let network = self.network.clone();
         let (graph, backend) = (&network.graph, &*network.backend);
         for (i, node) in graph.nodes.iter().enumerate() {
@@ -409,7 +455,33 @@ impl Runner {
                     }
                 }
             }
+            if let Some(watch) = &mut watch {
+                self.tell(node.output, rows, &mut **watch)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Tells of a value just computed, at every point of the stream that it is. Its buffer may be another
+    /// value's one node later.
+    fn tell(&self, value: ValueId, rows: usize, watch: &mut Watch<'_>) -> Result<()> {
+        let graph = &self.network.graph;
+        let ends = graph.stack.iter().enumerate();
+        let blocks = ends.filter(|(_, end)| **end == value);
+        let points: Vec<Point> = (value == 0)
+            .then_some(Point::Embedding)
+            .into_iter()
+            .chain(blocks.map(|(i, _)| Point::Block(i)))
+            .chain((value == graph.last).then_some(Point::Norm))
+            .collect();
+        if points.is_empty() {
+            return Ok(());
+        }
+        let mut values = vec![0.0; rows * graph.widths[value]];
+        self.network
+            .backend
+            .read(&self.value(value, rows), &mut values)?;
+        points.into_iter().for_each(|p| watch(p, &values));
         Ok(())
     }
 

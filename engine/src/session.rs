@@ -9,7 +9,7 @@ use strata_kernels::{DType, Ragged, Span, Tensor};
 use crate::batch::{Batch, Logits};
 use crate::estimate::Allocated;
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
-use crate::runner::{self, Network, Runner};
+use crate::runner::{self, Network, Point, Runner};
 use crate::sampler::{SampleError, Sampled, Sampler, SamplingFaults, SamplingParams};
 use crate::scheduler::{
     BadConfig, Chunk, Event, ForkRefused, Refused, Scheduler, SchedulerConfig, Step,
@@ -120,6 +120,19 @@ pub enum Output {
         /// Why.
         reason: Reason,
     },
+}
+
+/// Rows of the stream of one sequence, at one point of the network.
+#[derive(Debug, Clone, Copy)]
+pub struct Watched<'a> {
+    /// The sequence.
+    pub id: SeqId,
+    /// Where in the network.
+    pub point: Point,
+    /// The position of the first row.
+    pub position: usize,
+    /// (rows, D), in the order of positions.
+    pub rows: &'a [f32],
 }
 
 /// What can go wrong in an engine.
@@ -263,14 +276,7 @@ impl Engine {
 
     /// What it holds now, and the rows of its largest step so far.
     pub fn allocated(&self) -> (Allocated, usize) {
-        let (kv, state) = self.runner.state.bytes();
-        let allocated = Allocated {
-            weights: self.network().weight_bytes,
-            kv,
-            state,
-            buffers: self.runner.buffer_bytes() as u64,
-        };
-        (allocated, self.runner.most_rows())
+        (self.runner.allocated(), self.runner.most_rows())
     }
 
     /// The network that runs.
@@ -381,6 +387,23 @@ impl Engine {
     /// `observe` gets the sequence, the position and the logits of every row that computed some: those
     /// that choose a token, and prompt rows that asked for them.
     pub fn step(&mut self, observe: &mut dyn FnMut(SeqId, usize, &[f32])) -> Result<bool, Error> {
+        self.step_with(None, observe)
+    }
+
+    /// As [`Engine::step`]; `watch` gets the stream of every sequence at every point, as it is computed.
+    pub fn step_watched(
+        &mut self,
+        watch: &mut dyn FnMut(Watched<'_>),
+        observe: &mut dyn FnMut(SeqId, usize, &[f32]),
+    ) -> Result<bool, Error> {
+        self.step_with(Some(watch), observe)
+    }
+
+    fn step_with(
+        &mut self,
+        watch: Option<&mut dyn FnMut(Watched<'_>)>,
+        observe: &mut dyn FnMut(SeqId, usize, &[f32]),
+    ) -> Result<bool, Error> {
         self.outputs.clear();
         match self.scheduler.next(&mut self.batch) {
             Step::Idle => return Ok(false),
@@ -391,7 +414,7 @@ impl Engine {
             }
             Step::Run => {}
         }
-        match self.run(observe) {
+        match self.run(watch, observe) {
             Ok(()) => {
                 self.scheduler
                     .done(&self.batch, &self.tokens, &mut self.events);
@@ -418,7 +441,11 @@ impl Engine {
     }
 
     /// Runs the batch and samples.
-    fn run(&mut self, observe: &mut dyn FnMut(SeqId, usize, &[f32])) -> Result<(), Error> {
+    fn run(
+        &mut self,
+        watch: Option<&mut dyn FnMut(Watched<'_>)>,
+        observe: &mut dyn FnMut(SeqId, usize, &[f32]),
+    ) -> Result<(), Error> {
         let prefix = self.prefix().len();
         let Engine {
             runner,
@@ -473,7 +500,23 @@ impl Engine {
         let (samplers, tokens, outputs) = (&mut self.samplers, &mut self.tokens, &mut self.outputs);
         let mut at = 0;
         let mut failed = None;
-        runner.forward(&step, &mut |row, logits| {
+        let d_model = runner.network().graph.d_model;
+        let mut spread = watch.map(|watch| {
+            |point, rows: &[f32]| {
+                for span in &batch.spans {
+                    let hidden = prefix.saturating_sub(span.position).min(span.len);
+                    let from = span.start + hidden;
+                    watch(Watched {
+                        id: span.seq,
+                        point,
+                        position: span.position + hidden - prefix.min(span.position + hidden),
+                        rows: &rows[from * d_model..(span.start + span.len) * d_model],
+                    });
+                }
+            }
+        });
+        let watch = spread.as_mut().map(|w| w as &mut runner::Watch<'_>);
+        runner.forward_watched(&step, watch, &mut |row, logits| {
             while batch.spans[at].start + batch.spans[at].len <= row {
                 at += 1;
             }

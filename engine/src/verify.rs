@@ -48,6 +48,14 @@ pub struct Check {
     pub time: Duration,
 }
 
+/// What a caller is told while checks run.
+pub enum Progress<'a> {
+    /// A check is done.
+    Checked(&'a Check),
+    /// An engine has run, with memory as its config asks for.
+    Ran(&'a Engine),
+}
+
 /// What a sequence gave: tokens, and the logits of every position.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Trace {
@@ -92,13 +100,13 @@ impl Trace {
 
 /// Runs every check. `other_threads` holds backends of the same device with other numbers of threads.
 /// `folder` is where a state file may be written and is removed again. `report` is told of each check
-/// as it is done.
+/// and of each engine as it is done.
 pub fn verify(
     network: &Arc<Network>,
     options: &VerifyOptions,
     other_threads: &[(usize, Arc<dyn Backend>)],
     folder: &Path,
-    report: &mut dyn FnMut(&Check),
+    report: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Vec<Check>, Error> {
     let mut verify = Verify {
         network,
@@ -165,7 +173,7 @@ struct Verify<'a> {
     network: &'a Arc<Network>,
     options: &'a VerifyOptions,
     checks: Vec<Check>,
-    report: &'a mut dyn FnMut(&Check),
+    report: &'a mut dyn FnMut(Progress<'_>),
 }
 
 impl Verify<'_> {
@@ -201,7 +209,7 @@ impl Verify<'_> {
     }
 
     fn run_alone(
-        &self,
+        &mut self,
         network: &Arc<Network>,
         prompt: &[TokenId],
         chunk: Chunk,
@@ -216,6 +224,7 @@ impl Verify<'_> {
         let mut engine = Engine::new(network.clone(), config)?;
         let id = engine.submit(self.request(prompt, sampling))?;
         let mut traces = run(&mut engine, usize::MAX)?;
+        (self.report)(Progress::Ran(&engine));
         Ok(traces.remove(&id).unwrap_or_default())
     }
 
@@ -244,7 +253,7 @@ impl Verify<'_> {
             compared,
             time: start.elapsed(),
         };
-        (self.report)(&check);
+        (self.report)(Progress::Checked(&check));
         self.checks.push(check);
     }
 
@@ -271,6 +280,7 @@ impl Verify<'_> {
             merge(&mut together, run(&mut engine, 1)?);
         }
         merge(&mut together, run(&mut engine, usize::MAX)?);
+        (self.report)(Progress::Ran(&engine));
         for (i, (id, prompt)) in ids.iter().zip(&prompts).enumerate() {
             let alone = self.run_alone(self.network, prompt, Chunk::AtMost(longest), greedy())?;
             let name = format!(
@@ -342,6 +352,7 @@ impl Verify<'_> {
             },
         )?;
         merge(&mut traces, run(&mut engine, usize::MAX)?);
+        (self.report)(Progress::Ran(&engine));
         let parent = traces.remove(&id).unwrap_or_default();
         self.compare("forked equals continuous (parent)", start, whole, &parent);
         let mut forked = traces.remove(&child).unwrap_or_default();
@@ -404,6 +415,7 @@ impl Verify<'_> {
             let start = Instant::now();
             let path = folder.join(format!("strata-verify-{}-{cut}.state", std::process::id()));
             let saved = state_file::save(&engine, snapshot, &fingerprint, &path);
+            (self.report)(Progress::Ran(&engine));
             let mut second = Engine::new(self.network.clone(), self.config(2))?;
             let loaded = saved.and_then(|()| state_file::load(&mut second, &fingerprint, &path));
             let _ = std::fs::remove_file(&path);
@@ -417,6 +429,7 @@ impl Verify<'_> {
                     found
                         .generated
                         .splice(0..0, whole.generated[..done].to_vec());
+                    (self.report)(Progress::Ran(&second));
                     self.compare(&name, start, whole, &found);
                 }
                 Err(error) => {
@@ -444,6 +457,7 @@ impl Verify<'_> {
         let found = run(&mut engine, usize::MAX)?
             .remove(&id)
             .unwrap_or_default();
+        (self.report)(Progress::Ran(&engine));
         self.compare("sampled sequences repeat by seed", start, &alone, &found);
         Ok(())
     }

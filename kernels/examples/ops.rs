@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use strata_kernels::cpu::{Cpu, CpuOptions, Isa, Limits, measure};
 use strata_kernels::ops::{
     Activate, Activation, Add, Attention, Conv1d, Embed, ExpertLinear, KvWrite, LayerNorm, Linear,
-    RmsNorm, Rope, S4dScan, SelectiveScan, SsdScan,
+    RmsNorm, Rope, S4dScan, SelectiveScan, SsdChunked, SsdScan,
 };
 use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor};
 
@@ -32,7 +32,12 @@ enum Work {
 }
 
 impl Bench {
-    fn time(&self, name: &str, work: Work, mut f: impl FnMut()) {
+    fn time(&self, name: &str, work: Work, f: impl FnMut()) {
+        self.time_each(name, 1, work, f);
+    }
+
+    /// The same of something that is done `calls` times by `f`; `work` is of once.
+    fn time_each(&self, name: &str, calls: usize, work: Work, mut f: impl FnMut()) {
         if !name.contains(&self.only) {
             return;
         }
@@ -42,7 +47,7 @@ impl Bench {
         {
             let start = Instant::now();
             f();
-            times.push(start.elapsed().as_secs_f64());
+            times.push(start.elapsed().as_secs_f64() / calls as f64);
         }
         times.sort_by(f64::total_cmp);
         let seconds = times[times.len() / 2];
@@ -202,17 +207,31 @@ impl Bench {
         });
     }
 
-    /// `t` rows of each of `spans` sequences; `shape` is heads, groups, width of a head, states.
-    fn ssd(&self, spans: usize, t: usize, shape: (usize, usize, usize, usize)) {
+    /// `t` rows of each of `spans` sequences; `shape` is heads, groups, width of a head, states. By chunks
+    /// of so many tokens if there is a `chunk`; single rows are then means over a chunk.
+    fn ssd(
+        &self,
+        (spans, t): (usize, usize),
+        shape: (usize, usize, usize, usize),
+        chunk: Option<usize>,
+    ) {
         let (heads, groups, width, states) = shape;
+        let form = match chunk {
+            None => "ssd_scan".to_string(),
+            Some(size) => format!("ssd_chunked {size}:"),
+        };
+        let name = format!("{form} {spans} × {t}, {heads}/{groups} × {width} × {states}");
+        if !name.contains(&self.only) {
+            return;
+        }
         let rows = spans * t;
         let r = |rows, cols| self.random(DType::F32, rows, cols);
         // As a model has them: b and c lie beside x.
-        let inner = heads * width;
-        let xbc = r(rows, inner + 2 * groups * states);
+        let (inner, of_b) = (heads * width, groups * states);
+        let xbc = r(rows, inner + 2 * of_b);
         let x = xbc.columns(0..inner);
-        let b = xbc.columns(inner..inner + groups * states);
-        let c = xbc.columns(inner + groups * states..inner + 2 * groups * states);
+        let b = xbc.columns(inner..inner + of_b);
+        let c = xbc.columns(inner + of_b..inner + 2 * of_b);
         let (dt, d, mut y) = (r(rows, heads), r(1, heads), r(rows, inner));
         let mut a = r(1, heads);
         let mut rates = vec![0.0; heads];
@@ -225,11 +244,10 @@ impl Bench {
         } else {
             1
         };
-        let name = format!("ssd_scan {spans} × {t}, {heads}/{groups} × {width} × {states}");
-        if !name.contains(&self.only) {
-            return;
-        }
-        let mut state = r(turns * spans, inner * states);
+        let slots = turns * spans;
+        let mut state = r(slots, inner * states);
+        let size = chunk.unwrap_or(0);
+        let mut kept = [inner, of_b, heads].map(|n| r(slots, n * size));
         let mut spans: Vec<Span> = (0..spans)
             .map(|slot| Span {
                 start: slot * t,
@@ -239,39 +257,58 @@ impl Bench {
                 pages: 0..0,
             })
             .collect();
-        // A token alone reads and writes the state once; many do six operations for each of it, which
-        // is three instructions, one of them a product without a sum.
-        let work = if t == 1 {
-            Work::Bytes(8 * rows * inner * states)
-        } else {
-            Work::F32(6 * rows * inner * states)
+        // The recurrence: a token alone reads and writes the state once; many do six operations for each
+        // of it, which is three instructions, one of them a product without a sum. By chunks: a token
+        // alone reads the state and half a chunk, and one of a chunk's writes the state; many multiply
+        // twice with the state and once with half a chunk.
+        let (of_state, half) = (inner * states, (size + 1) * (inner + of_b) / 2);
+        let work = match (chunk, t) {
+            (None, 1) => Work::Bytes(8 * rows * of_state),
+            (None, _) => Work::F32(6 * rows * of_state),
+            (Some(_), 1) => Work::Bytes(4 * rows * (of_state + half + 2 * of_state / size)),
+            (Some(_), _) => Work::F32(2 * rows * (2 * of_state + half)),
         };
-        self.time(&name, work, || {
-            let slots = turns * spans.len();
-            for span in &mut spans {
-                span.slot = (span.slot + slots / turns) % slots;
+        let calls = if t == 1 { size.max(1) } else { 1 };
+        self.time_each(&name, calls, work, || {
+            for position in 0..calls {
+                for span in &mut spans {
+                    span.position = position;
+                    span.slot = (span.slot + slots / turns) % slots;
+                }
+                let ragged = Ragged {
+                    spans: &spans,
+                    page_table: &[],
+                    page_size: 1,
+                };
+                let scan = SsdScan {
+                    x: &x,
+                    dt: &dt,
+                    dt_bias: Some(&d),
+                    dt_limit: (0.0, f32::INFINITY),
+                    a: &a,
+                    b: &b,
+                    c: &c,
+                    d: Some(&d),
+                    scale_input: true,
+                    groups,
+                    ssm_state: &mut state,
+                    ragged,
+                    y: &mut y,
+                };
+                if chunk.is_none() {
+                    self.cpu.ssd_scan(scan).expect("a scan");
+                    continue;
+                }
+                let [chunk_inputs, chunk_b, chunk_decays] = &mut kept;
+                let op = SsdChunked {
+                    scan,
+                    chunk_size: size,
+                    chunk_inputs,
+                    chunk_b,
+                    chunk_decays,
+                };
+                self.cpu.ssd_chunked(op).expect("a scan");
             }
-            let ragged = Ragged {
-                spans: &spans,
-                page_table: &[],
-                page_size: 1,
-            };
-            let op = SsdScan {
-                x: &x,
-                dt: &dt,
-                dt_bias: Some(&d),
-                dt_limit: (0.0, f32::INFINITY),
-                a: &a,
-                b: &b,
-                c: &c,
-                d: Some(&d),
-                scale_input: true,
-                groups,
-                ssm_state: &mut state,
-                ragged,
-                y: &mut y,
-            };
-            self.cpu.ssd_scan(op).expect("a scan");
         });
     }
 
@@ -544,17 +581,23 @@ fn main() {
     b.mamba(512, 512, 64);
     b.mamba(256, 1536, 64);
     for shape in [
-        (128, 8, 64, 128),
         (64, 1, 64, 128),
         (24, 1, 64, 256),
         (32, 1, 80, 64),
         (50, 1, 128, 64),
     ] {
-        b.ssd(1, 512, shape);
-        b.ssd(1, 1, shape);
+        b.ssd((1, 512), shape, None);
+        b.ssd((1, 1), shape, None);
     }
-    b.ssd(8, 1, (128, 8, 64, 128));
-    b.ssd(8, 4, (128, 8, 64, 128));
+    b.ssd((8, 4), (128, 8, 64, 128), None);
+    // Both forms.
+    for shape in [(24, 1, 64, 128), (128, 8, 64, 128), (48, 1, 64, 64)] {
+        for batch in [(1, 512), (1, 1), (8, 1)] {
+            for chunk in [None, Some(32), Some(64), Some(128), Some(256)] {
+                b.ssd(batch, shape, chunk);
+            }
+        }
+    }
     b.s4d(512, 2048, 32);
     b.s4d(1, 2048, 32);
     b.attention(1, 4095, (20, 1), 128, BF16);

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
 };
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -63,6 +63,8 @@ pub trait Backend: Send + Sync {
     fn mamba3_scan(&self, op: Mamba3Scan<'_>) -> Result<()>;
     /// See [`SsdScan`].
     fn ssd_scan(&self, op: SsdScan<'_>) -> Result<()>;
+    /// See [`SsdChunked`].
+    fn ssd_chunked(&self, op: SsdChunked<'_>) -> Result<()>;
     /// See [`S4dScan`].
     fn s4d_scan(&self, op: S4dScan<'_>) -> Result<()>;
     /// See [`Rope`].

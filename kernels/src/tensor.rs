@@ -54,6 +54,10 @@ impl fmt::Display for DType {
 pub trait HostBytes: Send + Sync {
     /// The bytes. The same address every time, as long as the owner lives.
     fn bytes(&self) -> &[u8];
+
+    /// Told that a range will not be read again soon: its memory may be given back where that changes
+    /// nothing, as with mapped files.
+    fn forget(&self, _range: Range<usize>) {}
 }
 
 impl HostBytes for Vec<u8> {
@@ -175,6 +179,39 @@ impl HostTensor {
         let mut values = vec![0.0; self.len()];
         self.format.dequantize(self.bytes(), &mut values);
         values
+    }
+
+    /// The bytes of some elements, counted row after row; `None` unless they are whole blocks.
+    pub fn elements(&self, range: Range<usize>) -> Option<&[u8]> {
+        self.bytes().get(self.bytes_of(range)?)
+    }
+
+    /// Some elements, widened to f32. Fails unless they are there, and whole blocks.
+    pub fn widen(&self, range: Range<usize>, to: &mut [f32]) -> Result<()> {
+        let bytes = self
+            .elements(range.clone())
+            .filter(|_| range.len() == to.len());
+        let bytes = bytes.ok_or_else(|| Error::Value {
+            op: "host tensor",
+            why: format!("elements {range:?} of {self:?} are no whole blocks"),
+        })?;
+        self.format.dequantize(bytes, to);
+        Ok(())
+    }
+
+    /// Told that some elements will not be read again soon: see [`HostBytes::forget`].
+    pub fn forget(&self, range: Range<usize>) {
+        if let Some(bytes) = self.bytes_of(range) {
+            let start = self.range.start;
+            self.owner.forget(start + bytes.start..start + bytes.end);
+        }
+    }
+
+    /// Where elements are among the bytes.
+    fn bytes_of(&self, range: Range<usize>) -> Option<Range<usize>> {
+        let start = self.format.row_bytes(range.start)?;
+        let bytes = start..self.format.row_bytes(range.end)?;
+        (bytes.start <= bytes.end && bytes.end <= self.range.len()).then_some(bytes)
     }
 
     fn address(&self) -> *const u8 {

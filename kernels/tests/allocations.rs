@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::ops::{
     Attention, ExpertLinear, KvWrite, LayerNorm, Linear, RmsNorm, Rope, Route, S4dScan, Score,
-    SelectiveScan, SsdScan,
+    SelectiveScan, SsdChunked, SsdScan,
 };
 use strata_kernels::{Backend, DType, Matrix, Ragged, Span};
 
@@ -61,6 +61,8 @@ fn operations_allocate_nothing_after_the_first_time() {
     let (mut weights, heads) = (f32s(rows, 2), f32s(1, n));
     let mut state = f32s(1, n * d);
     let (mut ssd_state, mut s4d_state) = (f32s(1, n / 2 * d), f32s(1, 2 * n * d));
+    let chunk_size = 48;
+    let mut of_chunk = [d, n, n].map(|cols| f32s(1, chunk_size * cols));
     let (mut k_pages, mut v_pages) = (f32s(rows, d), f32s(rows, d));
     let spans = [Span {
         start: 0,
@@ -126,6 +128,29 @@ fn operations_allocate_nothing_after_the_first_time() {
             ssm_state: &mut ssd_state,
             ragged,
             y: &mut y,
+        })
+        .unwrap();
+        let [chunk_inputs, chunk_b, chunk_decays] = &mut of_chunk;
+        cpu.ssd_chunked(SsdChunked {
+            scan: SsdScan {
+                x,
+                dt: &b,
+                dt_bias: None,
+                dt_limit: (0.0, f32::INFINITY),
+                a: &heads,
+                b: &b,
+                c: &b,
+                d: None,
+                scale_input: true,
+                groups: 2,
+                ssm_state: &mut ssd_state,
+                ragged,
+                y: &mut y,
+            },
+            chunk_size,
+            chunk_inputs,
+            chunk_b,
+            chunk_decays,
         })
         .unwrap();
         cpu.s4d_scan(S4dScan {

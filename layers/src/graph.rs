@@ -40,6 +40,9 @@ pub struct Graph {
     pub logit_scale: Option<f64>,
     /// Whether the logits have a bias.
     pub logit_bias: bool,
+    /// The stream behind each place of the stack, in the order of the places. Two are one value where a
+    /// block leaves the stream as it is.
+    pub stack: Vec<ValueId>,
     /// The value that the output matrix multiplies.
     pub last: ValueId,
 }

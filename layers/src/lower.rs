@@ -35,6 +35,7 @@ pub(crate) fn lower(plan: &Plan, file: &str) -> Result<Graph, Faults> {
         faults: Faults::new(file),
         nodes: Vec::new(),
         widths: vec![plan.d_model],
+        ends: Vec::new(),
         specs: BTreeMap::new(),
         wanted: 0,
         elements: (2 * plan.vocab as u128 + plan.embed.prefix as u128) * plan.d_model as u128,
@@ -47,6 +48,7 @@ pub(crate) fn lower(plan: &Plan, file: &str) -> Result<Graph, Faults> {
         faults,
         nodes,
         widths,
+        ends,
         ..
     } = lower;
     faults.or(last.map(|last| Graph {
@@ -60,6 +62,7 @@ pub(crate) fn lower(plan: &Plan, file: &str) -> Result<Graph, Faults> {
         embed_scale: plan.embed.scale,
         prefix: plan.embed.prefix,
         logit_scale: plan.head.scale,
+        stack: ends,
         last,
     }))
 }
@@ -69,6 +72,8 @@ struct Lower<'a> {
     faults: Faults,
     nodes: Vec<Node>,
     widths: Vec<usize>,
+    /// The stream behind each place so far; meant for stacks without a fault.
+    ends: Vec<ValueId>,
     /// What has been asked for under each path: two uses of one path must ask for the same.
     specs: BTreeMap<String, Vec<WeightSpec>>,
     /// Number of weights so far.
@@ -151,8 +156,8 @@ impl<'a> Lower<'a> {
             }
             let mut chain = Chain {
                 state: format!("blocks.{i}"),
-                weights: format!("blocks.{}", place.weights),
-                own: format!("blocks.{}", place.weights),
+                weights: format!("blocks.{}", place.weights.path(i)),
+                own: format!("blocks.{}", place.weights.path(i)),
                 names: BTreeMap::from([("x0".into(), 0)]),
                 layers: BTreeMap::new(),
                 counts: BTreeMap::new(),
@@ -175,6 +180,7 @@ impl<'a> Lower<'a> {
                 faulty.insert(&block.name);
             }
             x = out.filter(|v| self.widths[*v] == plan.d_model);
+            self.ends.extend(x);
             if self.is_too_large() {
                 let message = format!(
                     "here the plan passes {MAX_NODES} layers, or {MAX_STEPS} steps with those of shared chains at every use"

@@ -11,7 +11,7 @@ use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
 use crate::params;
 use crate::ssd_scan::{
-    Scan, check_groups, check_steps, scan_flops, scan_state, scan_weights, step_limit,
+    Scan, Sizes, check_chunk, check_groups, check_steps, scan_weights, step_limit,
 };
 use crate::state::StateSpec;
 use crate::weights::{Init, WeightSpec, Weights};
@@ -83,6 +83,8 @@ params! {
         dt_max: Option<f64> = None,
         /// Multipliers of what the first projection makes; none if left out.
         in_scales: Option<InScales> = None,
+        /// Tokens of a chunk of the scan's form with matrix products; its recurrence if left out.
+        chunk_size: Option<usize> = None,
     }
 }
 
@@ -99,6 +101,7 @@ impl Check for Mamba2 {
         fields.positive(&sizes, faults);
         check_groups(heads, groups, fields, faults);
         check_steps(self.dt_min, self.dt_max, fields, faults);
+        check_chunk(self.chunk_size, fields, faults);
         let inner = heads.saturating_mul(self.head_dim);
         let parts = self.norm.as_ref().map_or(1, |n| n.groups.unwrap_or(groups));
         if parts > 0 && inner % parts != 0 {
@@ -117,6 +120,17 @@ impl Mamba2 {
     /// Width of B, and of C.
     fn states(&self) -> usize {
         self.groups.saturating_mul(self.d_state)
+    }
+
+    /// What its scan costs and keeps.
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            heads: self.heads,
+            head_dim: self.head_dim,
+            groups: self.groups,
+            states: self.d_state,
+            chunk: self.chunk_size,
+        }
     }
 
     /// Width of what the convolution takes: x, B and C.
@@ -159,15 +173,13 @@ impl LayerSpec for Mamba2 {
     }
 
     fn state(&self, _widths: &[usize]) -> StateSpec {
-        let slot = vec![
-            conv_state(self.d_conv, self.conv_width()),
-            scan_state(self.heads, self.head_dim, self.d_state),
-        ];
+        let mut slot = vec![conv_state(self.d_conv, self.conv_width())];
+        slot.extend(self.sizes().state());
         StateSpec { pages: None, slot }
     }
 
-    fn other_flops(&self, _widths: &[usize], _position: usize) -> f64 {
-        conv_flops(self.d_conv, self.conv_width()) + scan_flops(self.inner(), self.d_state)
+    fn other_flops(&self, _widths: &[usize], position: usize) -> f64 {
+        conv_flops(self.d_conv, self.conv_width()) + self.sizes().flops(position)
     }
 
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
@@ -201,6 +213,7 @@ impl LayerSpec for Mamba2 {
                 d: weights.vector("d")?,
                 groups: self.groups,
                 scale_input: true,
+                chunk: self.chunk_size,
             },
             norm: weights.optional_vector("norm")?,
             out_proj: Projection::build("out_proj", weights)?,

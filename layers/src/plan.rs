@@ -3,6 +3,7 @@
 //! A model is a *stack* of *blocks*; a block is a list of *steps*; a step is a layer or one of eight
 //! joints. See `model-cards/README.md` for the language on a page.
 
+use std::fmt;
 use std::sync::Arc;
 
 use crate::attend::Attend;
@@ -86,17 +87,69 @@ impl PartialEq for Named {
 pub struct Place {
     /// Name of the block that runs here.
     pub block: String,
-    /// Which of the checkpoint's blocks the weights are: the `3` of `blocks.3`. It stays with a block
-    /// that is moved; a block given twice has one set of weights and two states.
-    pub weights: usize,
+    /// Which of the checkpoint's blocks the weights are. It stays with a block that is moved; a block
+    /// given twice has one set of weights and two states.
+    pub weights: Origin,
     /// Where it stands.
     pub at: Mark,
 }
 
 impl PartialEq for Place {
     fn eq(&self, other: &Self) -> bool {
-        (&self.block, self.weights) == (&other.block, other.weights)
+        (&self.block, &self.weights) == (&other.block, &other.weights)
     }
+}
+
+/// Where a block's weights are from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// A block of the checkpoint: the `3` of `blocks.3`.
+    Block(usize),
+    /// The mean of several: `3+7`.
+    Mean(Vec<usize>),
+    /// Nowhere: they are drawn. Each place has its own.
+    New,
+}
+
+impl Origin {
+    /// What stands behind `blocks.` in the paths of the weights of the block at `place`.
+    pub fn path(&self, place: usize) -> String {
+        match self {
+            Origin::New => format!("{NEW}{place}"),
+            other => other.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Block(n) => write!(f, "{n}"),
+            Origin::Mean(blocks) => {
+                let numbers: Vec<String> = blocks.iter().map(ToString::to_string).collect();
+                f.write_str(&numbers.join("+"))
+            }
+            Origin::New => f.write_str(NEW),
+        }
+    }
+}
+
+/// The word for weights that are drawn.
+const NEW: &str = "new";
+/// Most blocks whose mean is taken.
+const MAX_MEAN: usize = 64;
+
+/// Whether a weight belongs to a block whose weights are drawn.
+pub fn is_new(path: &str) -> bool {
+    path.strip_prefix("blocks.")
+        .is_some_and(|rest| rest.starts_with(NEW))
+}
+
+/// The weights whose mean the weight at `path` is; none if it is a weight of its own.
+pub fn merged(path: &str) -> Option<Vec<String>> {
+    let (blocks, rest) = path.strip_prefix("blocks.")?.split_once('.')?;
+    let each = || blocks.split('+');
+    (each().count() > 1).then(|| each().map(|n| format!("blocks.{n}.{rest}")).collect())
 }
 
 /// A step and where it stands.
@@ -460,7 +513,8 @@ fn read_kind(entry: &Entry, faults: &mut Faults) -> Option<Vec<Step>> {
     })
 }
 
-/// `block`, `block*count`, `block@weights` or `block*count@weights`.
+/// `block`, `block*count`, `block@weights` or `block*count@weights`, where weights are a number, several to
+/// be averaged (`3+7`), or `new`.
 fn read_stack(node: &Node, faults: &mut Faults) -> Option<Vec<Place>> {
     let Value::List(list) = &node.value else {
         return mismatch(node, &node.value, "a list of blocks", faults);
@@ -480,10 +534,14 @@ fn read_stack(node: &Node, faults: &mut Faults) -> Option<Vec<Place>> {
             faults.add(entry.at, format!("more than {MAX_BLOCKS} blocks"));
             return None;
         }
-        let first = weights.unwrap_or(stack.len());
+        let here = stack.len();
         let place = |i| Place {
             block: block.into(),
-            weights: first + i,
+            weights: match &weights {
+                None => Origin::Block(here + i),
+                Some(Origin::Block(first)) => Origin::Block(first + i),
+                Some(other) => other.clone(),
+            },
             at: entry.at,
         };
         stack.extend((0..count).map(place));
@@ -491,14 +549,23 @@ fn read_stack(node: &Node, faults: &mut Faults) -> Option<Vec<Place>> {
     whole.then_some(stack)
 }
 
-fn read_place<'a>(node: &'a Node, faults: &mut Faults) -> Option<(&'a str, usize, Option<usize>)> {
-    let expected = "a block's name, such as `mamba`, `mamba*4` or `mamba@3`";
+fn read_place<'a>(node: &'a Node, faults: &mut Faults) -> Option<(&'a str, usize, Option<Origin>)> {
+    let expected =
+        "a block's name, such as `mamba`, `mamba*4`, `mamba@3`, `mamba@3+7` or `mamba@new`";
     let Value::Text(text) = &node.value else {
         return mismatch(node, &node.value, expected, faults);
     };
     let number = |text: &str| text.parse::<usize>().ok().filter(|n| *n <= MAX_BLOCKS);
     let (rest, weights) = match text.split_once('@') {
-        Some((rest, weights)) => (rest, Some(number(weights))),
+        Some((rest, NEW)) => (rest, Some(Some(Origin::New))),
+        Some((rest, weights)) => {
+            let numbers: Option<Vec<usize>> = weights.split('+').map(number).collect();
+            let origin = numbers.and_then(|n| match n[..] {
+                [one] => Some(Origin::Block(one)),
+                _ => (n.len() <= MAX_MEAN).then_some(Origin::Mean(n)),
+            });
+            (rest, Some(origin))
+        }
         None => (text.as_str(), None),
     };
     let (block, count) = match rest.split_once('*') {
@@ -560,7 +627,7 @@ blocks:
         - norm: {eps: 1.0e-6}
         - attention: {heads: 2, kv_heads: 1, head_dim: 4, window: 8, rope: {theta: 10000}}
     - residual: [norm: {name: ff_norm, eps: 1.0e-6}, moe: {experts: 4, top_k: 2, d_ff: 8, act: silu, router: {score: softmax, normalize: false}}]
-stack: [m, a, m*2, m@0]
+stack: [m, a, m*2, m@0, m@0+2, m@new]
 head: {norm: {eps: 1.0e-6}, tie: true}
 ";
 
@@ -570,8 +637,8 @@ head: {norm: {eps: 1.0e-6}, tie: true}
         let again =
             Plan::parse(&plan.print(), "again").unwrap_or_else(|f| panic!("{f}\n{}", plan.print()));
         assert_eq!(plan, again);
-        let weights: Vec<usize> = plan.stack.iter().map(|p| p.weights).collect();
-        assert_eq!(weights, [0, 1, 2, 3, 0]);
+        let weights: Vec<String> = plan.stack.iter().map(|p| p.weights.to_string()).collect();
+        assert_eq!(weights, ["0", "1", "2", "3", "0", "0+2", "new"]);
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The scan of Mamba-2 by itself (Dao and Gu, 2024), with one decay a head, between projections that a
-//! plan spells out.
+//! plan spells out: as a recurrence, or by chunks.
 
 use strata_kernels::ops;
 use strata_kernels::{Result, Tensor};
@@ -35,6 +35,8 @@ params! {
         dt_max: Option<f64> = None,
         /// Whether the input is multiplied by the step size, as the decay is made from it.
         scale_input: bool = true,
+        /// Tokens of a chunk of the form with matrix products; the recurrence if left out.
+        chunk_size: Option<usize> = None,
     }
 }
 
@@ -49,6 +51,18 @@ impl Check for SsdScan {
         fields.positive(&sizes, faults);
         check_groups(heads, groups, fields, faults);
         check_steps(self.dt_min, self.dt_max, fields, faults);
+        check_chunk(self.chunk_size, fields, faults);
+    }
+}
+
+/// Most tokens of a chunk: every sequence keeps what one has brought.
+const MAX_CHUNK: usize = 4096;
+
+/// Faults chunks of no token, and of more than a sequence should keep.
+pub(crate) fn check_chunk(size: Option<usize>, fields: &Fields<'_>, faults: &mut Faults) {
+    if let Some(size) = size.filter(|size| !(1..=MAX_CHUNK).contains(size)) {
+        let message = format!("`chunk_size` is {size}; it must be 1 to {MAX_CHUNK}");
+        faults.add(fields.at("chunk_size"), message);
     }
 }
 
@@ -92,17 +106,57 @@ pub(crate) fn scan_weights(heads: usize) -> Vec<WeightSpec> {
     ]
 }
 
-/// Operations of the scan on one token: five for each element of its state.
-pub(crate) fn scan_flops(inner: usize, states: usize) -> f64 {
-    5.0 * inner as f64 * states as f64
+/// What a scan's costs and its state follow from.
+pub(crate) struct Sizes {
+    pub heads: usize,
+    /// P.
+    pub head_dim: usize,
+    pub groups: usize,
+    /// N.
+    pub states: usize,
+    /// Q of the form with chunks.
+    pub chunk: Option<usize>,
 }
 
-/// The state of the scan: a matrix (d_state, head_dim) for each head.
-pub(crate) fn scan_state(heads: usize, head_dim: usize, states: usize) -> Part {
-    Part {
-        name: "ssm_state",
-        rows: heads * states,
-        cols: head_dim,
+impl Sizes {
+    /// Operations on one token after `position` others. The recurrence has five for each element of its
+    /// state. By chunks there are two products with the state, one of them when a chunk is full, and two
+    /// with each of the chunk's tokens up to this one.
+    pub fn flops(&self, position: usize) -> f64 {
+        let inner = self.heads as f64 * self.head_dim as f64;
+        let of_state = inner * self.states as f64;
+        let Some(chunk) = self.chunk else {
+            return 5.0 * of_state;
+        };
+        let tokens = (position % chunk + 1) as f64;
+        4.0 * of_state + 2.0 * tokens * (inner + self.groups as f64 * self.states as f64)
+    }
+
+    /// A matrix (d_state, head_dim) for each head; by chunks also what the tokens of the last chunk have
+    /// brought: their inputs, their B, and the sums of their decays.
+    pub fn state(&self) -> Vec<Part> {
+        let part = |name, rows: usize, cols: usize| Part { name, rows, cols };
+        let mut parts = vec![part("ssm_state", self.heads * self.states, self.head_dim)];
+        if let Some(chunk) = self.chunk {
+            parts.extend([
+                part("chunk_inputs", self.heads * chunk, self.head_dim),
+                part("chunk_b", self.groups * chunk, self.states),
+                part("chunk_decays", self.heads, chunk),
+            ]);
+        }
+        parts
+    }
+}
+
+impl SsdScan {
+    fn sizes(&self, inner: usize) -> Sizes {
+        Sizes {
+            heads: self.heads,
+            head_dim: inner / self.heads,
+            groups: self.groups,
+            states: self.d_state,
+            chunk: self.chunk_size,
+        }
     }
 }
 
@@ -140,12 +194,12 @@ impl LayerSpec for SsdScan {
     fn state(&self, widths: &[usize]) -> StateSpec {
         StateSpec {
             pages: None,
-            slot: vec![scan_state(self.heads, widths[0] / self.heads, self.d_state)],
+            slot: self.sizes(widths[0]).state(),
         }
     }
 
-    fn other_flops(&self, widths: &[usize], _position: usize) -> f64 {
-        scan_flops(widths[0], self.d_state)
+    fn other_flops(&self, widths: &[usize], position: usize) -> f64 {
+        self.sizes(widths[0]).flops(position)
     }
 
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
@@ -156,6 +210,7 @@ impl LayerSpec for SsdScan {
             d: weights.vector("d")?,
             groups: self.groups,
             scale_input: self.scale_input,
+            chunk: self.chunk_size,
         }))
     }
 }
@@ -168,18 +223,23 @@ pub(crate) struct Scan {
     pub d: Tensor,
     pub groups: usize,
     pub scale_input: bool,
+    /// Q of the form with chunks.
+    pub chunk: Option<usize>,
 }
 
 impl Scan {
-    /// `y` from `x`, step sizes, B and C; the state is part `part` of the slot.
+    /// `y` from `x`, step sizes, B and C; the state is in the slot's parts from `first` on.
     pub fn run(
         &self,
         [x, dt, b, c]: [&Tensor; 4],
-        part: usize,
+        first: usize,
         y: &mut Tensor,
         cx: &mut Context<'_>,
     ) -> Result<()> {
-        cx.backend.ssd_scan(ops::SsdScan {
+        let (ssm_state, of_chunk) = cx.state.slot[first..]
+            .split_first_mut()
+            .expect("an ssm_state was asked for");
+        let scan = ops::SsdScan {
             x,
             dt,
             dt_bias: Some(&self.dt_bias),
@@ -190,9 +250,22 @@ impl Scan {
             d: Some(&self.d),
             scale_input: self.scale_input,
             groups: self.groups,
-            ssm_state: &mut cx.state.slot[part],
+            ssm_state,
             ragged: cx.ragged,
             y,
+        };
+        let Some(chunk_size) = self.chunk else {
+            return cx.backend.ssd_scan(scan);
+        };
+        let [chunk_inputs, chunk_b, chunk_decays] = of_chunk else {
+            panic!("a scan by chunks asks for three parts beside its ssm_state");
+        };
+        cx.backend.ssd_chunked(ops::SsdChunked {
+            scan,
+            chunk_size,
+            chunk_inputs,
+            chunk_b,
+            chunk_decays,
         })
     }
 }

@@ -77,7 +77,12 @@ impl Bench {
         })
         .map_err(|error| model.explain(error.into()))?;
         bar.finish_and_clear();
-        terminal.memory(&model, &engine, self.common.source.verbose);
+        terminal.memory(
+            &model,
+            engine.config(),
+            engine.allocated(),
+            self.common.source.verbose,
+        );
 
         // One step of decoding reads every weight it multiplies once, however many rows it has.
         let steps = benched.decode.median / options.batch as f64;

@@ -129,7 +129,13 @@ impl Chat {
             }
         }
         let verbose = self.common.source.verbose;
-        terminal.memory(&conversation.model, &conversation.engine, verbose);
+        let engine = &conversation.engine;
+        terminal.memory(
+            &conversation.model,
+            engine.config(),
+            engine.allocated(),
+            verbose,
+        );
         Ok(())
     }
 }

@@ -65,6 +65,8 @@ impl Classify {
             bar.inc(1);
         }
         bar.finish_and_clear();
+        let verbose = self.common.source.verbose;
+        terminal.memory(&model, classifier.config(), classifier.allocated(), verbose);
         if failed > 0 {
             bail!("{failed} of {} images could not be read", self.images.len());
         }

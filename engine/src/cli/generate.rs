@@ -217,7 +217,12 @@ impl Generate {
         .map_err(|error| model.explain(error.into()))?;
         watch.bar.finish_and_clear();
 
-        terminal.memory(&model, &engine, self.common.source.verbose);
+        terminal.memory(
+            &model,
+            engine.config(),
+            engine.allocated(),
+            self.common.source.verbose,
+        );
         let generated = done.tokens.len();
         // Ctrl-C may have come before the end of the prompt.
         let read = engine.computed(id);

@@ -110,7 +110,12 @@ impl Logits {
         };
         write_beside(&self.output, write)?;
         bar.finish_and_clear();
-        terminal.memory(&model, &engine, self.common.source.verbose);
+        terminal.memory(
+            &model,
+            engine.config(),
+            engine.allocated(),
+            self.common.source.verbose,
+        );
         if self.common.source.json {
             let object = json!({"output": self.output, "tokens": count, "vocab": vocab});
             writeln!(std::io::stdout(), "{object}").context("standard output")?;

@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod classify;
+mod convert;
 mod generate;
 mod inspect;
 mod logits;
@@ -53,6 +54,7 @@ enum Command {
     #[command(subcommand)]
     Plan(plan::Plan),
     Inspect(inspect::Inspect),
+    Convert(convert::Convert),
     Bench(bench::Bench),
     Verify(verify::Verify),
 }
@@ -198,6 +200,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
         Command::Classify(command) => command.run(environment, &terminal),
         Command::Plan(command) => command.run(environment, &terminal),
         Command::Inspect(command) => command.run(environment, &terminal),
+        Command::Convert(command) => command.run(environment, &terminal),
         Command::Bench(command) => command.run(environment, &terminal),
         Command::Verify(command) => command.run(environment, &terminal),
     }

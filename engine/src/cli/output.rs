@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
+use crate::estimate::Allocated;
 use crate::hub;
 use crate::load::{LoadProgress, Model};
-use crate::session::{DEFAULT_CHUNK, Engine};
+use crate::session::{DEFAULT_CHUNK, EngineConfig};
 
 /// Standard error, as a place for messages.
 pub struct Terminal {
@@ -31,11 +32,16 @@ impl Terminal {
         self.progress
     }
 
-    /// Compares what an engine holds at the end of a run with what was estimated: says both, or only that
-    /// they differ by more than one part in a hundred.
-    pub fn memory(&self, model: &Model, engine: &Engine, verbose: bool) {
-        let (allocated, rows) = engine.allocated();
-        let estimate = model.estimate(engine.config(), rows);
+    /// Compares what an engine of these sizes holds at the end of a run, after steps of up to so many rows,
+    /// with what was estimated: says both, or only that they differ by more than one part in a hundred.
+    pub fn memory(
+        &self,
+        model: &Model,
+        config: &EngineConfig,
+        (allocated, rows): (Allocated, usize),
+        verbose: bool,
+    ) {
+        let estimate = model.estimate(config, rows);
         if let Some(off) = allocated.beside(&estimate) {
             self.note(&format!(
                 "the estimate of memory was wrong, which is a mistake of ours: {off}"
@@ -99,6 +105,20 @@ impl Terminal {
                         let _ = write!(out, "{:.1} {unit}/s", state.per_sec());
                     },
                 );
+            bar.set_style(style);
+        }
+        bar.set_message(what);
+        bar
+    }
+
+    /// A bar over bytes, whose length is told later; hidden away from a terminal.
+    pub fn byte_bar(&self, what: &'static str) -> ProgressBar {
+        if !self.progress {
+            return ProgressBar::hidden();
+        }
+        let bar = ProgressBar::new(0);
+        let template = "{msg} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
         bar.set_message(what);

@@ -9,8 +9,9 @@ use serde_json::json;
 
 use super::output::Terminal;
 use super::{Common, Environment};
+use crate::estimate::Allocated;
 use crate::load::backend;
-use crate::verify::{Check, VerifyOptions, verify};
+use crate::verify::{Progress, VerifyOptions, verify};
 
 const AFTER: &str = "\
 Chunked equals whole, batched equals single, preempted equals undisturbed, forked and restored equal
@@ -65,7 +66,15 @@ impl Verify {
         }
         let json = self.common.source.json;
         let mut closed = None;
-        let mut report = |check: &Check| {
+        let mut held = Vec::new();
+        let mut report = |progress: Progress<'_>| {
+            let check = match progress {
+                Progress::Checked(check) => check,
+                Progress::Ran(engine) => {
+                    held.push((engine.config().clone(), engine.allocated()));
+                    return;
+                }
+            };
             let mut out = io::stdout().lock();
             let time = check.time.as_secs_f64();
             let written = if json {
@@ -98,6 +107,15 @@ impl Verify {
         let network = Arc::clone(&model.network);
         let checks = verify(&network, &options, &others, &folder, &mut report)
             .map_err(|error| model.explain(error.into()))?;
+        // Of many engines the first whose estimate was wrong, else the largest.
+        let is_off = |(config, (allocated, rows)): &&(_, (Allocated, usize))| {
+            let estimate = model.estimate(config, *rows);
+            allocated.beside(&estimate).is_some()
+        };
+        let largest = held.iter().max_by_key(|(_, (held, _))| held.total());
+        if let Some((config, held)) = held.iter().find(is_off).or(largest) {
+            terminal.memory(&model, config, *held, self.common.source.verbose);
+        }
         if let Some(error) = closed {
             return Err(error).context("standard output");
         }

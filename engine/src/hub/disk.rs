@@ -41,13 +41,13 @@ pub(super) fn check_space(path: &Path, need: u64, free: Option<u64>) -> Result<(
 
 /// Bytes we may write where `path` is or will be; `None` where the system does not say.
 #[cfg(unix)]
-pub(super) fn free_bytes(path: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(path: &Path) -> Option<u64> {
     let there = path.ancestors().find(|path| path.exists())?;
     let found = rustix::fs::statvfs(there).ok()?;
     found.f_bavail.checked_mul(found.f_frsize)
 }
 
 #[cfg(not(unix))]
-pub(super) fn free_bytes(_: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(_: &Path) -> Option<u64> {
     None
 }

@@ -34,9 +34,11 @@ pub struct Planned {
     /// What the checkpoint holds beside.
     pub unused: Unused,
     pub(super) label: String,
-    origin: Origin,
-    card: Option<Card>,
+    pub(super) origin: Origin,
+    pub(super) card: Option<Card>,
     pub(super) config: Option<Config>,
+    /// The compute type that was asked for.
+    dtype: Option<DType>,
 }
 
 impl Planned {
@@ -106,7 +108,7 @@ fn read(path: &Path) -> Result<String> {
 /// The plan of what was located.
 pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planned> {
     let config = match located {
-        Located::Files(files) if files.exists("config.json") => Some(Config::open(files)?),
+        Located::Files(files) if Config::name_in(files).is_some() => Some(Config::open(files)?),
         Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
         Located::Files(_) | Located::Plan(_) => None,
     };
@@ -165,6 +167,7 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         origin,
         card,
         config,
+        dtype: options.dtype,
     })
 }
 
@@ -191,7 +194,11 @@ fn config_name(path: &Path) -> String {
 
 /// Opens the checkpoint and finds every weight of the plan in it.
 pub(super) fn mapped(planned: &mut Planned, files: &ModelFiles) -> Result<Mapping> {
-    let checkpoint = Arc::new(Checkpoint::open(files)?);
+    let mut checkpoint = Checkpoint::open(files)?;
+    if planned.dtype == Some(DType::F32) {
+        checkpoint.widen_to_f32();
+    }
+    let checkpoint = Arc::new(checkpoint);
     let card = planned.card.as_ref();
     let mut notes = checkpoint.notes().to_vec();
     if planned.origin == Origin::Card

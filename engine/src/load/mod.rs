@@ -1,5 +1,6 @@
 //! From what a user named to a model that runs: the only user of the converters.
 
+mod convert;
 mod inspect;
 mod locate;
 mod model;
@@ -10,10 +11,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::Config;
+use strata_converters::mapping::Row as Mapped;
 use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType, Format};
 use strata_layers::graph::GraphWeight;
+use strata_layers::plan::is_new;
 use strata_layers::yaml::Value;
 use strata_layers::{Faults, Role};
 
@@ -24,6 +27,7 @@ use crate::random_weights::RandomWeights;
 use crate::runner::Network;
 use crate::text;
 
+pub use convert::{ConvertOptions, Converted, convert};
 pub use inspect::{Inspected, Row, inspect};
 pub use locate::{Planned, plan};
 pub use model::{Limits, Model};
@@ -32,6 +36,9 @@ use locate::{Located, locate, mapped, planned};
 use model::Weights;
 use stored::{SCANNED_BYTES, Stored, main_format, non_finite};
 use text_files::text_of;
+
+/// Seed of the weights of new blocks, where nobody gives one.
+pub const NEW_SEED: u64 = 0;
 
 /// What to load, and how.
 #[derive(Debug, Clone, Default)]
@@ -154,6 +161,12 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         (None, Located::Files(files)) => {
             let mapping = mapped(&mut planned, files)?;
             notes.extend(mapping.notes().iter().cloned());
+            if !mapping.drawn().is_empty() {
+                let count = mapping.drawn().len();
+                notes.push(format!(
+                    "{count} weights of new blocks are drawn with seed {NEW_SEED}"
+                ));
+            }
             let stored = main_format(&mapping);
             (Weights::Checkpoint(mapping), stored)
         }
@@ -187,7 +200,11 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             progress.start("loading", total);
             // Widening is exact, so `f32` computes from the stored form.
             let convert = options.dtype.filter(|d| *d != DType::F32);
-            let source = Stored::new(mapping, convert, backend.clone(), progress);
+            // In blocks there is nothing to draw: such weights stay wide.
+            let matrices = convert.or(stored.dtype()).unwrap_or(DType::BF16);
+            let std = planned.plan.init_std;
+            let drawn = RandomWeights::new(NEW_SEED, std, matrices, backend.clone());
+            let source = Stored::new(mapping, convert, drawn, backend.clone(), progress);
             let network = Network::build(planned.graph, &source, backend, activations)?;
             source.finish();
             network
@@ -197,12 +214,17 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         Weights::Random(_) => random_bytes(&weights, dtype),
         Weights::Checkpoint(mapping) => {
             // One pass: the rows stand in the order of the weights.
-            let each = weights.iter().zip(mapping.rows());
+            let mut rows = mapping.rows().iter();
+            let row = |w: &GraphWeight| (!is_new(&w.path)).then(|| rows.next()).flatten();
+            let rows: Vec<Option<&Mapped>> = weights.iter().map(row).collect();
+            let each = weights.iter().zip(rows);
             each.map(|(w, row)| {
+                let new = stored.dtype().unwrap_or(DType::BF16).into();
+                let stored = row.map_or(new, |row| row.format);
                 let format = match (w.spec.role, options.dtype) {
                     (Role::Vector, _) => Format::F32,
-                    (_, Some(d)) if d != DType::F32 && row.format.dtype().is_some() => d.into(),
-                    _ => row.format,
+                    (_, Some(d)) if d != DType::F32 && stored.dtype().is_some() => d.into(),
+                    _ => stored,
                 };
                 format.bytes_of(&w.spec.shape).unwrap_or(0) as u64
             })

@@ -7,9 +7,11 @@ use std::sync::Arc;
 use strata_converters::mapping::{self, Mapping};
 use strata_converters::{Config, transforms};
 use strata_kernels::{Backend, DType, Format, HostTensor, Matrix};
+use strata_layers::plan::is_new;
 use strata_layers::{WeightSource, WeightSpec};
 
 use super::LoadProgress;
+use crate::random_weights::RandomWeights;
 
 /// The element type that a config.json names.
 pub(super) fn declared_dtype(config: &Config) -> Option<DType> {
@@ -64,6 +66,8 @@ pub(super) fn non_finite(mapping: &Mapping, up_to: usize) -> Vec<String> {
 pub(super) struct Stored<'a> {
     mapping: &'a Mapping,
     convert: Option<DType>,
+    /// Draws the weights of new blocks.
+    drawn: RandomWeights,
     backend: Arc<dyn Backend>,
     ready: RefCell<HashMap<String, Matrix>>,
     progress: RefCell<&'a mut dyn LoadProgress>,
@@ -75,6 +79,7 @@ impl<'a> Stored<'a> {
     pub(super) fn new(
         mapping: &'a Mapping,
         convert: Option<DType>,
+        drawn: RandomWeights,
         backend: Arc<dyn Backend>,
         progress: &'a mut dyn LoadProgress,
     ) -> Self {
@@ -82,6 +87,7 @@ impl<'a> Stored<'a> {
         Stored {
             mapping,
             convert,
+            drawn,
             backend,
             ready,
             progress,
@@ -110,6 +116,9 @@ impl<'a> Stored<'a> {
 
 impl WeightSource for Stored<'_> {
     fn matrix(&self, path: &str, spec: &WeightSpec) -> strata_kernels::Result<Matrix> {
+        if is_new(path) {
+            return self.drawn.matrix(path, spec);
+        }
         if let Some(ready) = self.ready.borrow().get(path) {
             return Ok(ready.clone());
         }
@@ -139,7 +148,10 @@ impl WeightSource for Stored<'_> {
         Ok(matrix)
     }
 
-    fn vector(&self, path: &str, _spec: &WeightSpec) -> strata_kernels::Result<Vec<f32>> {
+    fn vector(&self, path: &str, spec: &WeightSpec) -> strata_kernels::Result<Vec<f32>> {
+        if is_new(path) {
+            return self.drawn.vector(path, spec);
+        }
         Ok(self.host(path)?.to_f32())
     }
 }

@@ -7,7 +7,7 @@ use half::bf16;
 use super::Cpu;
 use super::dot::{By, COLUMNS, CopyX, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
 use super::dot::{panel_len, x_pitch};
-use super::scratch::{Plain, Scratch};
+use super::scratch::{Plain, Scratch, SharedMut};
 use super::simd::{Float, Kernel, dots_bf16, with_float};
 use crate::ops::Linear;
 use crate::tensor::{DType, Element, View, ViewMut};
@@ -123,8 +123,3 @@ impl Cpu {
             .max(COLUMNS)
     }
 }
-
-/// Memory of which each part writes its own rows.
-struct SharedMut<T>(*mut T);
-// SAFETY: parts write disjoint rows.
-unsafe impl<T: Plain> Sync for SharedMut<T> {}

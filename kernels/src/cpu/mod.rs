@@ -37,7 +37,9 @@ mod scale;
 mod scratch;
 mod selective_scan;
 mod simd;
+mod ssd_chunked;
 mod ssd_scan;
+mod ssd_tiles;
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -51,7 +53,7 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdScan,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
 };
 use crate::reference;
 use crate::tensor::{DType, HostTensor, Tensor};
@@ -212,6 +214,7 @@ impl Backend for Cpu {
         add, do_add: Add, scale, do_scale: Scale,
         activate, do_activate: Activate, conv1d, do_conv1d: Conv1d,
         selective_scan, do_selective_scan: SelectiveScan, ssd_scan, do_ssd_scan: SsdScan,
+        ssd_chunked, do_ssd_chunked: SsdChunked,
         mamba3_scan, do_mamba3_scan: Mamba3Scan, s4d_scan, do_s4d_scan: S4dScan, rope, do_rope: Rope,
         kv_write, do_kv_write: KvWrite, attention, do_attention: Attention, route, do_route: Route,
         expert_linear, do_expert_linear: ExpertLinear, combine, do_combine: Combine,

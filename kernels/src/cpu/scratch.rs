@@ -51,6 +51,11 @@ impl<'a> Parts<'a> {
     }
 }
 
+/// Memory of which each part of a job writes its own rows.
+pub(crate) struct SharedMut<T>(pub(crate) *mut T);
+// SAFETY: parts write disjoint rows.
+unsafe impl<T: Plain> Sync for SharedMut<T> {}
+
 #[cfg(test)]
 mod tests {
     use super::*;

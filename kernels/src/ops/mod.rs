@@ -21,6 +21,7 @@ mod route;
 mod s4d_scan;
 mod scale;
 mod selective_scan;
+mod ssd_chunked;
 mod ssd_scan;
 
 pub use activate::{Activate, Activation};
@@ -41,6 +42,7 @@ pub use route::{Route, Score};
 pub use s4d_scan::S4dScan;
 pub use scale::Scale;
 pub use selective_scan::SelectiveScan;
+pub use ssd_chunked::SsdChunked;
 pub use ssd_scan::SsdScan;
 
 use crate::error::{Error, Result};

@@ -12,7 +12,7 @@
 //!
 //! Without `scale_input` the input is x itself, not δ · x. s starts from the sequence's ssm_state and
 //! is left there. Rows are taken one after the other in f32, so cutting a sequence into chunks changes
-//! no bit.
+//! no bit. [`SsdChunked`](super::SsdChunked) is the form with matrix products.
 
 use super::{Check, linear::write_row, softplus};
 use crate::error::Result;
@@ -53,7 +53,11 @@ pub struct SsdScan<'a> {
 impl SsdScan<'_> {
     /// Shapes, types, limits, slots and overlaps.
     pub fn check(&self) -> Result<()> {
-        let c = Check("ssd_scan");
+        self.check_as(&Check("ssd_scan"))
+    }
+
+    /// The same for an operation that has these arguments among others.
+    pub(super) fn check_as(&self, c: &Check) -> Result<()> {
         let (rows, heads) = (self.x.rows(), self.a.cols());
         c.f32(&[("x", self.x), ("dt", self.dt), ("b", self.b), ("c", self.c)])?;
         c.f32(&[("ssm_state", self.ssm_state), ("y", self.y)])?;

@@ -1,0 +1,469 @@
+//! From any checkpoint that is read to one that is written.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use strata_converters::mapping::Mapping;
+use strata_converters::published::{self, Assembled};
+use strata_converters::tensor_map::Source;
+use strata_converters::write::{self, Content, Folder, Target, safetensors};
+use strata_converters::{ModelFiles, Origin};
+use strata_kernels::{DType, Format};
+use strata_layers::plan::{self, Place};
+use strata_layers::{Graph, Plan, Role};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::locate::{Located, Planned, locate, mapped, planned};
+use super::{Error, LoadOptions, LoadProgress, Result};
+use crate::hub;
+use crate::random_weights;
+
+/// What to write, and how.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// What is read.
+    pub from: LoadOptions,
+    /// The folder that is written.
+    pub to: PathBuf,
+    /// Element type of matrices; none keeps what they have.
+    pub dtype: Option<DType>,
+    /// Most bytes of a file.
+    pub shard_bytes: u64,
+    /// Replaces what is there.
+    pub force: bool,
+    /// Threads that make tensors.
+    pub threads: usize,
+    /// Seed of blocks that are new.
+    pub seed: u64,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Default)]
+pub struct Converted {
+    /// Tensors.
+    pub tensors: usize,
+    /// Bytes of all of them.
+    pub bytes: u64,
+    /// Names of the files that hold them.
+    pub files: Vec<String>,
+    /// What is worth knowing.
+    pub notes: Vec<String>,
+}
+
+/// Writes a checkpoint. Memory is bounded by the pieces under way, whatever the model's size; what an earlier
+/// run was stopped at is gone on with.
+pub fn convert(
+    options: &ConvertOptions,
+    load: &mut dyn LoadProgress,
+    progress: &mut dyn write::Progress,
+) -> Result<Converted> {
+    let Located::Files(files) = locate(&options.from, load)? else {
+        return Err(Error::Input(
+            "convert needs a checkpoint, not a config or a plan alone".into(),
+        ));
+    };
+    let mut planned = planned(&options.from, &Located::Files(files.clone()))?;
+    let mapping = mapped(&mut planned, &files)?;
+    let mut converted = Converted {
+        notes: mapping.notes().to_vec(),
+        ..Converted::default()
+    };
+    let mut texts = text_files(&files)?;
+    let mut targets = if planned.origin == Origin::Edited {
+        let new_plan = renumbered(&planned.plan);
+        let targets = edited(
+            &planned,
+            &new_plan,
+            &mapping,
+            options.seed,
+            &mut converted.notes,
+        )?;
+        texts.insert("plan.yaml".into(), new_plan.print().into_bytes());
+        targets
+    } else {
+        copied(&mapping)?
+    };
+    if let Some(dtype) = options.dtype {
+        retype(&mut targets, &planned.graph, &mapping, dtype);
+        if let Some(config) = texts.get_mut("config.json") {
+            set_dtype(config, dtype);
+        }
+    }
+
+    converted.tensors = targets.len();
+    for target in &targets {
+        converted.bytes += target.bytes()?;
+    }
+    let room = options.to.parent().unwrap_or(Path::new("."));
+    let room = if room.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        room
+    };
+    if let Some(free) = hub::free_bytes(room)
+        && free < converted.bytes
+    {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        return Err(Error::Input(format!(
+            "{}: the checkpoint needs {:.2} GB and {:.2} GB are free there",
+            options.to.display(),
+            gb(converted.bytes),
+            gb(free)
+        )));
+    }
+
+    progress.begin(converted.bytes);
+    let shards = safetensors::shards(&targets, options.shard_bytes)?;
+    let identity = identity(&files, &mapping, &shards)?;
+    let folder_options = write::Options {
+        force: options.force,
+    };
+    let folder = Folder::begin(&options.to, &format!("{identity:016x}"), folder_options)?;
+    for (name, shard) in &shards {
+        converted.files.push(name.clone());
+        let header = safetensors::header(shard)?;
+        if folder.has(name) {
+            let bytes = shard
+                .iter()
+                .map(|t| t.bytes())
+                .sum::<strata_converters::error::Result<u64>>()?;
+            progress.advance(bytes + header.len() as u64);
+            continue;
+        }
+        let file = write::File {
+            path: &folder.path_of(name),
+            header: &header,
+            targets: shard,
+            align: 1,
+        };
+        write::write(&file, identity, options.threads, progress)?;
+    }
+    if shards.len() > 1 {
+        texts.insert(
+            "model.safetensors.index.json".into(),
+            safetensors::index(&shards)?.into_bytes(),
+        );
+    }
+    for (name, bytes) in &texts {
+        folder.write(name, bytes)?;
+    }
+    folder.finish()?;
+    Ok(converted)
+}
+
+/// Every tensor as it is, those that feed no weight too.
+fn copied(mapping: &Mapping) -> Result<Vec<Target>> {
+    let checkpoint = mapping.checkpoint();
+    let mut tensors: Vec<_> = checkpoint.tensors().collect();
+    tensors.sort_by_key(|(_, info)| (info.shard.clone(), info.range.start));
+    let target = |(name, _): (&str, &_)| stored(mapping, name, name);
+    tensors.into_iter().map(target).collect()
+}
+
+/// A tensor of the checkpoint under a name of its own.
+fn stored(mapping: &Mapping, tensor: &str, name: &str) -> Result<Target> {
+    let checkpoint = mapping.checkpoint();
+    let info = checkpoint.get(tensor);
+    if let Some(info) = info.filter(|i| i.wide.is_some()) {
+        return Ok(Target {
+            name: name.into(),
+            shape: info.shape.clone(),
+            content: Content::Widened {
+                dtype: info.dtype.clone(),
+                checkpoint: checkpoint.clone(),
+                tensor: tensor.into(),
+            },
+        });
+    }
+    let (owner, range) = checkpoint.stored(tensor)?;
+    Ok(Target {
+        name: name.into(),
+        shape: info.map(|i| i.shape.clone()).unwrap_or_default(),
+        content: Content::Stored {
+            dtype: info.map(|i| i.dtype.clone()).unwrap_or_default(),
+            owner,
+            range,
+        },
+    })
+}
+
+/// The same plan, with blocks numbered by their places.
+fn renumbered(plan: &Plan) -> Plan {
+    let place = |(i, place): (usize, &Place)| Place {
+        weights: plan::Origin::Block(i),
+        ..place.clone()
+    };
+    Plan {
+        stack: plan.stack.iter().enumerate().map(place).collect(),
+        ..plan.clone()
+    }
+}
+
+/// The tensors of a plan that somebody wrote, under the names that the family publishes: moved blocks are
+/// renamed, merged ones averaged, new ones drawn.
+fn edited(
+    planned: &Planned,
+    new_plan: &Plan,
+    mapping: &Mapping,
+    seed: u64,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Target>> {
+    let identity = strata_converters::tensor_map::TensorMap::default();
+    let map = planned.card.as_ref().map_or(&identity, |c| c.tensors());
+    let rows: BTreeMap<&str, &Source> = mapping
+        .rows()
+        .iter()
+        .map(|row| (row.path.as_str(), &row.source))
+        .collect();
+    let graph = Graph::lower(new_plan, &planned.label)?;
+    // (new tensor, old tensors), in the order of the plan; and weights that are drawn.
+    let mut moved: Vec<(String, Vec<String>)> = Vec::new();
+    let mut drawn: Vec<(Source, Vec<usize>)> = Vec::new();
+    let mut specs = Vec::new();
+    for weight in graph.weights() {
+        let old = old_path(&weight.path, &planned.plan);
+        let sources = map.find(&weight.path).sources;
+        let unnamed = || {
+            Error::Input(format!(
+                "{}: the card has no name for it in a checkpoint of its own",
+                weight.path
+            ))
+        };
+        let Some(row) = rows.get(old.as_str()) else {
+            let source = sources.into_iter().next().ok_or_else(unnamed)?;
+            drawn.push((source, weight.spec.shape.clone()));
+            specs.push(weight.spec.clone());
+            continue;
+        };
+        // In the same form as the checkpoint has it.
+        let way = map
+            .find(&old)
+            .sources
+            .iter()
+            .position(|s| s.to_string() == row.to_string());
+        let source = sources
+            .into_iter()
+            .nth(way.unwrap_or(0))
+            .ok_or_else(unnamed)?;
+        let from: Vec<String> = row.tensors().into_iter().map(ToString::to_string).collect();
+        let name = source.tensor().to_string();
+        if !moved.iter().any(|(n, _)| *n == name) {
+            moved.push((name, from));
+        }
+    }
+    let mut targets = Vec::new();
+    for (name, from) in &moved {
+        targets.push(match &from[..] {
+            [one] => stored(mapping, one, name)?,
+            several => mean(mapping, several, name)?,
+        });
+    }
+    if !drawn.is_empty() {
+        let values: Vec<_> = graph
+            .weights()
+            .into_iter()
+            .filter(|w| !rows.contains_key(old_path(&w.path, &planned.plan).as_str()))
+            .collect();
+        notes.push(format!(
+            "{} weights of new blocks are drawn with seed {seed}: {} to {}",
+            values.len(),
+            values.first().map_or("", |w| &w.path),
+            values.last().map_or("", |w| &w.path),
+        ));
+        let known = |tensor: &str| known_shape(mapping, tensor);
+        for (name, made) in published::assemble(&drawn, known) {
+            let made = made.map_err(|why| Error::Input(format!("{name}: {why}")))?;
+            let format = declared(mapping);
+            targets.push(assembled(name, &made, format, |weight| {
+                let weight = &values[weight];
+                let draw =
+                    random_weights::draw(seed, new_plan.init_std, &weight.path, &weight.spec);
+                Ok(strata_kernels::HostTensor::from_f32(
+                    &weight.spec.shape,
+                    &draw,
+                )?)
+            })?);
+        }
+    }
+    Ok(targets)
+}
+
+/// The path that the weight at `path` of a renumbered plan has in the plan before.
+fn old_path(path: &str, plan: &Plan) -> String {
+    let parts = path.strip_prefix("blocks.").and_then(|p| p.split_once('.'));
+    let found = parts.and_then(|(place, rest)| {
+        let place: usize = place.parse().ok()?;
+        let weights = plan.stack.get(place)?.weights.path(place);
+        Some(format!("blocks.{weights}.{rest}"))
+    });
+    found.unwrap_or_else(|| path.into())
+}
+
+/// The shape of a tensor like this one, of another block.
+fn known_shape(mapping: &Mapping, tensor: &str) -> Option<Vec<usize>> {
+    let same = |name: &str| {
+        let parts = || name.split('.').zip(tensor.split('.'));
+        name.split('.').count() == tensor.split('.').count()
+            && parts()
+                .all(|(a, b)| a == b || (a.parse::<usize>().is_ok() && b.parse::<usize>().is_ok()))
+    };
+    let mut tensors = mapping.checkpoint().tensors();
+    let found = tensors.find(|(name, _)| same(name));
+    found.map(|(_, info)| info.shape.clone())
+}
+
+/// The format of most of a checkpoint's matrices; f32 if that has blocks.
+fn declared(mapping: &Mapping) -> Format {
+    let format = super::stored::main_format(mapping);
+    if format.dtype().is_some() {
+        format
+    } else {
+        Format::F32
+    }
+}
+
+/// A tensor that is put together from weights.
+fn assembled(
+    name: String,
+    made: &Assembled,
+    format: Format,
+    weight: impl Fn(usize) -> Result<strata_kernels::HostTensor>,
+) -> Result<Target> {
+    let runs = made
+        .runs
+        .iter()
+        .map(|run| Ok((weight(run.weight)?, run.elements.clone())));
+    Ok(Target {
+        name,
+        shape: made.shape.clone(),
+        content: Content::Made {
+            format,
+            runs: runs.collect::<Result<_>>()?,
+            undo: made.undo.clone(),
+        },
+    })
+}
+
+/// The mean of several tensors of the checkpoint.
+fn mean(mapping: &Mapping, tensors: &[String], name: &str) -> Result<Target> {
+    let sources = tensors.iter().map(|t| Source::Tensor(t.clone())).collect();
+    let mean = Source::Mean(sources).load(mapping.checkpoint())?;
+    let shape = mean.shape().to_vec();
+    let (format, elements) = (mean.format(), 0..mean.len());
+    Ok(Target {
+        name: name.into(),
+        shape,
+        content: Content::Made {
+            format,
+            runs: vec![(mean, elements)],
+            undo: Vec::new(),
+        },
+    })
+}
+
+/// Gives the tensors that matrices and tables are made from another element type. Small weights keep theirs.
+fn retype(targets: &mut [Target], graph: &Graph, mapping: &Mapping, dtype: DType) {
+    let wide: Vec<String> = graph
+        .weights()
+        .into_iter()
+        .filter(|w| w.spec.role == Role::Vector)
+        .map(|w| w.path)
+        .collect();
+    let mut small: Vec<&str> = Vec::new();
+    for row in mapping.rows() {
+        if wide.binary_search(&row.path).is_ok() || wide.contains(&row.path) {
+            small.extend(row.source.tensors());
+        }
+    }
+    small.sort_unstable();
+    for target in targets {
+        if small.binary_search(&target.name.as_str()).is_ok() {
+            continue;
+        }
+        let info = mapping.checkpoint().get(&target.name);
+        if info.is_some_and(|i| i.wide.is_some() && i.runs_as() == Ok(dtype.into())) {
+            continue;
+        }
+        let Ok(tensor) = mapping.checkpoint().tensor(&target.name) else {
+            continue;
+        };
+        let elements = 0..tensor.len();
+        target.content = Content::Made {
+            format: dtype.into(),
+            runs: vec![(tensor, elements)],
+            undo: Vec::new(),
+        };
+    }
+}
+
+/// What a converted folder needs beside tensors: everything small that is no list of shards.
+fn text_files(files: &ModelFiles) -> Result<BTreeMap<String, Vec<u8>>> {
+    const KEPT: [&str; 7] = [
+        ".json",
+        ".txt",
+        ".model",
+        ".jinja",
+        ".md",
+        ".py",
+        ".tiktoken",
+    ];
+    let mut texts = BTreeMap::new();
+    for name in files.list()? {
+        let kept = KEPT.iter().any(|end| name.ends_with(end)) || name.starts_with("LICENSE");
+        if kept && !name.ends_with(".index.json") && !name.starts_with('.') {
+            texts.insert(name.clone(), files.map(&name)?.bytes().to_vec());
+        }
+    }
+    Ok(texts)
+}
+
+/// Changes the element type that a config.json names, and nothing else of it.
+fn set_dtype(config: &mut Vec<u8>, dtype: DType) {
+    let word = match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        _ => "float32",
+    };
+    let Ok(text) = std::str::from_utf8(config) else {
+        return;
+    };
+    let mut text = text.to_string();
+    for key in ["\"torch_dtype\"", "\"dtype\""] {
+        let Some(at) = text.find(key) else { continue };
+        let rest = &text[at + key.len()..];
+        let Some(open) = rest.find('"') else { continue };
+        let only_colon = rest[..open].chars().all(|c| c == ':' || c.is_whitespace());
+        let Some(close) = rest[open + 1..].find('"') else {
+            continue;
+        };
+        if only_colon {
+            let start = at + key.len() + open + 1;
+            text.replace_range(start..start + close, word);
+        }
+    }
+    *config = text.into_bytes();
+}
+
+/// Stands for all that decides the bytes that are written.
+fn identity(
+    files: &ModelFiles,
+    mapping: &Mapping,
+    shards: &[(String, Vec<&Target>)],
+) -> Result<u64> {
+    let mut hash = Xxh3::new();
+    hash.update(files.name().as_bytes());
+    let mut seen = std::collections::BTreeSet::new();
+    for (_, info) in mapping.checkpoint().tensors() {
+        if seen.insert(&info.shard) {
+            let (bytes, changed) = files.stamp(&info.shard)?;
+            hash.update(info.shard.as_bytes());
+            hash.update(&bytes.to_le_bytes());
+            hash.update(&changed.to_le_bytes());
+        }
+    }
+    for (name, shard) in shards {
+        hash.update(name.as_bytes());
+        hash.update(&safetensors::header(shard)?);
+    }
+    Ok(hash.digest())
+}
