@@ -44,6 +44,16 @@ fn in_a_folder(parser: &str, check: fn(&[u8], &Path)) {
 }
 
 #[test]
+fn hostile_pickles_are_refused_or_open() {
+    in_a_folder("pickle", checks::pickle);
+}
+
+#[test]
+fn hostile_pytorch_files_are_refused_or_open() {
+    in_a_folder("pytorch", checks::pytorch);
+}
+
+#[test]
 fn hostile_plans_are_refused_or_run() {
     replay("plan", checks::plan);
 }

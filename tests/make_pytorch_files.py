@@ -13,10 +13,11 @@ import collections
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 WORDS = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -176,6 +177,57 @@ def black_mamba():
 
 
 
+def nemotron():
+    """Nemotron-H: under its published names, and as Megatron has it."""
+    config = {
+        "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "vocab_size": 29, "hidden_size": 8,
+        "hybrid_override_pattern": "M*-E", "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 4, "intermediate_size": 12, "ssm_state_size": 4, "mamba_num_heads": 4, "mamba_head_dim": 4,
+        "n_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6,
+        "moe_shared_expert_intermediate_size": 10, "max_position_embeddings": 64,
+    }
+    p, m = "backbone.layers.", "decoder.layers."
+    ours = {"backbone.embeddings.weight": random(29, 8), "lm_head.weight": random(29, 8)}
+    ours["backbone.norm_f.weight"] = 1 + random(8) / 4
+    ours |= mamba2_mixer(f"{p}0.mixer.", 8, 4, 4, 2, 4, 4)
+    ours |= {f"{p}{i}.norm.weight": 1 + random(8) / 4 for i in range(4)}
+    q, k, v, o = random(16, 8), random(8, 8), random(8, 8), random(8, 16)
+    ours |= {f"{p}1.mixer.{n}_proj.weight": t for n, t in [("q", q), ("k", k), ("v", v), ("o", o)]}
+    ours |= {f"{p}2.mixer.up_proj.weight": random(12, 8), f"{p}2.mixer.down_proj.weight": random(8, 12)}
+    e = f"{p}3.mixer."
+    ours |= {f"{e}gate.weight": random(4, 8), f"{e}gate.e_score_correction_bias": random(4)}
+    ours |= {f"{e}shared_experts.up_proj.weight": random(10, 8), f"{e}shared_experts.down_proj.weight": random(8, 10)}
+    for n in range(4):
+        ours |= {f"{e}experts.{n}.up_proj.weight": random(6, 8), f"{e}experts.{n}.down_proj.weight": random(8, 6)}
+
+    filled = torch.nn.functional.pad  # of the vocabulary, to a multiple
+    theirs = {
+        "embedding.word_embeddings.weight": filled(ours["backbone.embeddings.weight"], (0, 0, 0, 3)),
+        "output_layer.weight": filled(ours["lm_head.weight"], (0, 0, 0, 3)),
+        "decoder.final_norm.weight": ours["backbone.norm_f.weight"],
+        f"{m}0.mixer.in_proj.layer_norm_weight": ours[f"{p}0.norm.weight"],
+        f"{m}1.self_attention.linear_qkv.layer_norm_weight": ours[f"{p}1.norm.weight"],
+        # For each group of heads its queries, then its key and its value.
+        f"{m}1.self_attention.linear_qkv.weight": torch.cat([
+            torch.cat([q[8 * g : 8 * g + 8], k[4 * g : 4 * g + 4], v[4 * g : 4 * g + 4]]) for g in range(2)
+        ]),
+        f"{m}1.self_attention.linear_proj.weight": o,
+        f"{m}1.self_attention.linear_proj._extra_state": torch.zeros(3, dtype=torch.uint8),
+        f"{m}2.mlp.linear_fc1.layer_norm_weight": ours[f"{p}2.norm.weight"],
+        f"{m}2.mlp.linear_fc1.weight": ours[f"{p}2.mixer.up_proj.weight"],
+        f"{m}2.mlp.linear_fc2.weight": ours[f"{p}2.mixer.down_proj.weight"],
+        f"{m}3.pre_mlp_layernorm.weight": ours[f"{p}3.norm.weight"],
+        f"{m}3.mlp.router.weight": ours[f"{e}gate.weight"],
+        f"{m}3.mlp.router.expert_bias": ours[f"{e}gate.e_score_correction_bias"],
+    }
+    theirs |= {n.replace(p, m): t for n, t in ours.items() if n.startswith(f"{p}0.mixer.")}
+    for ours_name, n in (("up", 1), ("down", 2)):
+        theirs[f"{m}3.mlp.shared_experts.linear_fc{n}.weight"] = ours[f"{e}shared_experts.{ours_name}_proj.weight"]
+        for x in range(4):
+            theirs[f"{m}3.mlp.experts.linear_fc{n}.weight{x}"] = ours[f"{e}experts.{x}.{ours_name}_proj.weight"]
+    return config, ours, theirs
+
+
 # --- writing ---
 
 
@@ -193,11 +245,11 @@ def sharded(folder, tensors):
     (folder / "pytorch_model.bin.index.json").write_text(text + "\n")
 
 
-def model(out, name, config, tensors, save, config_name="config.json"):
+def model(out, name, config, tensors, save):
     for form in ("torch", "safetensors"):
         folder = out / name / form
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / config_name).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save(out / name / "torch", tensors)
     twin(out / name / "safetensors" / "model.safetensors", tensors)
 
@@ -217,6 +269,27 @@ def models(out):
     model(out, "shards", config, tensors, sharded)
     config, tensors = black_mamba()
     model(out, "black-mamba", config, tensors, whole("pytorch_model.bin", lambda t: {"model": t}))
+    config, tensors, theirs = nemotron()
+    around = lambda t: {"model": theirs, "args": argparse.Namespace(num_layers=4), "iteration": 100}
+    model(out, "megatron", config, tensors, whole("model_optim_rng.pt", around))
+    # Of goldens there are already: an image model in its authors' file, and Mamba-2 under Mistral's names.
+    golden = out.parent / "golden"
+    vim = golden / "vision-mamba" / "middle"
+    config = json.loads((vim / "config.json").read_text()) | {"depth": 1}
+    tensors = load_file(vim / "model.safetensors")
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("layers.") or n.startswith("layers.0.")}
+    model(out, "vision-mamba", config, tensors,
+          whole("vim.pth", lambda t: {"model": t, "epoch": 299, "args": argparse.Namespace(model="vim")}))
+    source, codestral = golden / "mamba-ssm" / "mamba2", golden / "codestral" / "renamed"
+    codestral.mkdir(parents=True, exist_ok=True)
+    twin(codestral / "consolidated.safetensors",
+         {f"model.{n}": t for n, t in load_file(source / "model.safetensors").items()})
+    params = {
+        "dim": 64, "n_layers": 3, "vocab_size": 90, "n_groups": 1, "rms_norm": True, "residual_in_fp32": True,
+        "fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True, "model_type": "mamba",
+    }
+    (codestral / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+    shutil.copy(source / "golden.safetensors", codestral)
 
 
 def main():

@@ -36,6 +36,7 @@ pub struct Card {
     architectures: Vec<String>,
     model_types: Vec<String>,
     also: Option<String>,
+    instead: Option<String>,
     matches: Vec<String>,
     defaults: Vec<Entry>,
     require: Vec<Node>,
@@ -90,6 +91,11 @@ impl Card {
     /// A file beside config.json in which its models have more keys.
     pub fn also(&self) -> Option<&str> {
         self.also.as_deref()
+    }
+
+    /// A file that its models have in place of config.json.
+    pub fn instead(&self) -> Option<&str> {
+        self.instead.as_deref()
     }
 
     /// Whether one of its `match` expressions is true of a config. One that needs a key which is not
@@ -205,10 +211,12 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let family = fields.required("family", faults);
     let architectures = fields.optional("architectures", Vec::new(), faults);
     let model_types = fields.optional("model_types", Vec::new(), faults);
-    let also = match fields.node("also") {
-        Some(node) => Some(String::read(node, faults)?),
-        None => None,
+    let mut file_name = |key: &'static str, faults: &mut Faults| match fields.node(key) {
+        Some(node) => String::read(node, faults).map(Some),
+        None => Some(None),
     };
+    let also = file_name("also", faults)?;
+    let instead = file_name("instead", faults)?;
     let matches = fields.optional("match", Vec::new(), faults);
     let ways = [&architectures, &model_types, &matches];
     if ways
@@ -282,6 +290,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         architectures: architectures?,
         model_types: model_types?,
         also,
+        instead,
         matches: matches?,
         defaults: defaults?,
         require,

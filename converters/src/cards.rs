@@ -30,6 +30,11 @@ pub fn beside_config() -> impl Iterator<Item = &'static str> {
     all().iter().filter_map(Card::also)
 }
 
+/// The files that may hold a model's config: config.json, and what some family's models have in its place.
+pub fn config_names() -> impl Iterator<Item = &'static str> {
+    std::iter::once("config.json").chain(all().iter().filter_map(Card::instead))
+}
+
 /// The card of a family.
 pub fn named(family: &str) -> Option<&'static Card> {
     all().iter().find(|c| c.family() == family)
@@ -38,6 +43,13 @@ pub fn named(family: &str) -> Option<&'static Card> {
 /// The card that a config asks for: by `architectures`, then by `model_type`, which early files of
 /// some families borrowed from another, then by what the cards' `match` says of its keys.
 pub fn find(config: &Config) -> Result<&'static Card> {
+    // A file in the place of config.json belongs to those families whose cards name it: its keys may mean
+    // something else to others.
+    let file = config.file().rsplit(['/', '\\']).next();
+    let own = |c: &&Card| c.instead().is_some() && c.instead() == file;
+    if let Some(card) = all().iter().filter(own).find(|c| c.matches(config)) {
+        return Ok(card);
+    }
     let architectures = config.texts("architectures");
     let types = config.texts("model_type");
     let by_architecture = all().iter().find(|c| {

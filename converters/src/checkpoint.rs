@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use strata_kernels::tensor::HostBytes;
 use strata_kernels::{Format, HostTensor};
@@ -11,6 +11,7 @@ use strata_layers::Mark;
 
 use crate::error::{Error, Result};
 use crate::files::{ModelFiles, is_plain};
+use crate::quantized::{self, Wide};
 use crate::report::Report;
 use crate::selection::{self, Index, Selected};
 use crate::{pytorch, safetensors, view};
@@ -32,6 +33,8 @@ pub struct TensorInfo {
     pub range: Range<usize>,
     /// Elements from one entry of each dimension to the next, where they do not simply follow each other.
     pub strides: Option<Vec<usize>>,
+    /// How its elements are computed where the bytes are smaller numbers: `dtype` is what comes out.
+    pub wide: Option<Arc<Wide>>,
 }
 
 /// The tensors of a model's files.
@@ -40,6 +43,9 @@ pub struct Checkpoint {
     shards: BTreeMap<String, Arc<dyn HostBytes>>,
     tensors: BTreeMap<String, TensorInfo>,
     notes: Vec<String>,
+    /// Elements that were gathered or widened and that somebody still holds: several weights may be parts of
+    /// one tensor.
+    made: Mutex<BTreeMap<String, Weak<Vec<u8>>>>,
 }
 
 /// The elements of a tensor as bytes, little endian, whatever their type.
@@ -92,6 +98,7 @@ impl Checkpoint {
                 shards: gguf.shards().clone(),
                 tensors: gguf.tensors().clone(),
                 notes: Vec::new(),
+                made: Mutex::default(),
             });
         }
         let mut report = Report::new(files.name());
@@ -100,11 +107,18 @@ impl Checkpoint {
             shards: BTreeMap::new(),
             tensors: BTreeMap::new(),
             notes: Vec::new(),
+            made: Mutex::default(),
         };
         match selection::select(files, &mut report)? {
             Selected::File(name) => checkpoint.add(files, &name, &mut report),
             Selected::Index(index) => checkpoint.add_shards(files, index, &mut report),
         }
+        quantized::present(
+            &mut checkpoint.tensors,
+            &checkpoint.shards,
+            files,
+            &mut report,
+        );
         checkpoint.notes = report.take_notes();
         report.finish()?;
         Ok(checkpoint)
@@ -198,7 +212,7 @@ impl Checkpoint {
         self.tensors.values().map(|t| t.range.len()).sum()
     }
 
-    /// A view of a tensor's elements; nothing is read yet, unless they do not follow each other.
+    /// A view of a tensor's elements; nothing is read yet, unless they have to be gathered or widened.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let info = self.info(name)?;
         let format = info
@@ -215,18 +229,63 @@ impl Checkpoint {
         let fault = |why: &str| Error::file(&info.shard, format!("tensor {name:?}: {why}"));
         let shard = self.shards.get(&info.shard);
         let owner = shard.ok_or_else(|| fault("its file is not open"))?.clone();
-        let Some(strides) = &info.strides else {
+        if info.strides.is_none() && info.wide.is_none() {
             let range = info.range.clone();
             return Ok(Contents { owner, range });
+        }
+        let held = self.made.lock().ok();
+        let owner = match held.and_then(|made| made.get(name)?.upgrade()) {
+            Some(made) => made,
+            None => {
+                let made = Arc::new(self.made(info, owner.bytes()).map_err(|why| fault(&why))?);
+                if let Ok(mut held) = self.made.lock() {
+                    held.retain(|_, made| made.strong_count() > 0);
+                    held.insert(name.into(), Arc::downgrade(&made));
+                }
+                made
+            }
         };
-        let bytes = owner.bytes().get(info.range.clone());
-        let bytes = bytes.ok_or_else(|| fault("it lies outside its file"))?;
-        let count = view::extent(&info.shape, strides).filter(|n| *n > 0);
-        let size = bytes.len() / count.ok_or_else(|| fault("its strides overflow"))?;
-        let gathered = view::gather(bytes, size, &info.shape, strides);
-        let range = 0..gathered.len();
-        let owner = Arc::new(gathered);
+        let range = 0..owner.len();
         Ok(Contents { owner, range })
+    }
+
+    /// The elements of a tensor that are not simply in its file.
+    fn made(&self, info: &TensorInfo, file: &[u8]) -> std::result::Result<Vec<u8>, String> {
+        let bytes = file.get(info.range.clone());
+        let bytes = bytes.ok_or("it lies outside its file")?;
+        match (&info.strides, &info.wide) {
+            (Some(strides), _) => {
+                let count = view::extent(&info.shape, strides).filter(|n| *n > 0);
+                let size = bytes.len() / count.ok_or("its strides overflow")?;
+                Ok(view::gather(bytes, size, &info.shape, strides))
+            }
+            (None, Some(wide)) => {
+                let all = 0..view::elements(&info.shape).ok_or("its shape overflows")?;
+                let mut out = Vec::new();
+                wide.widen(bytes, &self.shards, all, info.dtype == "F32", &mut out)?;
+                Ok(out)
+            }
+            (None, None) => Ok(bytes.to_vec()),
+        }
+    }
+
+    /// Elements of a tensor that is widened, appended to `to`: for who wants a piece at a time.
+    pub fn widen(&self, name: &str, elements: Range<usize>, to: &mut Vec<u8>) -> Result<()> {
+        let info = self.info(name)?;
+        let fault = |why: &str| Error::file(&info.shard, format!("tensor {name:?}: {why}"));
+        let wide = info.wide.as_ref().ok_or_else(|| fault("is not widened"))?;
+        let shard = self.shards.get(&info.shard);
+        let bytes = shard.and_then(|s| s.bytes().get(info.range.clone()));
+        let bytes = bytes.ok_or_else(|| fault("it lies outside its file"))?;
+        wide.widen(bytes, &self.shards, elements, info.dtype == "F32", to)
+            .map_err(|why| fault(&why))
+    }
+
+    /// Widens the weights of quantised releases to F32 instead of BF16.
+    pub fn widen_to_f32(&mut self) {
+        for info in self.tensors.values_mut().filter(|i| i.wide.is_some()) {
+            info.dtype = "F32".into();
+        }
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {

@@ -37,19 +37,25 @@ impl Config {
         if let Some(gguf) = files.gguf() {
             return Ok(gguf::find(gguf)?.config_of(gguf)?);
         }
-        let Some(text) = files.text("config.json")? else {
+        let Some(name) = Config::name_in(files) else {
             return Err(Error::file(
                 files.name(),
                 "there is no config.json; the folder of a model from Hugging Face has one",
             ));
         };
-        let mut config = Config::parse(&text, &files.label("config.json"))?;
+        let text = files.text(name)?.unwrap_or_default();
+        let mut config = Config::parse(&text, &files.label(name))?;
         for name in cards::beside_config() {
             if let Some(text) = files.text(name)? {
                 config.also.push(Config::parse(&text, &files.label(name))?);
             }
         }
         Ok(config)
+    }
+
+    /// The name of the config among a model's files: config.json, or what a card names in its place.
+    pub fn name_in(files: &ModelFiles) -> Option<&'static str> {
+        cards::config_names().find(|name| files.exists(name))
     }
 
     /// Reads JSON text. `file` is its name for messages.

@@ -13,8 +13,9 @@ use strata_layers::Mark;
 use strata_layers::param::list_of;
 
 use crate::checkpoint::{FILES, TENSORS, TensorInfo};
-use crate::pickle::{Id, Known, Pickle, Value};
+use crate::pickle::{Id, Pickle, Value};
 use crate::report::Report;
+use crate::torch_names::{Kind, dtype_kind, known, storage_kind, unread};
 use crate::view;
 use crate::zip;
 
@@ -43,6 +44,9 @@ const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0
 const LEGACY: i64 = 1001;
 
 type Read<T> = Result<T, String>;
+
+/// Keys and values.
+type Entries = [(Id, Id)];
 
 /// Whether a file of this name is PyTorch's, if it is a model's at all.
 pub(crate) fn is_named(name: &str) -> bool {
@@ -230,152 +234,6 @@ fn storage_sizes(pickle: &Pickle<'_>) -> HashMap<String, usize> {
     sizes
 }
 
-/// What a pickle may ask to call. Nothing of it is: `Call`s are read by `tensor` and `plain` below.
-fn known(module: &str, name: &str) -> Option<Known> {
-    let plain = [
-        "argparse.",
-        "types.SimpleNamespace",
-        "datetime.",
-        "pathlib.",
-        "decimal.Decimal",
-        "uuid.UUID",
-        "_io.BytesIO",
-        "_codecs.encode",
-        "builtins.set",
-        "builtins.frozenset",
-        "builtins.bytearray",
-        "builtins.bytes",
-        "builtins.complex",
-        "builtins.range",
-        "builtins.slice",
-        "__builtin__.set",
-        "__builtin__.frozenset",
-        "__builtin__.bytearray",
-        "__builtin__.complex",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "numpy.core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "torch.device",
-        "torch.Generator",
-        "torch.serialization._get_layout",
-        // Settings of trainers.
-        "omegaconf.",
-        "yacs.config.",
-        "easydict.",
-        "ml_collections.",
-        "transformers.",
-        "megatron.",
-        "pytorch_lightning.",
-        "lightning.",
-        "lightning_fabric.",
-        "lightning_utilities.",
-        "timm.",
-    ];
-    let mappings = [
-        "collections.OrderedDict",
-        "collections.defaultdict",
-        "collections.Counter",
-        "builtins.dict",
-        "__builtin__.dict",
-        "lightning_fabric.utilities.data.AttributeDict",
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-    ];
-    let full = format!("{module}.{name}");
-    let begins = |known: &&str| full == **known || known.ends_with('.') && full.starts_with(*known);
-    if mappings.contains(&full.as_str()) {
-        Some(Known::Mapping)
-    } else if full == "torch.Size" || REBUILT.contains(&full.as_str()) || unread(&full).is_some() {
-        Some(Known::Call)
-    } else if plain.iter().any(begins) {
-        Some(Known::Plain)
-    } else {
-        None
-    }
-}
-
-/// What tensors are made by.
-const REBUILT: [&str; 6] = [
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch._tensor._rebuild_from_type_v2",
-];
-
-/// What a tensor is that is made in a way that is not read.
-fn unread(what: &str) -> Option<&'static str> {
-    Some(match what {
-        "torch._utils._rebuild_qtensor" => "is quantised by torch",
-        "torch._utils._rebuild_sparse_tensor"
-        | "torch._utils._rebuild_sparse_csr_tensor"
-        | "torch._utils._rebuild_sparse_compressed_tensor" => "is sparse",
-        "torch._utils._rebuild_nested_tensor" => "is a nested tensor",
-        "torch._utils._rebuild_meta_tensor_no_storage" => {
-            "is on the meta device: it has no elements"
-        }
-        "torch._utils._rebuild_wrapper_subclass" => "is of a class of its own",
-        "torch._utils._rebuild_device_tensor_from_numpy"
-        | "torch._utils._rebuild_device_tensor_from_cpu_tensor" => "lies on a device of its own",
-        _ => return None,
-    })
-}
-
-/// Our word for an element type, and its bytes.
-type Kind = (&'static str, usize);
-
-/// The elements of a storage's class.
-fn storage_kind(class: &str) -> Option<Kind> {
-    Some(match class.strip_suffix("Storage")? {
-        "Float" => ("F32", 4),
-        "Double" => ("F64", 8),
-        "Half" => ("F16", 2),
-        "BFloat16" => ("BF16", 2),
-        "Long" => ("I64", 8),
-        "Int" => ("I32", 4),
-        "Short" => ("I16", 2),
-        "Char" => ("I8", 1),
-        "Byte" | "Untyped" => ("U8", 1),
-        "Bool" => ("BOOL", 1),
-        "ComplexFloat" => ("C64", 8),
-        "ComplexDouble" => ("C128", 16),
-        // Of quantised tensors, which are named where they stand.
-        "QInt8" | "QUInt8" | "QUInt4x2" | "QUInt2x4" => ("Q8", 1),
-        "QInt32" => ("Q32", 4),
-        _ => return None,
-    })
-}
-
-/// The elements of a `torch.dtype`.
-fn dtype_kind(name: &str) -> Option<Kind> {
-    Some(match name {
-        "float32" => ("F32", 4),
-        "float64" => ("F64", 8),
-        "float16" => ("F16", 2),
-        "bfloat16" => ("BF16", 2),
-        "int64" => ("I64", 8),
-        "int32" => ("I32", 4),
-        "int16" => ("I16", 2),
-        "int8" => ("I8", 1),
-        "uint8" => ("U8", 1),
-        "uint16" => ("U16", 2),
-        "uint32" => ("U32", 4),
-        "uint64" => ("U64", 8),
-        "bool" => ("BOOL", 1),
-        "complex64" => ("C64", 8),
-        "complex128" => ("C128", 16),
-        "float8_e4m3fn" => ("F8_E4M3", 1),
-        "float8_e5m2" => ("F8_E5M2", 1),
-        "float8_e4m3fnuz" => ("F8_E4M3FNUZ", 1),
-        "float8_e5m2fnuz" => ("F8_E5M2FNUZ", 1),
-        "float8_e8m0fnu" => ("F8_E8M0", 1),
-        _ => return None,
-    })
-}
-
 /// What a pickle says of a storage.
 struct Storage<'a> {
     key: &'a str,
@@ -427,14 +285,14 @@ impl Opened<'_> {
     }
 
     /// The tensors right in a dictionary.
-    fn count(&self, dict: &[(Id, Id)]) -> usize {
+    fn count(&self, dict: &Entries) -> usize {
         dict.iter()
             .filter(|(_, value)| self.is_tensor(*value))
             .count()
     }
 
     /// The dictionary of the weights, and what is worth telling about where it was.
-    fn state_dict(&self) -> Read<(&[(Id, Id)], Option<String>)> {
+    fn state_dict(&self) -> Read<(&Entries, Option<String>)> {
         let pickle = &self.pickle;
         let holding = self.holding();
         let dict = |id: Id| match pickle.get(id) {
@@ -461,7 +319,7 @@ impl Opened<'_> {
                 let found = entries.find(|(key, _)| pickle.text(*key) == Some(wanted));
                 found.and_then(|(_, value)| full(value))
             };
-            let inside: Vec<(&str, &[(Id, Id)])> =
+            let inside: Vec<(&str, &Entries)> =
                 match WRAPPERS.iter().find_map(|w| Some((*w, named(w)?))) {
                     Some(found) => vec![found],
                     None if self.count(here) > 0 => break,
@@ -472,7 +330,7 @@ impl Opened<'_> {
                         })
                         .collect(),
                 };
-            let keys = |entries: &[(Id, Id)]| -> Vec<String> {
+            let keys = |entries: &Entries| -> Vec<String> {
                 let texts = entries.iter().filter_map(|(key, _)| pickle.text(*key));
                 let short = |t: &str| t.chars().take(40).collect();
                 texts.take(12).map(short).collect()
@@ -543,7 +401,7 @@ impl Opened<'_> {
     fn tensors(
         &self,
         shard: &str,
-        dict: &[(Id, Id)],
+        dict: &Entries,
         report: &mut Report,
     ) -> Option<Vec<(String, TensorInfo)>> {
         let mut found = BTreeMap::new();
@@ -672,6 +530,7 @@ impl Opened<'_> {
             shape,
             shard: String::new(),
             range,
+            wide: None,
         })
     }
 

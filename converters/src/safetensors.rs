@@ -89,6 +89,7 @@ fn read_header(file: &[u8]) -> std::result::Result<Header, String> {
             shard: String::new(),
             range: place(raw.offsets.0)..place(raw.offsets.1),
             strides: None,
+            wide: None,
         };
         (name, info)
     });

@@ -13,6 +13,8 @@ const KINDS: [(&str, &str); 2] = [
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 ];
+/// What some authors call their one file of safetensors.
+const CONSOLIDATED: &str = "consolidated.safetensors";
 
 /// What a trainer leaves beside a model in PyTorch's files.
 const OTHERS: [&str; 8] = [
@@ -66,6 +68,8 @@ pub(crate) fn select(files: &ModelFiles, report: &mut Report) -> Result<Selected
                 .map_err(|e| Error::file(files.label(index), e.to_string()))?;
             let name = index.to_string();
             Selected::Index(Index { name, ..read })
+        } else if place == 0 && files.exists(CONSOLIDATED) {
+            Selected::File(CONSOLIDATED.into())
         } else if let [only] = &of_kind[place][..] {
             Selected::File(only.to_string())
         } else {

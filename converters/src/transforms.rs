@@ -271,6 +271,33 @@ pub const TRANSFORMS: &[Transform] = &[
         },
         undo: Undo::Piles,
     },
+    // Of every `period` rows those from one to before another, copied: queries, keys and values that are
+    // stored a group at a time.
+    Transform {
+        name: "runs",
+        numbers: &["from", "to", "period"],
+        widens: false,
+        fractions: false,
+        shape: |shape, numbers| match (shape.split_first(), whole(numbers)) {
+            (Some((&rows, rest)), [from, to, period])
+                if from < to && to <= period && rows % period == 0 =>
+            {
+                Ok([&[rows / period * (to - from)], rest].concat())
+            }
+            _ => Err(format!(
+                "there are no rows {} to {} of every {} in {shape:?}",
+                numbers[0], numbers[1], numbers[2]
+            )),
+        },
+        apply: |x, numbers| {
+            let ([from, to, period], rows) = (whole(numbers), rows_of(x));
+            let run = move |at: usize| at + from..at + to;
+            let count = rows / period * (to - from);
+            gathered(x, count, (0..rows).step_by(period).flat_map(run))
+        },
+        // Published under names without it: it is read only.
+        undo: Undo::Nothing,
+    },
     // Rows from one to before another: one of several matrices that are stored as one.
     Transform {
         name: "rows",
@@ -472,6 +499,16 @@ mod tests {
         for bad in [[3.0], [0.0], [16.0]] {
             assert!(run("unpair", &[8, 1], &bad).is_err(), "{bad:?}");
         }
+        let runs = run("runs", &[8, 1], &[1.0, 3.0, 4.0]).unwrap();
+        assert_eq!(runs.to_f32(), [1.0, 2.0, 5.0, 6.0]);
+        for bad in [
+            [1.0, 1.0, 4.0],
+            [1.0, 5.0, 4.0],
+            [0.0, 1.0, 3.0],
+            [0.0, 1.0, 0.0],
+        ] {
+            assert!(run("runs", &[8, 1], &bad).is_err(), "{bad:?}");
+        }
         assert_eq!(run("flatten", &[3, 2, 4], &[]).unwrap().shape(), [6, 4]);
         assert!(run("flatten", &[3], &[]).is_err());
         let odd = run("every", &[4, 2], &[1.0, 2.0]).unwrap();
@@ -484,9 +521,9 @@ mod tests {
     #[test]
     fn views_share_memory_with_their_tensor() {
         let x = HostTensor::from_f32(&[2, 4], &[0.0; 8]).unwrap();
-        let views = TRANSFORMS
-            .iter()
-            .filter(|t| !t.widens && !["squeeze", "every", "unzip", "unpair"].contains(&t.name));
+        let views = TRANSFORMS.iter().filter(|t| {
+            !t.widens && !["squeeze", "every", "unzip", "unpair", "runs"].contains(&t.name)
+        });
         for t in views {
             let numbers = [1.0, 2.0];
             let y = (t.apply)(&x, &numbers[..t.numbers.len()]).unwrap();

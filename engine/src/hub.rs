@@ -37,8 +37,12 @@ const FILES: [&str; 6] = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
-const INDEX: &str = "model.safetensors.index.json";
 const WEIGHTS: &str = "model.safetensors";
+/// Where weights may be: an index of shards, or one file. PyTorch's are taken where there are no others.
+const FORMS: [(&str, &str); 2] = [
+    ("model.safetensors.index.json", WEIGHTS),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+];
 
 /// Where models come from and go to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,7 +137,7 @@ impl HubOptions {
 /// Has a model's files ready; returns the directory that holds them.
 ///
 /// Downloads what the cache lacks: the configuration and the files `beside` it that some models have, the
-/// tokenizer and the safetensors weights, never pickled ones. An interrupted download goes on where it stopped.
+/// tokenizer and the weights: safetensors, else PyTorch's, of which nothing is run. An interrupted download goes on where it stopped.
 pub fn fetch_model(
     id: &str,
     beside: &[&str],
@@ -232,18 +236,20 @@ impl<'a> Hub<'a> {
         if !snapshot.join(FILES[0]).is_file() {
             return Err(missing(FILES[0]));
         }
-        match fs::read(snapshot.join(INDEX)) {
-            Ok(index) => {
-                for name in shards(&index).map_err(|found| format!("{INDEX}: {found}"))? {
-                    if !snapshot.join(&name).is_file() {
-                        return Err(missing(&name));
-                    }
-                }
+        for (index, whole) in FORMS {
+            if let Ok(bytes) = fs::read(snapshot.join(index)) {
+                let shards = shards(&bytes).map_err(|found| format!("{index}: {found}"))?;
+                let absent = |name: &&String| !snapshot.join(name).is_file();
+                return match shards.iter().find(absent) {
+                    Some(name) => Err(missing(name)),
+                    None => Ok(snapshot),
+                };
             }
-            Err(_) if snapshot.join(WEIGHTS).is_file() => {}
-            Err(_) => return Err(missing(WEIGHTS)),
+            if snapshot.join(whole).is_file() {
+                return Ok(snapshot);
+            }
         }
-        Ok(snapshot)
+        Err(missing(WEIGHTS))
     }
 
     fn fetch(&self, beside: &[&str], progress: &mut dyn Progress) -> Result<PathBuf, Error> {
@@ -258,26 +264,7 @@ impl<'a> Hub<'a> {
         for name in FILES[1..].iter().chain(beside) {
             files.extend(self.look_up(name, &commit, progress)?);
         }
-        if let Some(index) = self.look_up(INDEX, &commit, progress)? {
-            self.download(&index, progress)?;
-            let path = self.snapshot(&index);
-            let bytes = fs::read(&path).map_err(io(&path, "read"))?;
-            let names = shards(&bytes).map_err(|found| Error::Index {
-                id: self.id.repository.clone(),
-                found,
-            })?;
-            for name in names {
-                files.push(self.required(
-                    &name,
-                    &commit,
-                    "the index names it; tell the model's authors",
-                    progress,
-                )?);
-            }
-        } else {
-            let help = "only safetensors weights are read. Ask the authors for them, or convert the model with transformers' save_pretrained";
-            files.push(self.required(WEIGHTS, &commit, help, progress)?);
-        }
+        files.extend(self.weights(&commit, progress)?);
         let total = files.iter().map(|file| file.size).sum();
         let done: u64 = files.iter().map(|file| self.there(file)).sum();
         let snapshot = self.cache.pointer_path(&commit);
@@ -331,6 +318,28 @@ impl<'a> Hub<'a> {
             escape(revision),
             name.join("/")
         )
+    }
+
+    /// The files with the weights, as the repository has them.
+    fn weights(&self, commit: &str, progress: &mut dyn Progress) -> Result<Vec<Remote>, Error> {
+        for (index, whole) in FORMS {
+            if let Some(index) = self.look_up(index, commit, progress)? {
+                self.download(&index, progress)?;
+                let path = self.snapshot(&index);
+                let bytes = fs::read(&path).map_err(io(&path, "read"))?;
+                let id = self.id.repository.clone();
+                let names = shards(&bytes).map_err(|found| Error::Index { id, found })?;
+                let help = "the index names it; tell the model's authors";
+                let file = |name: &String| self.required(name, commit, help, progress);
+                return names.iter().map(file).collect();
+            }
+            if let Some(file) = self.look_up(whole, commit, progress)? {
+                return Ok(vec![file]);
+            }
+        }
+        let help = "nor pytorch_model.bin; weights in other files have to be downloaded by hand; the folder that holds them is then the model";
+        self.required(WEIGHTS, commit, help, progress)
+            .map(|file| vec![file])
     }
 
     fn required(

@@ -93,6 +93,15 @@ elif name == "safetensors":
 elif name == "index":
     seeds += [p.read_text() for p in root.glob("tests/golden/**/*.index.json")]
     seeds += ['{"metadata": {}, "weight_map": {"a": "b.safetensors"}}']
+elif name in ("pytorch", "pickle"):
+    import zipfile
+    for path in [*root.glob("tests/pytorch/**/*.pt"), *root.glob("tests/pytorch/**/*.bin")]:
+        data = path.read_bytes()
+        if name == "pytorch":
+            seeds.append(data)
+        elif zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            seeds += [archive.read(n) for n in archive.namelist() if n.endswith("data.pkl")]
 for i, seed in enumerate(seeds):
     data = seed if isinstance(seed, bytes) else seed.encode()
     (out / f"seed-{i}").write_bytes(data)

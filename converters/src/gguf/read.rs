@@ -329,6 +329,7 @@ fn checked(shard: &str, raw: Raw, end: usize, file: usize, report: &mut Report) 
             shape,
             shard: shard.into(),
             strides: None,
+            wide: None,
             range: start as usize..stop as usize,
         };
         tensors.push((t.name, info));

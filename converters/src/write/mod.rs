@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use strata_kernels::{Format, HostTensor};
 
-use crate::checkpoint::Contents;
+use crate::checkpoint::{Checkpoint, Contents};
 use crate::error::{Error, Result};
 use crate::published::Step;
 
@@ -54,6 +54,8 @@ struct Held {
 pub enum Content {
     /// Bytes that are written as they are.
     Stored(Contents),
+    /// A tensor of a checkpoint that is widened, to the type that the target has.
+    Widened(Arc<Checkpoint>, String),
     /// Elements of tensors, one run after the other.
     Made {
         /// The runs.
@@ -164,6 +166,10 @@ impl Target {
             }
             (Content::Made { runs, undo }, Encoding::Made(format)) => {
                 self.make(piece, *format, runs, undo, to)?;
+            }
+            (Content::Widened(checkpoint, tensor), _) => {
+                let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
+                checkpoint.widen(tensor, wanted, to)?;
             }
             (Content::Made { .. }, Encoding::Stored(..)) => {
                 return Err(Error::file(&self.name, "its elements have no format"));

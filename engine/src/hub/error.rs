@@ -4,8 +4,6 @@ use std::path::PathBuf;
 
 use indicatif::HumanBytes;
 
-use super::INDEX;
-
 /// Why a model cannot be had, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -99,7 +97,9 @@ pub enum Error {
         reason: String,
     },
     /// An index that names no proper files.
-    #[error("{id}: {INDEX}: {found}; expected a weight_map from tensors to files beside it")]
+    #[error(
+        "{id}: its index of shards: {found}; expected a weight_map from tensors to files beside it"
+    )]
     Index {
         /// The model.
         id: String,

@@ -82,10 +82,11 @@ pub(super) fn shards(index: &[u8]) -> Result<BTreeSet<String>, String> {
             && parts().count() > 0
             && parts().all(|part| matches!(part, Component::Normal(_)))
     };
+    let weights = |name: &str| name.ends_with(".safetensors") || name.ends_with(".bin");
     let name = |(tensor, name): (&String, &serde_json::Value)| match name.as_str() {
-        Some(name) if within(name) && name.ends_with(".safetensors") => Ok(name.to_owned()),
+        Some(name) if within(name) && weights(name) => Ok(name.to_owned()),
         _ => Err(format!(
-            "{tensor} is in {name}, which is no .safetensors file of the repository"
+            "{tensor} is in {name}, which is no .safetensors or .bin file of the repository"
         )),
     };
     let shards: BTreeSet<String> = map.iter().map(name).collect::<Result<_, _>>()?;

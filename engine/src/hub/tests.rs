@@ -30,6 +30,8 @@ struct State {
 }
 
 /// A Hub on loopback that knows owner/model at `main` and at `v1`.
+const INDEX: &str = super::FORMS[0].0;
+
 struct Server {
     state: Arc<Mutex<State>>,
     options: HubOptions,
@@ -448,6 +450,36 @@ fn refusals_say_what_to_do() {
 }
 
 #[test]
+fn weights_of_pytorch_are_taken_where_there_are_no_others() {
+    let index = br#"{"weight_map": {"a": "pytorch_model-1-of-1.bin"}}"#;
+    for (files, expected) in [
+        (vec![("pytorch_model.bin", &b"x"[..])], "pytorch_model.bin"),
+        (
+            vec![
+                ("pytorch_model.bin.index.json", &index[..]),
+                ("pytorch_model-1-of-1.bin", b"x"),
+            ],
+            "pytorch_model-1-of-1.bin",
+        ),
+        (
+            vec![
+                ("model.safetensors", &b"x"[..]),
+                ("pytorch_model.bin", b"y"),
+            ],
+            "model.safetensors",
+        ),
+    ] {
+        let files = [&[("config.json", &b"{}"[..])], &files[..]].concat();
+        let snapshot = Server::new(&files).fetch("owner/model").expect("a model");
+        assert_eq!(fs::read(snapshot.join(expected)).expect("weights"), b"x");
+        assert_eq!(
+            snapshot.join("pytorch_model.bin").exists(),
+            expected == "pytorch_model.bin"
+        );
+    }
+}
+
+#[test]
 fn what_a_repository_lacks_is_named() {
     let check = |files: &[(&str, &[u8])], expected: &str| {
         let error = Server::new(files)
@@ -458,21 +490,21 @@ fn what_a_repository_lacks_is_named() {
     };
     check(&[("model.gguf", b"x")], "owner/model has no config.json");
     check(
-        &[("config.json", b"{}"), ("pytorch_model.bin", b"x")],
-        "owner/model has no model.safetensors: only safetensors",
+        &[("config.json", b"{}"), ("model.gguf", b"x")],
+        "owner/model has no model.safetensors: nor pytorch_model.bin",
     );
     let index = |name: &str| format!(r#"{{"weight_map": {{"a": "{name}"}}}}"#);
     for name in [
         "../../../x.safetensors",
         "/etc/x.safetensors",
         "a/../x.safetensors",
-        "x.bin",
+        "x.py",
         "",
         "a\\\\b.safetensors",
     ] {
         check(
             &[("config.json", b"{}"), (INDEX, index(name).as_bytes())],
-            "which is no .safetensors file of the repository",
+            "which is no .safetensors or .bin file of the repository",
         );
     }
     check(&[("config.json", b"{}"), (INDEX, b"{")], "EOF");

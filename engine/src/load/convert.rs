@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use strata_converters::checkpoint::TensorInfo;
 use strata_converters::mapping::Mapping;
 use strata_converters::published::{self, Assembled};
 use strata_converters::tensor_map::Source;
@@ -203,6 +204,11 @@ fn stored(mapping: &Mapping, tensor: &str, name: &str) -> Result<Target> {
     let checkpoint = mapping.checkpoint().clone();
     let info = checkpoint.get(tensor);
     let info = info.ok_or_else(|| Error::Input(format!("there is no tensor {tensor:?}")))?;
+    if let (Some(_), Ok(format)) = (&info.wide, info.runs_as()) {
+        let (shape, tensor) = (info.shape.clone(), tensor.to_string());
+        let open = move || Ok(Content::Widened(checkpoint.clone(), tensor.clone()));
+        return Ok(Target::made(name, shape, format, open));
+    }
     let (shape, dtype, bytes) = (info.shape.clone(), info.dtype.clone(), info.bytes());
     let tensor = tensor.to_string();
     let open = move || checkpoint.contents(&tensor);
@@ -412,10 +418,9 @@ fn retype(targets: &mut [Target], graph: &Graph, mapping: &Mapping, dtype: DType
         }
         let checkpoint = mapping.checkpoint().clone();
         let name = target.name.clone();
-        if checkpoint
-            .get(&name)
-            .is_none_or(|info| info.runs_as().is_err())
-        {
+        let info = checkpoint.get(&name);
+        let same = |i: &TensorInfo| i.wide.is_some() && i.runs_as() == Ok(dtype.into());
+        if info.is_none_or(|info| info.runs_as().is_err() || same(info)) {
             continue;
         }
         let open = {

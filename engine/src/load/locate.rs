@@ -42,6 +42,8 @@ pub struct Planned {
     /// The card with the names that the family publishes, whatever names this checkpoint has.
     pub(super) published: Option<Card>,
     pub(super) config: Option<Config>,
+    /// The compute type that was asked for.
+    dtype: Option<DType>,
 }
 
 impl Planned {
@@ -125,7 +127,7 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
                 (None, Some(_)) => Config::open(files).ok(),
             }
         }
-        Located::Files(files) if files.exists("config.json") => Some(Config::open(files)?),
+        Located::Files(files) if Config::name_in(files).is_some() => Some(Config::open(files)?),
         Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
         Located::Files(_) | Located::Plan(_) => None,
     };
@@ -202,6 +204,7 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         card,
         published,
         config,
+        dtype: options.dtype,
     })
 }
 
@@ -228,7 +231,11 @@ fn config_name(path: &Path) -> String {
 
 /// Opens the checkpoint and finds every weight of the plan in it.
 pub(super) fn mapped(planned: &mut Planned, files: &ModelFiles) -> Result<Mapping> {
-    let checkpoint = Arc::new(Checkpoint::open(files)?);
+    let mut checkpoint = Checkpoint::open(files)?;
+    if planned.dtype == Some(DType::F32) {
+        checkpoint.widen_to_f32();
+    }
+    let checkpoint = Arc::new(checkpoint);
     let card = planned.card.as_ref();
     let mut notes = checkpoint.notes().to_vec();
     if planned.origin == Origin::Card

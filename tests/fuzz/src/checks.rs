@@ -121,6 +121,67 @@ pub fn gguf(bytes: &[u8], folder: &Path) {
     }
 }
 
+/// A file of PyTorch's in a folder of its own: what opens has its tensors within the file.
+pub fn pytorch(bytes: &[u8], folder: &Path) {
+    std::fs::write(folder.join("model.pt"), bytes).expect("a folder to write to");
+    let files = ModelFiles::beside(&folder.join("model.pt")).expect("a folder");
+    let Ok(checkpoint) = Checkpoint::open(&files) else {
+        return;
+    };
+    for (name, info) in checkpoint.tensors() {
+        assert!(info.range.end <= bytes.len(), "{name}: {info:?}");
+        let contents = checkpoint
+            .contents(name)
+            .expect("a tensor that was checked");
+        let elements: usize = info.shape.iter().product();
+        assert!(
+            contents.bytes().len().is_multiple_of(elements.max(1)),
+            "{name}: {info:?}"
+        );
+    }
+}
+
+/// A pickle, in an archive with some bytes for its storages.
+pub fn pickle(bytes: &[u8], folder: &Path) {
+    let entries: [(&str, &[u8]); 3] = [
+        ("m/data.pkl", bytes),
+        ("m/data/0", &[7; 256]),
+        ("m/data/1", &[8; 64]),
+    ];
+    pytorch(&archive(&entries), folder);
+}
+
+/// A zip archive of stored entries.
+pub fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    let (mut file, mut directory) = (Vec::new(), Vec::new());
+    for (name, data) in entries {
+        let at = file.len() as u32;
+        let sizes = [0, data.len() as u32, data.len() as u32];
+        let sizes: Vec<u8> = sizes.iter().flat_map(|n| n.to_le_bytes()).collect();
+        let length = (name.len() as u16).to_le_bytes();
+        file.extend(b"PK\x03\x04\x14\0\0\0\0\0\0\0\0\0");
+        file.extend([&sizes, &length[..], &[0, 0], name.as_bytes(), data].concat());
+        directory.extend(b"PK\x01\x02\x14\0\x14\0\0\0\0\0\0\0\0\0");
+        directory.extend(
+            [
+                &sizes,
+                &length[..],
+                &[0; 12],
+                &at.to_le_bytes(),
+                name.as_bytes(),
+            ]
+            .concat(),
+        );
+    }
+    let count = (entries.len() as u16).to_le_bytes();
+    let place = [directory.len() as u32, file.len() as u32];
+    file.extend(&directory);
+    file.extend([b"PK\x05\x06\0\0\0\0", &count[..], &count].concat());
+    file.extend(place.iter().flat_map(|n| n.to_le_bytes()));
+    file.extend([0, 0]);
+    file
+}
+
 /// An index of shards in a folder of its own.
 pub fn index(bytes: &[u8], folder: &Path) {
     std::fs::write(folder.join("model.safetensors.index.json"), bytes)
