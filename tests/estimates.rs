@@ -68,7 +68,13 @@ fn every_card_runs_in_the_memory_that_was_estimated() {
             // As `strata plan estimate` has it, before there is a model.
             let config = EngineConfig::new(200, 1, dtype);
             let format = Format::from(dtype);
-            let before = estimate(&model.network.graph, &config, format, &model.footprint, 1);
+            let before = estimate(
+                &model.network.graph,
+                &config,
+                &format.into(),
+                &model.footprint,
+                1,
+            );
             assert_eq!(
                 before.weight_bytes,
                 model.weights_bytes,

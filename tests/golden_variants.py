@@ -254,6 +254,30 @@ VARIANTS = {
         drop_keys=("embedding_multiplier", "logits_scaling", "num_key_value_heads", "rope_parameters"),
         wrong_keys=({"rms_norm_eps": 1e-6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     ),
+    # As a file of transformers 4 has it.
+    "granite-moe-hybrid/rope-llama3": Variant(
+        GraniteMoeHybridConfig(
+            vocab_size=108, hidden_size=36, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
+            layer_types=["attention", "mamba", "attention"], position_embedding_type="rope",
+            rope_parameters={
+                "rope_type": "llama3", "rope_theta": 60.0, "factor": 5.0, "low_freq_factor": 1.5,
+                "high_freq_factor": 3.0, "original_max_position_embeddings": 40,
+            },
+            num_local_experts=0, num_experts_per_tok=0, intermediate_size=11, shared_intermediate_size=40,
+            mamba_n_heads=6, mamba_d_state=8, mamba_chunk_size=8, attention_multiplier=0.35, residual_multiplier=0.5,
+            rms_norm_eps=1e-5, tie_word_embeddings=True,
+        ),
+        torch.float16, seed=504, sequences=2, tokens=46,
+        set_keys={
+            "rope_theta": 60.0,
+            "rope_scaling": {
+                "type": "llama3", "factor": 5.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0,
+                "original_max_position_embeddings": 40,
+            },
+        },
+        drop_keys=("rope_parameters",),
+        wrong_keys=({"rope_parameters": {"rope_type": "default", "rope_theta": 60.0}},),
+    ),
     "nemotron-h/dense": Variant(
         NemotronHConfig(
             vocab_size=118, hidden_size=40, hybrid_override_pattern="M-M*-MM-*M-", num_attention_heads=4,
@@ -370,6 +394,25 @@ VARIANTS = {
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5}},
         ),
     ),
+    "bamba/rope-yarn": Variant(
+        BambaConfig(
+            vocab_size=105, hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=24, attn_layer_indices=[0, 2], mamba_n_heads=8, mamba_n_groups=2,
+            mamba_d_state=6, mamba_chunk_size=8, tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 90.0, "factor": 6.0, "original_max_position_embeddings": 24,
+                "beta_fast": 4.0, "beta_slow": 0.5, "partial_rotary_factor": 0.5,
+            },
+        ),
+        torch.float16, seed=703, sequences=2, tokens=45,
+        wrong_keys=(
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 90.0, "partial_rotary_factor": 0.5}},
+            {"rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 90.0, "factor": 6.0, "original_max_position_embeddings": 24,
+                "beta_fast": 4.0, "beta_slow": 0.5, "partial_rotary_factor": 0.5, "attention_factor": 1.0,
+            }},
+        ),
+    ),
     "falcon-h1/norm-groups-shards": Variant(
         FalconH1Config(
             vocab_size=114, hidden_size=32, intermediate_size=44, num_hidden_layers=4, num_attention_heads=3,
@@ -420,6 +463,16 @@ VARIANTS = {
         torch.float16, seed=803, sequences=2, tokens=45, embedding_std=0.2,
         drop_keys=("mamba_norm_before_gate", "mlp_multipliers", "ssm_multipliers", "attention_in_multiplier"),
         wrong_keys=({"rms_norm_eps": 1e-5}, {"mamba_norm_before_gate": False}),
+    ),
+    "falcon-h1/rope-linear": Variant(
+        FalconH1Config(
+            vocab_size=102, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_n_groups=1,
+            mamba_d_state=8, mamba_chunk_size=8, key_multiplier=0.6, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "linear", "rope_theta": 300.0, "factor": 3.5},
+        ),
+        torch.float16, seed=804, sequences=2, tokens=44,
+        wrong_keys=({"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},),
     ),
     # With an output matrix of its own the reference would not share the transformer blocks either.
     "zamba/shared": Variant(
@@ -479,5 +532,24 @@ VARIANTS = {
         ),
         torch.float16, seed=1003, sequences=2, tokens=44, free_dt=True,
         wrong_keys=({"use_mem_rope": False},),
+    ),
+    "zamba2/rope-yarn": Variant(
+        Zamba2Config(
+            vocab_size=101, hidden_size=24, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=3,
+            layers_block_type=["hybrid", "mamba", "hybrid", "mamba"], n_mamba_heads=4, mamba_d_state=8, chunk_size=8,
+            num_mem_blocks=1, use_mem_rope=True, time_step_min=0.05, tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 70.0, "factor": 4.0, "original_max_position_embeddings": 20,
+                "beta_fast": 3.0, "beta_slow": 0.4, "attention_factor": 1.3, "truncate": False,
+            },
+        ),
+        torch.float16, seed=1004, sequences=2, tokens=43, free_dt=True,
+        wrong_keys=(
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 70.0}},
+            {"rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 70.0, "factor": 4.0, "original_max_position_embeddings": 20,
+                "beta_fast": 3.0, "beta_slow": 0.4, "attention_factor": 1.0, "truncate": False,
+            }},
+        ),
     ),
 }

@@ -14,6 +14,9 @@ use strata_kernels::ops::{
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor, random};
 
+#[path = "cuda.rs"]
+mod cuda;
+
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;
 const F16: DType = DType::F16;

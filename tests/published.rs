@@ -32,7 +32,7 @@ fn of(name: &str) -> Estimate {
     Estimate {
         unused_parameters: planned.unused.parameters,
         unused_tensors: planned.unused.tensors,
-        ..estimate(&planned.graph, &config, format, &none, 1)
+        ..estimate(&planned.graph, &config, &format.into(), &none, 1)
     }
 }
 

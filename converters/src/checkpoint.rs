@@ -12,14 +12,12 @@ use strata_layers::Mark;
 use crate::error::{Error, Result};
 use crate::files::{ModelFiles, is_plain};
 use crate::report::Report;
-use crate::safetensors;
+use crate::selection::{self, Index, Selected};
+use crate::{pytorch, safetensors, view};
 
 /// Kinds of faults.
 pub(crate) const FILES: &str = "faulty files";
 pub(crate) const TENSORS: &str = "faulty tensors";
-
-const ONE_FILE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,8 +28,10 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// The file it is in.
     pub shard: String,
-    /// Its bytes within the file.
+    /// Its bytes within the file: from the first element to behind the last.
     pub range: Range<usize>,
+    /// Elements from one entry of each dimension to the next, where they do not simply follow each other.
+    pub strides: Option<Vec<usize>>,
 }
 
 /// The tensors of a model's files.
@@ -39,6 +39,35 @@ pub struct Checkpoint {
     label: String,
     shards: BTreeMap<String, Arc<dyn HostBytes>>,
     tensors: BTreeMap<String, TensorInfo>,
+    notes: Vec<String>,
+}
+
+/// The elements of a tensor as bytes, little endian, whatever their type.
+pub struct Contents {
+    owner: Arc<dyn HostBytes>,
+    range: Range<usize>,
+}
+
+impl Contents {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.owner.bytes()[self.range.clone()]
+    }
+
+    /// Told that some of the bytes will not be read again soon: see [`HostBytes::forget`].
+    pub fn forget(&self, range: Range<usize>) {
+        let start = self.range.start;
+        self.owner.forget(start + range.start..start + range.end);
+    }
+
+    /// Bytes of one's own.
+    pub fn owned(bytes: Vec<u8>) -> Self {
+        let range = 0..bytes.len();
+        Contents {
+            owner: Arc::new(bytes),
+            range,
+        }
+    }
 }
 
 impl fmt::Debug for Checkpoint {
@@ -53,14 +82,16 @@ impl fmt::Debug for Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads the headers of `model.safetensors`, of the shards that its index names, or of the only
-    /// `*.safetensors` there is. Those of a GGUF file were read when it was opened.
+    /// Reads the headers of the files that hold the weights: `model.safetensors`, the shards that its index
+    /// names, the only other `*.safetensors`; else the same of PyTorch's files. Those of a GGUF file were read
+    /// when it was opened.
     pub fn open(files: &ModelFiles) -> Result<Self> {
         if let Some(gguf) = files.gguf() {
             return Ok(Checkpoint {
                 label: files.name().into(),
                 shards: gguf.shards().clone(),
                 tensors: gguf.tensors().clone(),
+                notes: Vec::new(),
             });
         }
         let mut report = Report::new(files.name());
@@ -68,40 +99,32 @@ impl Checkpoint {
             label: files.name().into(),
             shards: BTreeMap::new(),
             tensors: BTreeMap::new(),
+            notes: Vec::new(),
         };
-        let index = if files.exists(ONE_FILE) {
-            None
-        } else {
-            files.text(INDEX)?
-        };
-        match index {
-            Some(text) => {
-                let index: Index = serde_json::from_str(&text)
-                    .map_err(|e| Error::file(files.label(INDEX), e.to_string()))?;
-                checkpoint.add_shards(files, index.weight_map, &mut report);
-            }
-            None => checkpoint.add(files, &only_file(files)?, &mut report),
+        match selection::select(files, &mut report)? {
+            Selected::File(name) => checkpoint.add(files, &name, &mut report),
+            Selected::Index(index) => checkpoint.add_shards(files, index, &mut report),
         }
+        checkpoint.notes = report.take_notes();
         report.finish()?;
         Ok(checkpoint)
     }
 
-    fn add_shards(
-        &mut self,
-        files: &ModelFiles,
-        index: BTreeMap<String, String>,
-        report: &mut Report,
-    ) {
+    fn add_shards(&mut self, files: &ModelFiles, index: Index, report: &mut Report) {
+        let Index {
+            name: file,
+            weight_map: index,
+        } = index;
         let mut fault = |message: String| report.add(FILES, Mark::default(), message);
         if index.is_empty() {
-            fault(format!("{INDEX} names no tensor"));
+            fault(format!("{file} names no tensor"));
         }
         let mut readable = BTreeSet::new();
         for shard in index.values().collect::<BTreeSet<_>>() {
             if !is_plain(shard) {
-                fault(format!("{INDEX}: {shard:?} is no plain file name"));
+                fault(format!("{file}: {shard:?} is no plain file name"));
             } else if !files.exists(shard) {
-                fault(format!("{INDEX} names {shard}, which is not there"));
+                fault(format!("{file} names {shard}, which is not there"));
             } else {
                 readable.insert(shard);
             }
@@ -118,7 +141,7 @@ impl Checkpoint {
                 Some(info) => format!("it is in {}", info.shard),
                 None => "it is not there".into(),
             };
-            let message = format!("{INDEX} says that {name:?} is in {shard}, but {found}");
+            let message = format!("{file} says that {name:?} is in {shard}, but {found}");
             report.add(TENSORS, Mark::default(), message);
         }
     }
@@ -129,7 +152,11 @@ impl Checkpoint {
             Ok(bytes) => bytes,
             Err(why) => return report.add(FILES, Mark::default(), why.to_string()),
         };
-        let Some(tensors) = safetensors::read(shard, bytes.bytes(), report) else {
+        let found = match pytorch::is_named(shard) {
+            true => pytorch::read(shard, bytes.bytes(), report),
+            false => safetensors::read(shard, bytes.bytes(), report),
+        };
+        let Some(tensors) = found else {
             return;
         };
         for (name, mut info) in tensors {
@@ -149,6 +176,11 @@ impl Checkpoint {
         &self.label
     }
 
+    /// What is worth telling, and no fault: which of several files is read, where the weights were in it.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     /// All tensors, by name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
         self.tensors
@@ -166,36 +198,56 @@ impl Checkpoint {
         self.tensors.values().map(|t| t.range.len()).sum()
     }
 
-    /// A tensor's bytes as its file has them, whatever their type: who holds them, and which they are.
-    pub fn stored(&self, name: &str) -> Result<(Arc<dyn HostBytes>, Range<usize>)> {
-        let info = self
-            .get(name)
-            .ok_or_else(|| Error::file(&self.label, format!("there is no tensor {name:?}")))?;
-        let bytes = self
-            .shards
-            .get(&info.shard)
-            .ok_or_else(|| Error::file(&info.shard, "the file of this tensor is not open"))?;
-        Ok((bytes.clone(), info.range.clone()))
-    }
-
-    /// A view of a tensor's elements; nothing is read yet.
+    /// A view of a tensor's elements; nothing is read yet, unless they do not follow each other.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
-        let info = self
-            .get(name)
-            .ok_or_else(|| Error::file(&self.label, format!("there is no tensor {name:?}")))?;
+        let info = self.info(name)?;
         let format = info
             .runs_as()
             .map_err(|why| Error::file(&info.shard, format!("tensor {name:?}: {why}")))?;
-        let bytes = self
-            .shards
-            .get(&info.shard)
-            .ok_or_else(|| Error::file(&info.shard, "the file of this tensor is not open"))?;
-        let view = HostTensor::new(format, &info.shape, bytes.clone(), info.range.clone())?;
-        Ok(view)
+        let Contents { owner, range } = self.contents(name)?;
+        Ok(HostTensor::new(format, &info.shape, owner, range)?)
+    }
+
+    /// The bytes of a tensor's elements in the order of their places, of whatever type they are: a view of
+    /// the file, or of strided elements a copy.
+    pub fn contents(&self, name: &str) -> Result<Contents> {
+        let info = self.info(name)?;
+        let fault = |why: &str| Error::file(&info.shard, format!("tensor {name:?}: {why}"));
+        let shard = self.shards.get(&info.shard);
+        let owner = shard.ok_or_else(|| fault("its file is not open"))?.clone();
+        let Some(strides) = &info.strides else {
+            let range = info.range.clone();
+            return Ok(Contents { owner, range });
+        };
+        let bytes = owner.bytes().get(info.range.clone());
+        let bytes = bytes.ok_or_else(|| fault("it lies outside its file"))?;
+        let count = view::extent(&info.shape, strides).filter(|n| *n > 0);
+        let size = bytes.len() / count.ok_or_else(|| fault("its strides overflow"))?;
+        let gathered = view::gather(bytes, size, &info.shape, strides);
+        let range = 0..gathered.len();
+        let owner = Arc::new(gathered);
+        Ok(Contents { owner, range })
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        let info = self.get(name);
+        info.ok_or_else(|| Error::file(&self.label, format!("there is no tensor {name:?}")))
     }
 }
 
 impl TensorInfo {
+    /// Bytes of its elements, one behind the other.
+    pub fn bytes(&self) -> u64 {
+        match &self.strides {
+            None => self.range.len() as u64,
+            Some(strides) => {
+                let size = view::extent(&self.shape, strides).filter(|n| *n > 0);
+                let size = size.map_or(0, |n| self.range.len() / n);
+                view::elements(&self.shape).map_or(0, |n| (n * size) as u64)
+            }
+        }
+    }
+
     /// The format that its bytes run as.
     pub fn runs_as(&self) -> std::result::Result<Format, String> {
         Format::named(&self.dtype.to_lowercase()).ok_or_else(|| {
@@ -205,47 +257,4 @@ impl TensorInfo {
             )
         })
     }
-}
-
-/// The name of the only file with weights.
-fn only_file(files: &ModelFiles) -> Result<String> {
-    if files.exists(ONE_FILE) {
-        return Ok(ONE_FILE.into());
-    }
-    let names = files.list()?;
-    let ending =
-        |end: &str| -> Vec<&String> { names.iter().filter(|n| n.ends_with(end)).collect() };
-    match &ending(".safetensors")[..] {
-        [only] => Ok(only.to_string()),
-        [] => {
-            let other: Vec<_> = [".bin", ".pt", ".pth", ".gguf"]
-                .into_iter()
-                .flat_map(ending)
-                .collect();
-            let hint = match other.first() {
-                Some(name) => {
-                    format!("; {name} is of a kind that is not read: convert it to safetensors")
-                }
-                None => String::new(),
-            };
-            Err(Error::file(
-                files.name(),
-                format!("there is no {ONE_FILE}{hint}"),
-            ))
-        }
-        several => {
-            let list: Vec<&str> = several.iter().take(8).map(|n| n.as_str()).collect();
-            let why = format!(
-                "there is neither {ONE_FILE} nor {INDEX}, and more than one other: {}",
-                list.join(", ")
-            );
-            Err(Error::file(files.name(), why))
-        }
-    }
-}
-
-#[derive(serde::Deserialize)]
-struct Index {
-    /// The file of each tensor.
-    weight_map: BTreeMap<String, String>,
 }

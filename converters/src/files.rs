@@ -19,6 +19,8 @@ const MAX_TEXT: u64 = 256 << 20;
 pub struct ModelFiles {
     label: String,
     source: Source,
+    /// The one file with weights that was named.
+    weights: Option<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -37,12 +39,13 @@ impl ModelFiles {
             source,
         })?;
         if !metadata.is_dir() {
-            let why = "a folder with config.json and *.safetensors is expected, not a file";
+            let why = "a folder with config.json and the weights is expected, not a file";
             return Err(Error::file(label, why));
         }
         let files = ModelFiles {
             label,
             source: Source::Folder(folder.into()),
+            weights: None,
         };
         // One whose only weights are a GGUF file is that file.
         let names = files.list()?;
@@ -70,6 +73,7 @@ impl ModelFiles {
         ModelFiles {
             label: gguf.label().into(),
             source: Source::Gguf(Arc::new(gguf)),
+            weights: None,
         }
     }
 
@@ -81,11 +85,33 @@ impl ModelFiles {
         }
     }
 
+    /// The files of the folder that a file with weights lies in: of all weights there, it alone counts.
+    pub fn beside(file: &Path) -> Result<Self> {
+        let folder = match file.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        let name = file.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
+            Error::file(file.display().to_string(), "the file's name is not UTF-8")
+        })?;
+        let files = ModelFiles::open(folder)?;
+        Ok(ModelFiles {
+            weights: Some(name.into()),
+            ..files
+        })
+    }
+
+    /// The one file with weights that was named, if one was.
+    pub fn weights(&self) -> Option<&str> {
+        self.weights.as_deref()
+    }
+
     /// Files that the binary holds; `label` stands for their folder in messages.
     pub fn bundled(label: &str, files: &'static [(&'static str, &'static [u8])]) -> Self {
         ModelFiles {
             label: label.into(),
             source: Source::Bundled(files),
+            weights: None,
         }
     }
 

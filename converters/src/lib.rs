@@ -1,4 +1,4 @@
-//! From files to a plan and a source of weights: model cards, `config.json`, safetensors.
+//! From files to a plan and a source of weights: model cards, `config.json`, safetensors, PyTorch's files.
 //!
 //! A [`Card`] turns a family's `config.json` into a plan, and says which of a checkpoint's tensors
 //! each weight of the plan is. Nothing is converted ahead of time: a [`Mapping`] hands out views of
@@ -17,13 +17,18 @@ pub mod files;
 pub mod gguf;
 pub mod mapping;
 mod nearest;
+mod pickle;
 pub mod published;
+mod pytorch;
 mod report;
 mod safetensors;
+mod selection;
 mod stack;
 pub mod tensor_map;
 pub mod transforms;
+mod view;
 pub mod write;
+mod zip;
 
 pub use card::{Card, Unused};
 pub use checkpoint::Checkpoint;

@@ -9,6 +9,7 @@ const SHOWN: usize = 12;
 pub(crate) struct Report {
     file: String,
     groups: Vec<Group>,
+    notes: Vec<String>,
 }
 
 struct Group {
@@ -22,7 +23,18 @@ impl Report {
         Report {
             file: file.into(),
             groups: Vec::new(),
+            notes: Vec::new(),
         }
+    }
+
+    /// Adds what is worth telling, and no fault.
+    pub fn note(&mut self, note: impl Into<String>) {
+        self.notes.push(note.into());
+    }
+
+    /// What is worth telling so far.
+    pub fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes)
     }
 
     /// Adds a fault. `kind` is a plural noun, for "… and 7 more missing tensors".

@@ -88,6 +88,7 @@ fn read_header(file: &[u8]) -> std::result::Result<Header, String> {
             shape: raw.shape,
             shard: String::new(),
             range: place(raw.offsets.0)..place(raw.offsets.1),
+            strides: None,
         };
         (name, info)
     });

@@ -270,8 +270,8 @@ pub enum Source {
     Tensor(String),
     /// A transform of one, with its numbers.
     Call(&'static Transform, Box<Source>, Vec<f64>),
-    /// The mean of several, in the format of the first: blocks that a plan merges.
-    Mean(Vec<Source>),
+    /// The mean of several tensors, in the format of the first: blocks that a plan merges.
+    Mean(Vec<String>),
 }
 
 impl Source {
@@ -280,15 +280,27 @@ impl Source {
         match self {
             Source::Tensor(name) => name,
             Source::Call(_, of, _) => of.tensor(),
-            Source::Mean(of) => of.first().map_or("", Source::tensor),
+            Source::Mean(of) => of.first().map_or("", String::as_str),
+        }
+    }
+
+    /// The same, made from the mean of tensors. What is averaged is what the checkpoint holds, so that a
+    /// checkpoint of the means is the same model.
+    fn of_mean(&self, tensors: Vec<String>) -> Source {
+        match self {
+            Source::Tensor(_) | Source::Mean(_) => Source::Mean(tensors),
+            Source::Call(transform, of, numbers) => {
+                Source::Call(transform, Box::new(of.of_mean(tensors)), numbers.clone())
+            }
         }
     }
 
     /// All tensors that it is made from.
     pub fn tensors(&self) -> Vec<&str> {
         match self {
-            Source::Mean(of) => of.iter().flat_map(Source::tensors).collect(),
-            one => vec![one.tensor()],
+            Source::Tensor(name) => vec![name],
+            Source::Call(_, of, _) => of.tensors(),
+            Source::Mean(of) => of.iter().map(String::as_str).collect(),
         }
     }
 
@@ -304,7 +316,11 @@ impl Source {
                     .map_err(|why| format!("{}: {why}", transform.name))
             }
             Source::Mean(of) => {
-                let mut shapes = of.iter().map(|s| s.shape(checkpoint));
+                let shape = |name: &String| {
+                    let info = checkpoint.get(name).ok_or("the tensor is not there")?;
+                    Ok::<_, String>(info.shape.clone())
+                };
+                let mut shapes = of.iter().map(shape);
                 let first = shapes
                     .next()
                     .unwrap_or_else(|| Err("a mean of nothing".into()))?;
@@ -322,9 +338,8 @@ impl Source {
     /// Whether it is computed to f32.
     pub fn widens(&self) -> bool {
         match self {
-            Source::Tensor(_) => false,
+            Source::Tensor(_) | Source::Mean(_) => false,
             Source::Call(transform, of, _) => transform.widens || of.widens(),
-            Source::Mean(of) => of.iter().any(Source::widens),
         }
     }
 
@@ -336,7 +351,7 @@ impl Source {
                 (transform.apply)(&of.load(checkpoint)?, numbers)
             }
             Source::Mean(of) => {
-                let loaded = of.iter().map(|s| s.load(checkpoint));
+                let loaded = of.iter().map(|name| checkpoint.tensor(name));
                 let loaded = loaded.collect::<Result<Vec<_>>>()?;
                 transforms::mean(&loaded)
             }
@@ -354,8 +369,7 @@ impl fmt::Display for Source {
                 f.write_str(")")
             }
             Source::Mean(of) => {
-                let each: Vec<String> = of.iter().map(ToString::to_string).collect();
-                write!(f, "mean({})", each.join(", "))
+                write!(f, "mean({})", of.join(", "))
             }
         }
     }
@@ -478,9 +492,12 @@ impl TensorMap {
         if let Some(merged) = strata_layers::plan::merged(path) {
             let each: Vec<Found> = merged.iter().map(|p| self.find(p)).collect();
             let ways = each.iter().map(|f| f.sources.len()).min().unwrap_or(0);
-            let mean = |way: usize| each.iter().map(|f| f.sources[way].clone()).collect();
+            let mean = |way: usize| {
+                let tensors = each.iter().map(|f| f.sources[way].tensor().to_string());
+                Some(each.first()?.sources[way].of_mean(tensors.collect()))
+            };
             return Found {
-                sources: (0..ways).map(|way| Source::Mean(mean(way))).collect(),
+                sources: (0..ways).filter_map(mean).collect(),
                 at: each.first().map(|f| f.at).unwrap_or_default(),
             };
         }

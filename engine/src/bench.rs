@@ -1,15 +1,16 @@
 //! Prefill and decode speed of a model, and the machine's limits beside it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strata_kernels::{DType, random};
+use strata_kernels::{Backend, DType, random};
 
 use crate::ids::TokenId;
 use crate::sampler::SamplingParams;
 use crate::session::{Engine, EngineConfig, Error, Output, Request};
 
 /// What is run.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct BenchOptions {
     /// Tokens of the timed prompt.
     pub prompt: usize,
@@ -25,6 +26,8 @@ pub struct BenchOptions {
     pub kv_dtype: DType,
     /// Bytes of activations that each row of a step takes.
     pub bytes_per_row: usize,
+    /// The device.
+    pub device: Arc<dyn Backend>,
 }
 
 /// A figure over several runs.
@@ -66,7 +69,8 @@ impl BenchOptions {
     /// The sizes that the runs need.
     pub fn config(&self) -> EngineConfig {
         let tokens = self.depth + self.prompt + self.generate + 1;
-        EngineConfig::new(tokens, self.batch, self.kv_dtype).with_row_bytes(self.bytes_per_row)
+        EngineConfig::new(tokens, self.batch, self.kv_dtype)
+            .for_device(&*self.device, self.bytes_per_row)
     }
 }
 

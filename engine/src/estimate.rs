@@ -3,23 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use strata_kernels::Format;
 use strata_layers::graph::{GraphWeight, Run};
-use strata_layers::{Graph, Role, WeightSpec};
+use strata_layers::{Graph, Role};
 
 use crate::footprint::Footprint;
+use crate::recipe::Storage;
 use crate::session::EngineConfig;
-
-/// Bytes of a weight whose matrices are stored in `format`. Small weights run in f32 whatever the format;
-/// rows that are no whole blocks stay in bf16.
-fn weight_bytes(format: Format, weight: &WeightSpec) -> u64 {
-    let format = match weight.role {
-        Role::Vector => Format::F32,
-        Role::Matrix | Role::Table => format,
-    };
-    let bytes = format.bytes_of(&weight.shape);
-    bytes.or(Format::BF16.bytes_of(&weight.shape)).unwrap_or(0) as u64
-}
 
 /// What a plan costs.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,16 +80,17 @@ fn other_flops(graph: &Graph, position: usize) -> f64 {
         .sum()
 }
 
-/// What a graph costs under `config`, its matrices in `format`. `rows` are those of the largest step.
+/// What a graph costs under `config`, its weights stored as `storage` says. `rows` are those of the largest step.
 pub fn estimate(
     graph: &Graph,
     config: &EngineConfig,
-    format: Format,
+    storage: &Storage,
     footprint: &Footprint,
     rows: usize,
 ) -> Estimate {
     let weights = graph.weights();
-    let weight_bytes = weights.iter().map(|w| weight_bytes(format, &w.spec)).sum();
+    let bytes = |w: &GraphWeight| storage.of(w).bytes_of(&w.spec.shape).unwrap_or(0) as u64;
+    let weight_bytes = weights.iter().map(bytes).sum();
     let parameters = weights.iter().map(|w| w.spec.elements() as u64).sum();
     let kv_bytes_per_token = (graph.page_elements_per_token() * config.kv_dtype.size()) as u64;
     let state_bytes_per_sequence = graph.slot_bytes() as u64;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use strata::cli::{self, Cli, Environment};
 use strata::hub::HubOptions;
+use strata::load::CudaPlaces;
 
 fn main() -> ExitCode {
     // The only place that reads the environment.
@@ -14,6 +15,7 @@ fn main() -> ExitCode {
     let run = || -> anyhow::Result<()> {
         let environment = Environment {
             hub: Some(HubOptions::from_env(get)?),
+            cuda: CudaPlaces::from_env(get),
             no_color: get("NO_COLOR").is_some_and(|v| !v.is_empty()),
         };
         cli::run(cli, &environment)

@@ -5,8 +5,10 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use strata_kernels::{Backend, DType, Matrix, Result, random};
+use strata_kernels::{Backend, DType, Format, Matrix, Result, random};
 use strata_layers::{Init, WeightSource, WeightSpec};
+
+use crate::quantize::quantize;
 
 /// Draws weights by a seed. A weight depends on the seed and its path only, so the same seed gives the
 /// same model on every machine and in every order of loading.
@@ -14,6 +16,9 @@ pub struct RandomWeights {
     seed: u64,
     init_std: f32,
     dtype: DType,
+    /// Other formats than `dtype`, by path.
+    formats: HashMap<String, Format>,
+    threads: usize,
     backend: Arc<dyn Backend>,
     drawn: RefCell<HashMap<String, Matrix>>,
 }
@@ -26,8 +31,19 @@ impl RandomWeights {
             seed,
             init_std,
             dtype,
+            formats: HashMap::new(),
+            threads: 1,
             backend,
             drawn: RefCell::default(),
+        }
+    }
+
+    /// The same, with the matrices at these paths in these formats, and `threads` threads to quantise them.
+    pub fn with_formats(self, formats: HashMap<String, Format>, threads: usize) -> Self {
+        RandomWeights {
+            formats,
+            threads,
+            ..self
         }
     }
 
@@ -99,7 +115,28 @@ impl WeightSource for RandomWeights {
         let [rows, cols] = spec.shape[..] else {
             panic!("{path}: a matrix has two dimensions, not {:?}", spec.shape);
         };
-        let mut data = self.backend.alloc(self.dtype, rows, cols)?;
+        let format = self.formats.get(path).copied().unwrap_or(self.dtype.into());
+        let Some(dtype) = format.dtype() else {
+            let (seed, init_std) = (seed_of(self.seed, path), self.init_std);
+            let all = match spec.init {
+                Init::Normal => Vec::new(),
+                _ => self.values(path, spec),
+            };
+            let host = quantize(format, rows, cols, self.threads, |r, to| {
+                match spec.init {
+                    Init::Normal => {
+                        to.copy_from_slice(&random::normal_row(seed, r, cols, init_std));
+                    }
+                    _ => to.copy_from_slice(&all[r * cols..(r + 1) * cols]),
+                }
+                Ok(())
+            })?;
+            let data = self.backend.upload(&host, rows, cols)?;
+            let matrix = Matrix::new(format, cols, data);
+            self.drawn.borrow_mut().insert(path.into(), matrix.clone());
+            return Ok(matrix);
+        };
+        let mut data = self.backend.alloc(dtype, rows, cols)?;
         match spec.init {
             Init::Normal => {
                 self.backend

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use strata_kernels::{DType, Ragged, Span, Tensor};
+use strata_kernels::{Backend, DType, Ragged, Span, Tensor};
 
 use crate::batch::{Batch, Logits};
 use crate::estimate::Allocated;
@@ -39,6 +39,8 @@ pub struct EngineConfig {
 pub const DEFAULT_CHUNK: usize = 512;
 /// Most bytes that the activations of a chunk take, unless someone asks for more rows.
 const ACTIVATION_BYTES: usize = 160 << 20;
+/// The same on a device with memory of its own.
+const DEVICE_ACTIVATION_BYTES: usize = 4 << 30;
 /// Tokens of a page: keys and values of a page are some tens of kilobytes in published models.
 pub const DEFAULT_PAGE: usize = 64;
 
@@ -57,7 +59,19 @@ impl EngineConfig {
 
     /// The same with chunks of as many rows as fit a modest memory, at `bytes_per_row` of activations.
     pub fn with_row_bytes(self, bytes_per_row: usize) -> Self {
-        let rows = (ACTIVATION_BYTES / bytes_per_row.max(1)).clamp(16, DEFAULT_CHUNK) / 16 * 16;
+        self.with_rows(ACTIVATION_BYTES, DEFAULT_CHUNK, bytes_per_row)
+    }
+
+    /// The same with chunks of as many rows as are worth taking at once on a device.
+    pub fn for_device(self, device: &dyn Backend, bytes_per_row: usize) -> Self {
+        match device.prompt_rows() {
+            0..=DEFAULT_CHUNK => self.with_row_bytes(bytes_per_row),
+            rows => self.with_rows(DEVICE_ACTIVATION_BYTES, rows, bytes_per_row),
+        }
+    }
+
+    fn with_rows(self, most_bytes: usize, most_rows: usize, bytes_per_row: usize) -> Self {
+        let rows = (most_bytes / bytes_per_row.max(1)).clamp(16, most_rows) / 16 * 16;
         let token_budget = rows + self.max_sequences - 1;
         EngineConfig {
             chunk: Chunk::AtMost(rows),
@@ -505,13 +519,15 @@ impl Engine {
             |point, rows: &[f32]| {
                 for span in &batch.spans {
                     let hidden = prefix.saturating_sub(span.position).min(span.len);
-                    let from = span.start + hidden;
-                    watch(Watched {
-                        id: span.seq,
-                        point,
-                        position: span.position + hidden - prefix.min(span.position + hidden),
-                        rows: &rows[from * d_model..(span.start + span.len) * d_model],
-                    });
+                    let shown = span.start + hidden..span.start + span.len;
+                    if !shown.is_empty() {
+                        watch(Watched {
+                            id: span.seq,
+                            point,
+                            position: span.position + hidden - prefix,
+                            rows: &rows[shown.start * d_model..shown.end * d_model],
+                        });
+                    }
                 }
             }
         });

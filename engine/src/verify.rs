@@ -4,6 +4,10 @@
 //! on whether its state was kept, copied, saved and restored in between, nor on the number of
 //! threads. On the CPU they are equal bit for bit, because every output row is computed by the same
 //! operations in the same order whatever stands beside it. Sampled sequences repeat by seed.
+//!
+//! A device whose sums depend on the batch says how far they may move (`Backend::tolerance`): logits are
+//! then compared within that many standard deviations of their row, up to where two tokens were so
+//! nearly as likely that another was chosen.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -64,8 +68,11 @@ struct Trace {
 }
 
 impl Trace {
-    /// The first difference, in words.
-    fn difference(&self, other: &Trace) -> Option<String> {
+    /// The first difference, in words. `self` is a whole trace.
+    fn difference(&self, other: &Trace, tolerance: f32) -> Option<String> {
+        if tolerance > 0.0 {
+            return self.far(other, tolerance);
+        }
         for (position, a) in &self.logits {
             let Some(b) = other.logits.get(position) else {
                 continue;
@@ -87,6 +94,32 @@ impl Trace {
             .find(|n| self.generated[*n] != other.generated[*n])?;
         let (a, b) = (self.generated[n], other.generated[n]);
         Some(format!("generated token {n} is {a} and {b}"))
+    }
+
+    /// The first row that is farther away than `tolerance` standard deviations of its logits.
+    fn far(&self, other: &Trace, tolerance: f32) -> Option<String> {
+        let count = self.generated.len().min(other.generated.len());
+        let parted = (0..count).find(|n| self.generated[*n] != other.generated[*n]);
+        // The last row gave the last token: what follows a token that differs cannot be compared.
+        let rows = self.logits.keys().last().map_or(0, |last| last + 1);
+        let comparable = parted.map_or(rows, |n| rows - self.generated.len() + n + 1);
+        for (position, a) in self.logits.range(..comparable) {
+            let Some(b) = other.logits.get(position) else {
+                continue;
+            };
+            let mean = a.iter().sum::<f32>() / a.len() as f32;
+            let deviation = a.iter().map(|a| (a - mean).powi(2)).sum::<f32>() / a.len() as f32;
+            let distances = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+            let most = distances.fold(0.0, |m: f32, d| if d.is_nan() { d } else { m.max(d) });
+            let error = most / deviation.sqrt().max(f32::MIN_POSITIVE);
+            // What is no number is too far as well.
+            if !(error <= tolerance) {
+                return Some(format!(
+                    "position {position}: logits differ by {error:.1e} of their standard deviation, at most {tolerance:.0e} is allowed"
+                ));
+            }
+        }
+        None
     }
 
     fn shared(&self, other: &Trace) -> usize {
@@ -165,6 +198,11 @@ pub fn verify(
     Ok(verify.checks)
 }
 
+/// How far results of a network may move, in standard deviations; 0 is not at all.
+pub fn tolerance(network: &Network) -> f32 {
+    network.backend.tolerance(network.activations)
+}
+
 fn greedy() -> SamplingParams {
     SamplingParams::greedy()
 }
@@ -229,8 +267,9 @@ impl Verify<'_> {
     }
 
     fn compare(&mut self, name: &str, start: Instant, expected: &Trace, found: &Trace) {
+        let tolerance = tolerance(self.network);
         self.check(name, start, expected, found, |found| {
-            expected.difference(found)
+            expected.difference(found, tolerance)
         });
     }
 

@@ -13,8 +13,19 @@ use crate::tensor::{DType, HostTensor, Tensor};
 /// when they do not fit together. A backend that lacks an operation answers
 /// [`Error::Unsupported`](crate::Error::Unsupported); it never substitutes silently.
 pub trait Backend: Send + Sync {
-    /// A short name for messages: `cpu`, `reference`, `null`.
+    /// A short name for messages: `cpu`, `cuda`, `reference`, `null`.
     fn name(&self) -> &'static str;
+
+    /// How far a row's results may move with the rows beside it and with the cuts of its sequence, in
+    /// standard deviations of a model's logits: 0 is not at all, to the bit.
+    fn tolerance(&self, _activations: DType) -> f32 {
+        0.0
+    }
+
+    /// Rows of a prompt that are worth taking at once.
+    fn prompt_rows(&self) -> usize {
+        512
+    }
 
     /// New zeroed memory. Memory that is never written may cost nothing.
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor>;

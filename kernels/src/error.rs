@@ -58,6 +58,14 @@ pub enum Error {
         /// Which form, and what would work.
         why: String,
     },
+    /// A device, its driver or a library of it cannot be used, or failed.
+    #[error("{backend}: {why}")]
+    Device {
+        /// The backend.
+        backend: &'static str,
+        /// What failed, what was found, and what to do.
+        why: String,
+    },
     /// The device refused an allocation.
     #[error("the {backend} backend could not allocate {bytes} bytes")]
     OutOfMemory {

@@ -4,8 +4,8 @@
 
 use std::fmt;
 
-use half::f16;
-
+use crate::error::{Error, Result};
+use crate::formats;
 use crate::tensor::DType;
 
 /// The form of a stored weight.
@@ -146,27 +146,73 @@ impl Format {
             from.len(),
             to.len()
         );
-        let widen: fn(&[u8], &mut [f32]) = match self {
-            Format::F32 => |b, y| y[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-            Format::F16 => |b, y| y[0] = half_at(b, 0),
-            Format::BF16 => |b, y| y[0] = half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-            Format::Q8_0 => q8_0,
-            Format::Q6K => q6_k,
-            Format::Q5K => q5_k,
-            Format::Q5_1 => q5_1,
-            Format::Q5_0 => q5_0,
-            Format::Q4K => q4_k,
-            Format::Q4_1 => q4_1,
-            Format::Q4_0 => q4_0,
-            Format::Iq4Nl => iq4_nl,
-            Format::Iq4Xs => iq4_xs,
-            Format::Q3K => q3_k,
-            Format::Q2K => q2_k,
-        };
+        let widen = formats::widen(self);
         let blocks = from.chunks_exact(bytes).zip(to.chunks_exact_mut(elements));
         blocks.for_each(|(from, to)| widen(from, to));
     }
+
+    /// Quantises a row to whole blocks, as GGML's reference functions do, bit for bit; formats without
+    /// blocks round to nearest even. `importance` says how much each column counts (numbers that are not
+    /// negative, as an importance matrix has them); q8_0 and formats without blocks do not ask.
+    ///
+    /// Fails where the row is no whole blocks, where lengths differ, where a number is not finite or too
+    /// large, and where a scale is too large for half precision; `to` is then left with anything.
+    pub fn quantize(self, row: &[f32], importance: Option<&[f32]>, to: &mut [u8]) -> Result<()> {
+        let fault = |why: String| Error::Value {
+            op: "quantize",
+            why,
+        };
+        let Block { elements, bytes } = self.block();
+        if self.row_bytes(row.len()) != Some(to.len()) {
+            return Err(fault(format!(
+                "{} elements do not fill {} bytes of {self}, which takes {bytes} for each {elements}",
+                row.len(),
+                to.len()
+            )));
+        }
+        if let Some(i) = row.iter().position(|x| !x.is_finite()) {
+            return Err(fault(format!(
+                "element {i} of the row is {}, and {self} holds finite numbers only",
+                row[i]
+            )));
+        }
+        let large = |x: &f32| elements > 1 && x.abs() > MOST;
+        if let Some(i) = row.iter().position(large) {
+            return Err(fault(format!(
+                "element {i} of the row is {}, too large for {self}: {MOST} is the most",
+                row[i]
+            )));
+        }
+        if let Some(importance) = importance {
+            if importance.len() != row.len() {
+                return Err(fault(format!(
+                    "the importance of {} columns for a row of {}",
+                    importance.len(),
+                    row.len()
+                )));
+            }
+            let is_weight = |w: &f32| w.is_finite() && *w >= 0.0;
+            if let Some(i) = importance.iter().position(|w| !is_weight(w)) {
+                return Err(fault(format!(
+                    "the importance of column {i} is {}, where a number of at least 0 was expected",
+                    importance[i]
+                )));
+            }
+        }
+        formats::quantize(self, row, importance, to);
+        match formats::first_not_finite(self, to) {
+            Some(block) => Err(fault(format!(
+                "the numbers from element {} of the row on are too large for {self}, whose scales are in half precision",
+                block * elements
+            ))),
+            None => Ok(()),
+        }
+    }
 }
+
+/// The largest magnitude that is quantised to blocks: searches for scales form powers of it, which must
+/// stay finite.
+const MOST: f32 = 1_048_576.0;
 
 impl From<DType> for Format {
     /// The format whose elements have this type. Panics for types that no weight has.
@@ -183,156 +229,6 @@ impl From<DType> for Format {
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-fn half_at(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
-}
-
-/// Codes of four bits: the first half of a block in the low ones, the second in the high ones.
-fn nibbles(codes: &[u8], y: &mut [f32], widen: impl Fn(usize, u8) -> f32) {
-    let half = codes.len();
-    for (j, code) in codes.iter().enumerate() {
-        y[j] = widen(j, code & 15);
-        y[j + half] = widen(j + half, code >> 4);
-    }
-}
-
-fn q4_0(b: &[u8], y: &mut [f32]) {
-    let d = half_at(b, 0);
-    nibbles(&b[2..], y, |_, q| (f32::from(q) - 8.0) * d);
-}
-
-fn q4_1(b: &[u8], y: &mut [f32]) {
-    let (d, m) = (half_at(b, 0), half_at(b, 2));
-    nibbles(&b[4..], y, |_, q| f32::from(q) * d + m);
-}
-
-/// The fifth bit of code `j`.
-fn fifth(bits: &[u8], j: usize) -> u8 {
-    (bits[j / 8] >> (j % 8) & 1) << 4
-}
-
-fn q5_0(b: &[u8], y: &mut [f32]) {
-    let d = half_at(b, 0);
-    let high = &b[2..6];
-    nibbles(&b[6..], y, |j, q| {
-        (f32::from(q | fifth(high, j)) - 16.0) * d
-    });
-}
-
-fn q5_1(b: &[u8], y: &mut [f32]) {
-    let (d, m) = (half_at(b, 0), half_at(b, 2));
-    let high = &b[4..8];
-    nibbles(&b[8..], y, |j, q| f32::from(q | fifth(high, j)) * d + m);
-}
-
-fn q8_0(b: &[u8], y: &mut [f32]) {
-    let d = half_at(b, 0);
-    for (y, q) in y.iter_mut().zip(&b[2..]) {
-        *y = f32::from(q.cast_signed()) * d;
-    }
-}
-
-/// Scale and minimum of the j-th of eight runs, six bits each, in twelve bytes.
-pub(crate) fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
-    if j < 4 {
-        (packed[j] & 63, packed[j + 4] & 63)
-    } else {
-        (
-            packed[j + 4] & 15 | (packed[j - 4] >> 6) << 4,
-            packed[j + 4] >> 4 | (packed[j] >> 6) << 4,
-        )
-    }
-}
-
-fn q4_k(b: &[u8], y: &mut [f32]) {
-    five_bits(b, &[0; 32], &b[16..], y);
-}
-
-fn q5_k(b: &[u8], y: &mut [f32]) {
-    five_bits(b, &b[16..48], &b[48..], y);
-}
-
-/// Eight runs of 32 codes of five bits, the fifth bits apart, each with a scale and a minimum.
-fn five_bits(b: &[u8], high: &[u8], codes: &[u8], y: &mut [f32]) {
-    let (d, min) = (half_at(b, 0), half_at(b, 2));
-    for (run, y) in y.chunks_exact_mut(32).enumerate() {
-        let (scale, least) = scale_min(&b[4..16], run);
-        let (d, m) = (d * f32::from(scale), min * f32::from(least));
-        for (l, y) in y.iter_mut().enumerate() {
-            let code = codes[run / 2 * 32 + l] >> (run % 2 * 4) & 15;
-            let code = code | (high[l] >> run & 1) << 4;
-            *y = d * f32::from(code) - m;
-        }
-    }
-}
-
-fn q6_k(b: &[u8], y: &mut [f32]) {
-    let (low, high, scales) = (&b[..128], &b[128..192], &b[192..208]);
-    let d = half_at(b, 208);
-    for (i, y) in y.iter_mut().enumerate() {
-        // Two halves of four runs of 32.
-        let (part, run, l) = (i / 128, i % 128 / 32, i % 32);
-        let q = low[part * 64 + run % 2 * 32 + l] >> (run / 2 * 4) & 15;
-        let q = q | (high[part * 32 + l] >> (2 * run) & 3) << 4;
-        let scale = scales[i / 16].cast_signed();
-        *y = d * f32::from(scale) * (f32::from(q) - 32.0);
-    }
-}
-
-/// The i-th of sixteen scales of six bits, in twelve bytes.
-pub(crate) fn six_bit_scale(packed: &[u8], i: usize) -> i8 {
-    let low = packed[i % 8] >> (i / 8 * 4) & 15;
-    let high = packed[8 + i % 4] >> (i / 4 * 2) & 3;
-    (low | high << 4).cast_signed() - 32
-}
-
-fn q3_k(b: &[u8], y: &mut [f32]) {
-    let (high, codes, scales) = (&b[..32], &b[32..96], &b[96..108]);
-    let d = half_at(b, 108);
-    for (i, y) in y.iter_mut().enumerate() {
-        let (part, run, l) = (i / 128, i % 128 / 32, i % 32);
-        let q = codes[part * 32 + l] >> (2 * run) & 3;
-        let above = high[l] >> (4 * part + run) & 1;
-        let q = f32::from(q) - if above == 1 { 0.0 } else { 4.0 };
-        *y = d * f32::from(six_bit_scale(scales, i / 16)) * q;
-    }
-}
-
-fn q2_k(b: &[u8], y: &mut [f32]) {
-    let (scales, codes) = (&b[..16], &b[16..80]);
-    let (d, min) = (half_at(b, 80), half_at(b, 82));
-    for (i, y) in y.iter_mut().enumerate() {
-        let (part, run, l) = (i / 128, i % 128 / 32, i % 32);
-        let q = codes[part * 32 + l] >> (2 * run) & 3;
-        let scale = scales[i / 16];
-        *y = d * f32::from(scale & 15) * f32::from(q) - min * f32::from(scale >> 4);
-    }
-}
-
-/// What the codes of the IQ4 formats stand for.
-pub(crate) const IQ4: [i8; 16] = [
-    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
-];
-
-fn iq4_nl(b: &[u8], y: &mut [f32]) {
-    let d = half_at(b, 0);
-    nibbles(&b[2..], y, |_, q| d * f32::from(IQ4[q as usize]));
-}
-
-fn iq4_xs(b: &[u8], y: &mut [f32]) {
-    let (d, high) = (half_at(b, 0), u16::from_le_bytes([b[2], b[3]]));
-    for (run, (codes, y)) in b[8..]
-        .chunks_exact(16)
-        .zip(y.chunks_exact_mut(32))
-        .enumerate()
-    {
-        let low = b[4 + run / 2] >> (run % 2 * 4) & 15;
-        let scale = i32::from(low) | i32::from(high >> (2 * run) & 3) << 4;
-        let d = d * (scale - 32) as f32;
-        nibbles(codes, y, |_, q| d * f32::from(IQ4[q as usize]));
     }
 }
 

@@ -6,8 +6,10 @@
 
 pub mod backend;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod format;
+mod formats;
 pub mod matrix;
 pub mod null;
 pub mod ops;

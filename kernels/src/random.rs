@@ -22,8 +22,7 @@ pub fn fill_normal_row(seed: u64, row: usize, std: f32, out: &mut [f32]) {
 /// instruction set that it is called from.
 #[inline(always)]
 pub(crate) fn fill_normal_columns(seed: u64, row: usize, first: usize, std: f32, out: &mut [f32]) {
-    // Four uniforms on 0..65535 have variance 4 · (2³² - 1) / 12.
-    let scale = std / (((4.0f64 * (65536.0 * 65536.0 - 1.0)) / 12.0).sqrt() as f32);
+    let scale = scale(std);
     let start = mix(seed ^ mix(row as u64 ^ 0x9e37_79b9_7f4a_7c15));
     for (c, out) in out.iter_mut().enumerate() {
         let c = (first + c) as u64;
@@ -32,6 +31,12 @@ pub(crate) fn fill_normal_columns(seed: u64, row: usize, first: usize, std: f32,
             (bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48);
         *out = (sum as f32 - 131_070.0) * scale;
     }
+}
+
+/// What a sum of four uniform 16-bit numbers is multiplied by.
+pub(crate) fn scale(std: f32) -> f32 {
+    // Four uniforms on 0..65535 have variance 4 · (2³² - 1) / 12.
+    std / (((4.0f64 * (65536.0 * 65536.0 - 1.0)) / 12.0).sqrt() as f32)
 }
 
 /// A uniform draw from 0 to 1 that depends on `seed` and `index`.

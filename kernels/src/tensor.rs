@@ -266,12 +266,20 @@ unsafe impl Send for HostMemory {}
 // SAFETY: as above.
 unsafe impl Sync for HostMemory {}
 
+/// Memory of a device that host code cannot reach, for as long as it is held.
+pub(crate) trait DeviceMemory: Send + Sync {
+    /// Its first byte, among the device's addresses.
+    fn address(&self) -> usize;
+}
+
 #[derive(Clone)]
 enum Memory {
     /// Ours, writable.
     Owned(Arc<HostMemory>),
     /// Somebody's, read only.
     Borrowed(HostTensor),
+    /// A device's, writable.
+    Device(Arc<dyn DeviceMemory>),
     /// No memory at all: what the null backend hands out.
     None,
 }
@@ -306,6 +314,21 @@ impl Tensor {
             rows,
             cols,
         ))
+    }
+
+    /// Memory of a device, which holds at least so many elements.
+    pub(crate) fn on_device(
+        memory: Arc<dyn DeviceMemory>,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Self {
+        Tensor::whole(Memory::Device(memory), dtype, rows, cols)
+    }
+
+    /// Where the first element lies in a device's memory; none for a tensor of the host.
+    pub(crate) fn device_address(&self) -> Option<u64> {
+        matches!(self.memory, Memory::Device(_)).then(|| self.address() as u64)
     }
 
     /// A shape without memory.
@@ -421,7 +444,7 @@ impl Tensor {
         !matches!(self.memory, Memory::Borrowed(_))
     }
 
-    /// Address range in host memory, for the overlap check; empty without memory.
+    /// Address range in its memory, for the overlap check; empty without memory.
     fn extent(&self) -> Range<usize> {
         if matches!(self.memory, Memory::None) || self.rows == 0 || self.cols == 0 {
             return 0..0;
@@ -454,6 +477,7 @@ impl Tensor {
         let base = match &self.memory {
             Memory::Owned(memory) => memory.pointer,
             Memory::Borrowed(host) => host.address().cast_mut(),
+            Memory::Device(memory) => std::ptr::without_provenance_mut(memory.address()),
             Memory::None => std::ptr::NonNull::<u64>::dangling().as_ptr().cast(),
         };
         base.wrapping_add(self.offset * self.dtype.size())
@@ -464,8 +488,8 @@ impl Tensor {
     pub(crate) fn view<T: Element>(&self) -> View<T> {
         assert_eq!(T::DTYPE, self.dtype, "element type of {self:?}");
         assert!(
-            !matches!(self.memory, Memory::None),
-            "a tensor of the null backend has no elements"
+            matches!(self.memory, Memory::Owned(_) | Memory::Borrowed(_)),
+            "{self:?} is not in the host's memory"
         );
         View {
             pointer: self.address().cast(),

@@ -1,7 +1,7 @@
 //! The header of a GGUF file that is written.
 
 use crate::error::{Error, Result};
-use crate::write::{Content, Target};
+use crate::write::Target;
 
 use super::types::Type;
 use super::value::Kind;
@@ -82,9 +82,9 @@ impl Builder {
 
     /// The next tensor.
     pub fn tensor(&mut self, target: &Target, align: u64) -> Result<()> {
-        let format = match &target.content {
-            Content::Made { format, .. } => format.name().to_uppercase(),
-            Content::Stored { dtype, .. } => dtype.clone(),
+        let format = match target.format() {
+            Some(format) => format.name().to_uppercase(),
+            None => target.dtype().unwrap_or_default().to_string(),
         };
         let known = Type::named(&format).ok_or_else(|| {
             Error::file(&target.name, format!("GGUF has no element type {format}"))

@@ -328,6 +328,7 @@ fn checked(shard: &str, raw: Raw, end: usize, file: usize, report: &mut Report) 
             dtype: dtype.name.into(),
             shape,
             shard: shard.into(),
+            strides: None,
             range: start as usize..stop as usize,
         };
         tensors.push((t.name, info));

@@ -9,11 +9,11 @@ pub mod safetensors;
 mod stream;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use strata_kernels::tensor::HostBytes;
 use strata_kernels::{Format, HostTensor};
 
+use crate::checkpoint::Contents;
 use crate::error::{Error, Result};
 use crate::published::Step;
 
@@ -26,28 +26,39 @@ pub struct Target {
     pub name: String,
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
-    /// Where its elements are from.
-    pub content: Content,
+    encoding: Encoding,
+    open: Box<Open>,
+    held: Mutex<Held>,
 }
 
-/// Where a target's elements are from.
+/// Opens what a target is made from.
+type Open = dyn Fn() -> Result<Content> + Send + Sync;
+
+/// How a target's elements are stored.
+#[derive(Debug, Clone, PartialEq)]
+enum Encoding {
+    /// As some file has them: the element type in the words of safetensors, and the bytes.
+    Stored(String, u64),
+    /// In a format that runs.
+    Made(Format),
+}
+
+/// What is open while a target's pieces are made.
+#[derive(Default)]
+struct Held {
+    content: Option<Arc<Content>>,
+    done: usize,
+}
+
+/// What a target's elements are made from.
 pub enum Content {
-    /// Bytes as some file has them, of any element type.
-    Stored {
-        /// Element type, in the words of safetensors.
-        dtype: String,
-        /// Who holds the bytes.
-        owner: Arc<dyn HostBytes>,
-        /// Which they are.
-        range: Range<usize>,
-    },
+    /// Bytes that are written as they are.
+    Stored(Contents),
     /// Elements of tensors, one run after the other.
     Made {
-        /// How they are to be stored.
-        format: Format,
         /// The runs.
         runs: Vec<(HostTensor, Range<usize>)>,
-        /// What is done to each element on the way.
+        /// What is done to each element on the way, the last first.
         undo: Vec<Step>,
     },
 }
@@ -56,11 +67,45 @@ pub enum Content {
 const PIECE: usize = 1 << 20;
 
 impl Target {
+    /// Bytes as some file has them, of any element type, in the words of safetensors.
+    pub fn stored(
+        name: impl Into<String>,
+        shape: Vec<usize>,
+        dtype: &str,
+        bytes: u64,
+        open: impl Fn() -> Result<Contents> + Send + Sync + 'static,
+    ) -> Self {
+        Target {
+            name: name.into(),
+            shape,
+            encoding: Encoding::Stored(dtype.into(), bytes),
+            open: Box::new(move || Ok(Content::Stored(open()?))),
+            held: Mutex::default(),
+        }
+    }
+
+    /// Elements in a format. What they are made from is opened when the first piece is made, and let go of
+    /// after the last.
+    pub fn made(
+        name: impl Into<String>,
+        shape: Vec<usize>,
+        format: Format,
+        open: impl Fn() -> Result<Content> + Send + Sync + 'static,
+    ) -> Self {
+        Target {
+            name: name.into(),
+            shape,
+            encoding: Encoding::Made(format),
+            open: Box::new(open),
+            held: Mutex::default(),
+        }
+    }
+
     /// The bytes it takes in the file.
     pub fn bytes(&self) -> Result<u64> {
-        match &self.content {
-            Content::Stored { range, .. } => Ok(range.len() as u64),
-            Content::Made { format, .. } => {
+        match &self.encoding {
+            Encoding::Stored(_, bytes) => Ok(*bytes),
+            Encoding::Made(format) => {
                 let bytes = format.bytes_of(&self.shape).map(|b| b as u64);
                 bytes.ok_or_else(|| {
                     let elements = format.block().elements;
@@ -74,11 +119,19 @@ impl Target {
         }
     }
 
+    /// The format of elements that are made.
+    pub fn format(&self) -> Option<Format> {
+        match &self.encoding {
+            Encoding::Stored(..) => None,
+            Encoding::Made(format) => Some(*format),
+        }
+    }
+
     /// Element type, in the words of safetensors; `None` for formats that it does not know.
     pub fn dtype(&self) -> Option<&str> {
-        match &self.content {
-            Content::Stored { dtype, .. } => Some(dtype),
-            Content::Made { format, .. } => match format {
+        match &self.encoding {
+            Encoding::Stored(dtype, _) => Some(dtype),
+            Encoding::Made(format) => match format {
                 Format::F32 => Some("F32"),
                 Format::F16 => Some("F16"),
                 Format::BF16 => Some("BF16"),
@@ -89,9 +142,9 @@ impl Target {
 
     /// In how many pieces it is made.
     fn pieces(&self) -> usize {
-        match &self.content {
-            Content::Stored { range, .. } => range.len().div_ceil(4 * PIECE),
-            Content::Made { .. } => self.elements().div_ceil(PIECE),
+        match &self.encoding {
+            Encoding::Stored(_, bytes) => bytes.div_ceil(4 * PIECE as u64) as usize,
+            Encoding::Made(_) => self.elements().div_ceil(PIECE),
         }
     }
 
@@ -101,67 +154,95 @@ impl Target {
 
     /// The bytes of one piece.
     fn piece(&self, piece: usize, to: &mut Vec<u8>) -> Result<()> {
-        match &self.content {
-            Content::Stored { owner, range, .. } => {
-                let start = range.start + piece * 4 * PIECE;
-                let end = (start + 4 * PIECE).min(range.end);
-                to.extend_from_slice(&owner.bytes()[start..end]);
-                owner.forget(start..end);
-                Ok(())
+        let content = self.content()?;
+        match (&*content, &self.encoding) {
+            (Content::Stored(contents), _) => {
+                let start = piece * 4 * PIECE;
+                let end = (start + 4 * PIECE).min(contents.bytes().len());
+                to.extend_from_slice(contents.bytes().get(start..end).unwrap_or_default());
+                contents.forget(start..end);
             }
-            Content::Made { format, runs, undo } => {
-                let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
-                let mut first = 0;
-                let mut values = Vec::new();
-                for (tensor, range) in runs {
-                    let (start, end) = (first, first + range.len());
-                    first = end;
-                    let part = wanted.start.max(start)..wanted.end.min(end);
-                    if part.is_empty() {
-                        continue;
-                    }
-                    let from = range.start + (part.start - start)..range.start + (part.end - start);
-                    if undo.is_empty() && tensor.format() == *format && values.is_empty() {
-                        // The same bytes, if what is cut are whole blocks.
-                        if let Some(bytes) = tensor.elements(from.clone()) {
-                            to.extend_from_slice(bytes);
-                            tensor.forget(from);
-                            continue;
-                        }
-                    }
-                    let done = values.len();
-                    values.resize(done + from.len(), 0.0);
-                    tensor.widen(from.clone(), &mut values[done..])?;
-                    tensor.forget(from);
-                }
-                for value in &mut values {
-                    *value = undo.iter().rev().fold(*value, |v, step| step.apply(v));
-                }
-                encode(*format, &values, to).map_err(|why| Error::file(&self.name, why))
+            (Content::Made { runs, undo }, Encoding::Made(format)) => {
+                self.make(piece, *format, runs, undo, to)?;
+            }
+            (Content::Made { .. }, Encoding::Stored(..)) => {
+                return Err(Error::file(&self.name, "its elements have no format"));
             }
         }
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.done += 1;
+        if held.done == self.pieces() {
+            *held = Held::default();
+        }
+        Ok(())
+    }
+
+    /// What it is made from, opened by whoever comes first.
+    fn content(&self) -> Result<Arc<Content>> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(content) = &held.content {
+            return Ok(content.clone());
+        }
+        let content = Arc::new((self.open)()?);
+        held.content = Some(content.clone());
+        Ok(content)
+    }
+
+    fn make(
+        &self,
+        piece: usize,
+        format: Format,
+        runs: &[(HostTensor, Range<usize>)],
+        undo: &[Step],
+        to: &mut Vec<u8>,
+    ) -> Result<()> {
+        let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
+        let same = runs.iter().all(|(tensor, _)| tensor.format() == format);
+        let mut first = 0;
+        let mut values = Vec::new();
+        for (tensor, range) in runs {
+            let (start, end) = (first, first + range.len());
+            first = end;
+            let part = wanted.start.max(start)..wanted.end.min(end);
+            if part.is_empty() {
+                continue;
+            }
+            let from = range.start + (part.start - start)..range.start + (part.end - start);
+            let done = values.len();
+            // The same bytes, if what is cut are whole blocks.
+            match tensor.elements(from.clone()) {
+                Some(bytes) if undo.is_empty() && same => to.extend_from_slice(bytes),
+                _ => {
+                    values.resize(done + from.len(), 0.0);
+                    tensor.widen(from.clone(), &mut values[done..])?;
+                }
+            }
+            tensor.forget(from);
+        }
+        for value in &mut values {
+            *value = undo.iter().rev().fold(*value, |v, step| step.apply(v));
+        }
+        encode(format, &values, to).map_err(|why| Error::file(&self.name, why))
     }
 }
 
-/// Values in a format, appended.
+/// Values in a format, appended: whole blocks.
 fn encode(format: Format, values: &[f32], to: &mut Vec<u8>) -> std::result::Result<(), String> {
-    match format {
-        Format::F32 => to.extend(values.iter().flat_map(|v| v.to_le_bytes())),
-        Format::F16 => to.extend(
-            values
-                .iter()
-                .flat_map(|v| half::f16::from_f32(*v).to_le_bytes()),
-        ),
-        Format::BF16 => {
-            to.extend(
-                values
-                    .iter()
-                    .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()),
-            );
-        }
-        other => return Err(format!("nothing is quantised to {other} yet")),
+    let start = to.len();
+    let bytes = format
+        .row_bytes(values.len())
+        .ok_or("its pieces are no whole blocks")?;
+    to.resize(start + bytes, 0);
+    let to = &mut to[start..];
+    if format == Format::F32 {
+        // What is not finite is written as it is.
+        let places = to.chunks_exact_mut(4).zip(values);
+        places.for_each(|(to, v)| to.copy_from_slice(&v.to_le_bytes()));
+        return Ok(());
     }
-    Ok(())
+    format
+        .quantize(values, None, to)
+        .map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -169,16 +250,13 @@ mod tests {
     use super::*;
 
     fn made(format: Format, runs: Vec<(HostTensor, Range<usize>)>, shape: &[usize]) -> Vec<u8> {
-        let content = Content::Made {
-            format,
-            runs,
-            undo: Vec::new(),
+        let open = move || {
+            Ok(Content::Made {
+                runs: runs.clone(),
+                undo: Vec::new(),
+            })
         };
-        let target = Target {
-            name: "t".into(),
-            shape: shape.to_vec(),
-            content,
-        };
+        let target = Target::made("t", shape.to_vec(), format, open);
         let mut bytes = Vec::new();
         for piece in 0..target.pieces() {
             target.piece(piece, &mut bytes).unwrap();

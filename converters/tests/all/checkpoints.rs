@@ -223,11 +223,24 @@ fn folders_without_weights_say_what_they_lack() {
         };
         assert!(shown.contains(expected), "{shown}");
     };
-    check(&[], "there is no model.safetensors");
+    check(
+        &[],
+        "there are no weights: neither model.safetensors nor model.safetensors.index.json, pytorch_model.bin,",
+    );
     check(
         &["pytorch_model.bin"],
-        "pytorch_model.bin is of a kind that is not read: convert it to safetensors",
+        "pytorch_model.bin: this is no PyTorch file: it begins with [",
     );
+    check(
+        &["training_args.bin", "optimizer.pt"],
+        "there are no weights",
+    );
+    check(
+        &["consolidated.00.pth", "consolidated.01.pth"],
+        "consolidated.00.pth, consolidated.01.pth are the pieces of one model's tensors",
+    );
+    check(&["a.pt", "b.pth"], "more than one other: a.pt, b.pth");
+    check(&["a.pt", "model.safetensors"], "model.safetensors");
     check(&["only.safetensors"], "only.safetensors");
     check(
         &["a.safetensors", "b.safetensors"],

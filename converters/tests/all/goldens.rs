@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use strata_converters::published::assemble;
 use strata_converters::transforms::non_finite;
 use strata_converters::{Checkpoint, Config, Mapping, ModelFiles, Origin, cards};
 use strata_layers::Graph;
@@ -66,6 +67,48 @@ fn every_tensor_has_its_place() {
         let all: BTreeSet<&str> = all.filter(|n| !unused(n)).collect();
         assert_eq!(used, all, "{}", folder.display());
         assert_eq!(mapping.notes().len(), copies.len());
+    }
+}
+
+#[test]
+fn weights_lead_back_to_the_tensors_that_they_were_made_from() {
+    for folder in goldens() {
+        let files = ModelFiles::open(&folder).unwrap();
+        let (_, mapping) = open(&files);
+        let checkpoint = mapping.checkpoint();
+        let weights: Vec<_> = mapping
+            .rows()
+            .iter()
+            .map(|row| (row.source.clone(), row.shape.clone()))
+            .collect();
+        let known = |name: &str| checkpoint.get(name).map(|i| i.shape.clone());
+        for (name, made) in assemble(&weights, known) {
+            let place = format!("{}, {name}", folder.display());
+            let made = made.unwrap_or_else(|why| panic!("{place}: {why}"));
+            let original = checkpoint.tensor(&name).unwrap();
+            assert_eq!(made.shape, original.shape(), "{place}");
+            let mut values = Vec::new();
+            for run in &made.runs {
+                let weight = mapping.load(&mapping.rows()[run.weight].path).unwrap();
+                values.extend_from_slice(&weight.to_f32()[run.elements.clone()]);
+            }
+            for value in &mut values {
+                *value = made.undo.iter().rev().fold(*value, |v, step| step.apply(v));
+            }
+            for (found, expected) in values.iter().zip(original.to_f32()) {
+                // Where nothing is computed there is nothing to round.
+                let room = if made.undo.is_empty() {
+                    0.0
+                } else {
+                    2e-6 * expected.abs().max(1.0)
+                };
+                assert!(
+                    (found - expected).abs() <= room,
+                    "{place}: {found}, not {expected}"
+                );
+            }
+            assert_eq!(values.len(), original.len(), "{place}");
+        }
     }
 }
 

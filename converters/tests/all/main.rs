@@ -8,3 +8,4 @@ mod contradictions;
 mod gguf;
 mod goldens;
 mod mappings;
+mod writing;

@@ -60,6 +60,7 @@ impl Bench {
             repeat: usize::from(self.repeat),
             kv_dtype: model.kv_dtype,
             bytes_per_row: model.footprint.per_row(),
+            device: model.network.backend.clone(),
         };
         let context = self.context.unwrap_or(model.plan.context);
         let tokens = options.depth + options.prompt + options.generate;

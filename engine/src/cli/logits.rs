@@ -135,7 +135,7 @@ fn header(tokens: usize, vocab: usize) -> Vec<u8> {
 }
 
 /// Has a file written beside its place, then moves it there: a failure leaves nothing behind.
-fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub(super) fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let named = |error: anyhow::Error| error.context(format!("{}", path.display()));
     // What is there already and is no file cannot be replaced: a pipe, `/dev/stdout`.
     let target = path.canonicalize().unwrap_or_else(|_| path.into());

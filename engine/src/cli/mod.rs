@@ -1,5 +1,6 @@
 //! The `strata` command: one file a subcommand.
 
+mod against;
 mod bench;
 mod chat;
 mod classify;
@@ -8,6 +9,7 @@ mod generate;
 mod inspect;
 mod logits;
 mod output;
+mod perplexity;
 mod plan;
 mod verify;
 
@@ -20,7 +22,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_kernels::DType;
 
 use crate::hub::HubOptions;
-use crate::load::{self, LoadOptions, Model};
+use crate::load::{self, CudaPlaces, LoadOptions, Model};
+use crate::recipe::Recipe;
 use crate::session::EngineConfig;
 use output::Terminal;
 
@@ -43,7 +46,9 @@ Examples:
   strata plan show ./Jamba2-3B > my.yaml     then edit it, and:
   strata generate ./Jamba2-3B --plan my.yaml --prompt \"Hello\"
   strata bench config.json --random 1        any size, without a checkpoint
-  strata verify                              is every result exact, here and now?";
+  strata perplexity ./Jamba2-3B --file text.txt --compare ./Jamba2-3B-q4
+  strata verify                              is every result exact, here and now?
+  strata verify ./Jamba2-3B --against run.safetensors   where do we leave the reference?";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -56,6 +61,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Convert(convert::Convert),
     Bench(bench::Bench),
+    Perplexity(perplexity::Perplexity),
     Verify(verify::Verify),
 }
 
@@ -66,6 +72,8 @@ pub struct Environment {
     pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
+    /// Where a GPU's libraries may be, and where its kernels are kept.
+    pub cuda: CudaPlaces,
 }
 
 /// Where a model comes from, and how to print.
@@ -97,7 +105,7 @@ pub struct Source {
 pub struct Common {
     #[command(flatten)]
     source: Source,
-    /// Where to run: cpu, or reference (plain loops, to settle arguments)
+    /// Where to run: cpu, cuda (a GPU; cuda:1 is the second), or reference (plain loops, to settle arguments)
     #[arg(
         long,
         value_name = "DEVICE",
@@ -108,6 +116,10 @@ pub struct Common {
     /// Compute type; auto is the checkpoint's
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
     dtype: DTypeChoice,
+    /// Quantise matrices while loading: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, or a
+    /// file of a recipe
+    #[arg(long, value_name = "RECIPE", value_parser = Recipe::find, help_heading = "Computing")]
+    quantize: Option<Recipe>,
     /// Threads to compute with [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS), help_heading = "Computing")]
     threads: Option<u16>,
@@ -149,7 +161,9 @@ impl Source {
             random: self.random,
             device: "cpu".into(),
             dtype: None,
+            quantize: None,
             threads: None,
+            cuda: environment.cuda.clone(),
             hub,
         }
     }
@@ -160,6 +174,7 @@ impl Common {
         LoadOptions {
             device: self.device.clone(),
             dtype: self.dtype.chosen(),
+            quantize: self.quantize.clone(),
             threads: self.threads.map(usize::from),
             ..self.source.load_options(model, environment)
         }
@@ -172,8 +187,12 @@ impl Common {
         environment: &Environment,
         terminal: &Terminal,
     ) -> Result<Model> {
-        let options = self.load_options(model, environment);
-        let model = load::load(&options, &mut terminal.load_progress())?;
+        self.load_with(&self.load_options(model, environment), terminal)
+    }
+
+    /// The same, otherwise than the command line says.
+    fn load_with(&self, options: &LoadOptions, terminal: &Terminal) -> Result<Model> {
+        let model = load::load(options, &mut terminal.load_progress())?;
         for note in &model.notes {
             terminal.note(note);
         }
@@ -186,7 +205,7 @@ impl Common {
     /// Sizes for one sequence of up to `tokens`.
     fn engine_config(&self, model: &Model, tokens: usize, sequences: usize) -> EngineConfig {
         EngineConfig::new(tokens.max(1), sequences, model.kv_dtype)
-            .with_row_bytes(model.footprint.per_row())
+            .for_device(&*model.network.backend, model.footprint.per_row())
     }
 }
 
@@ -202,6 +221,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
         Command::Inspect(command) => command.run(environment, &terminal),
         Command::Convert(command) => command.run(environment, &terminal),
         Command::Bench(command) => command.run(environment, &terminal),
+        Command::Perplexity(command) => command.run(environment, &terminal),
         Command::Verify(command) => command.run(environment, &terminal),
     }
 }

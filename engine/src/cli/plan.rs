@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::json;
-use strata_kernels::{DType, Format};
+use strata_kernels::DType;
 use strata_layers::{Graph, plan};
 
 use super::output::{Terminal, bytes};
@@ -15,6 +15,7 @@ use crate::estimate::{Estimate, estimate};
 use crate::footprint::Footprint;
 use crate::load::{self, Planned};
 use crate::plan_diff;
+use crate::recipe::{Recipe, Storage};
 use crate::session::EngineConfig;
 
 /// Show, check and print layer plans.
@@ -77,15 +78,9 @@ pub struct Workload {
     /// Type of weights, keys and values; auto is what config.json names
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
     dtype: DTypeChoice,
-    /// Store matrices in this block format: q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl, iq4_xs, q3_k or q2_k
-    #[arg(long, value_name = "FORMAT", value_parser = block_format)]
-    quantize: Option<Format>,
-}
-
-fn block_format(name: &str) -> std::result::Result<Format, String> {
-    let unknown = || format!("there is no format {name:?}; see --help for those there are");
-    let in_blocks = |f: &Format| f.dtype().is_none();
-    Format::named(name).filter(in_blocks).ok_or_else(unknown)
+    /// Store matrices by this recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), block format, or file of a recipe
+    #[arg(long, value_name = "RECIPE", value_parser = Recipe::find)]
+    quantize: Option<Recipe>,
 }
 
 impl Plan {
@@ -181,7 +176,10 @@ impl Workload {
     fn estimate(&self, planned: Planned, json: bool) -> Result<String> {
         let dtype = self.dtype.chosen().or(planned.declared_dtype());
         let dtype = dtype.unwrap_or(DType::F32);
-        let format = self.quantize.unwrap_or(dtype.into());
+        let storage = Storage {
+            format: dtype.into(),
+            recipe: self.quantize.clone(),
+        };
         let context = self.context.map_or(planned.plan.context, |c| c as usize);
         let footprint = Footprint::of(planned.graph()?)?;
         let config = EngineConfig::new(context, self.batch as usize, dtype)
@@ -190,7 +188,7 @@ impl Workload {
         let found = Estimate {
             unused_parameters: planned.unused.parameters,
             unused_tensors: planned.unused.tensors,
-            ..estimate(&planned.graph, &config, format, &footprint, rows)
+            ..estimate(&planned.graph, &config, &storage, &footprint, rows)
         };
         Ok(if json {
             format!("{}\n", self.object(&planned, &config, &found))
@@ -215,8 +213,8 @@ impl Workload {
     }
 
     fn text(&self, planned: &Planned, config: &EngineConfig, e: &Estimate) -> String {
-        let format = match self.quantize {
-            Some(format) => format.name(),
+        let format = match &self.quantize {
+            Some(recipe) => recipe.name.as_str(),
             None => match config.kv_dtype {
                 DType::BF16 => "bf16",
                 DType::F16 => "f16",

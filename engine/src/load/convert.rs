@@ -7,13 +7,13 @@ use strata_converters::mapping::Mapping;
 use strata_converters::published::{self, Assembled};
 use strata_converters::tensor_map::Source;
 use strata_converters::write::{self, Content, Folder, Target, safetensors};
-use strata_converters::{ModelFiles, Origin};
+use strata_converters::{Card, Config, ModelFiles, Origin};
 use strata_kernels::{DType, Format};
 use strata_layers::plan::{self, Place};
 use strata_layers::{Graph, Plan, Role};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::locate::{Located, Planned, locate, mapped, planned};
+use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
 use crate::random_weights;
@@ -78,7 +78,13 @@ pub fn convert(
             options.seed,
             &mut converted.notes,
         )?;
-        texts.insert("plan.yaml".into(), new_plan.print().into_bytes());
+        match planned.config.as_ref().zip(planned.card.as_ref()) {
+            // Whoever reads config.json alone sees the same model where it can say so.
+            Some((config, card)) if same_plan(card, config, &new_plan) => {}
+            _ => {
+                texts.insert(PLAN.into(), new_plan.print().into_bytes());
+            }
+        }
         targets
     } else {
         copied(&mapping)?
@@ -162,18 +168,13 @@ fn copied(mapping: &Mapping) -> Result<Vec<Target>> {
 
 /// A tensor of the checkpoint under a name of its own.
 fn stored(mapping: &Mapping, tensor: &str, name: &str) -> Result<Target> {
-    let checkpoint = mapping.checkpoint();
-    let (owner, range) = checkpoint.stored(tensor)?;
+    let checkpoint = mapping.checkpoint().clone();
     let info = checkpoint.get(tensor);
-    Ok(Target {
-        name: name.into(),
-        shape: info.map(|i| i.shape.clone()).unwrap_or_default(),
-        content: Content::Stored {
-            dtype: info.map(|i| i.dtype.clone()).unwrap_or_default(),
-            owner,
-            range,
-        },
-    })
+    let info = info.ok_or_else(|| Error::Input(format!("there is no tensor {tensor:?}")))?;
+    let (shape, dtype, bytes) = (info.shape.clone(), info.dtype.clone(), info.bytes());
+    let tensor = tensor.to_string();
+    let open = move || checkpoint.contents(&tensor);
+    Ok(Target::stored(name, shape, &dtype, bytes, open))
 }
 
 /// The same plan, with blocks numbered by their places.
@@ -277,6 +278,12 @@ fn edited(
     Ok(targets)
 }
 
+/// Whether a card makes this very plan of a config.
+fn same_plan(card: &Card, config: &Config, plan: &Plan) -> bool {
+    let made = card.plan(config, &plan.name);
+    made.is_ok_and(|made| made == *plan)
+}
+
 /// The path that the weight at `path` of a renumbered plan has in the plan before.
 fn old_path(path: &str, plan: &Plan) -> String {
     let parts = path.strip_prefix("blocks.").and_then(|p| p.split_once('.'));
@@ -322,32 +329,34 @@ fn assembled(
         .runs
         .iter()
         .map(|run| Ok((weight(run.weight)?, run.elements.clone())));
-    Ok(Target {
-        name,
-        shape: made.shape.clone(),
-        content: Content::Made {
-            format,
-            runs: runs.collect::<Result<_>>()?,
-            undo: made.undo.clone(),
-        },
-    })
+    let runs: Vec<_> = runs.collect::<Result<_>>()?;
+    let undo = made.undo.clone();
+    Ok(Target::made(name, made.shape.clone(), format, move || {
+        Ok(Content::Made {
+            runs: runs.clone(),
+            undo: undo.clone(),
+        })
+    }))
 }
 
 /// The mean of several tensors of the checkpoint.
 fn mean(mapping: &Mapping, tensors: &[String], name: &str) -> Result<Target> {
-    let sources = tensors.iter().map(|t| Source::Tensor(t.clone())).collect();
-    let mean = Source::Mean(sources).load(mapping.checkpoint())?;
-    let shape = mean.shape().to_vec();
-    let (format, elements) = (mean.format(), 0..mean.len());
-    Ok(Target {
-        name: name.into(),
-        shape,
-        content: Content::Made {
-            format,
+    let checkpoint = mapping.checkpoint().clone();
+    let first = checkpoint.tensor(&tensors[0])?;
+    let format = match first.format().dtype() {
+        Some(_) => first.format(),
+        None => Format::F32,
+    };
+    let source = Source::Mean(tensors.to_vec());
+    let shape = first.shape().to_vec();
+    Ok(Target::made(name, shape, format, move || {
+        let mean = source.load(&checkpoint)?;
+        let elements = 0..mean.len();
+        Ok(Content::Made {
             runs: vec![(mean, elements)],
             undo: Vec::new(),
-        },
-    })
+        })
+    }))
 }
 
 /// Gives the tensors that matrices and tables are made from another element type. Small weights keep theirs.
@@ -369,15 +378,26 @@ fn retype(targets: &mut [Target], graph: &Graph, mapping: &Mapping, dtype: DType
         if small.binary_search(&target.name.as_str()).is_ok() {
             continue;
         }
-        let Ok(tensor) = mapping.checkpoint().tensor(&target.name) else {
+        let checkpoint = mapping.checkpoint().clone();
+        let name = target.name.clone();
+        if checkpoint
+            .get(&name)
+            .is_none_or(|info| info.runs_as().is_err())
+        {
             continue;
+        }
+        let open = {
+            let name = name.clone();
+            move || {
+                let tensor = checkpoint.tensor(&name)?;
+                let elements = 0..tensor.len();
+                Ok(Content::Made {
+                    runs: vec![(tensor, elements)],
+                    undo: Vec::new(),
+                })
+            }
         };
-        let elements = 0..tensor.len();
-        target.content = Content::Made {
-            format: dtype.into(),
-            runs: vec![(tensor, elements)],
-            undo: Vec::new(),
-        };
+        *target = Target::made(name, target.shape.clone(), dtype.into(), open);
     }
 }
 

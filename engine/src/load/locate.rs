@@ -15,6 +15,9 @@ use crate::hub::{self, HubId};
 /// The bundled model that is used when nobody names one.
 const DEFAULT_MODEL: &str = "demo";
 
+/// The plan of a checkpoint that runs another than its card's.
+pub(super) const PLAN: &str = "plan.yaml";
+
 /// What a user named.
 pub(super) enum Located {
     /// The files of a model.
@@ -66,15 +69,12 @@ pub(super) fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> 
         return match ending {
             "json" => Ok(Located::Config(path.into())),
             "yaml" | "yml" => Ok(Located::Plan(path.into())),
-            "safetensors" => Err(Error::Input(format!(
-                "{name}: give the folder that holds it, with its config.json"
-            ))),
+            "safetensors" | "bin" | "pt" | "pth" | "ckpt" => {
+                Ok(Located::Files(ModelFiles::beside(path)?))
+            }
             "gguf" => Ok(Located::Files(ModelFiles::gguf_file(path)?)),
-            "bin" | "pt" | "pth" => Err(Error::Input(format!(
-                "{name}: files of this kind are not read; give a folder with config.json and *.safetensors"
-            ))),
             _ => Err(Error::Input(format!(
-                "{name}: a model is a folder with config.json and *.safetensors, a GGUF file (.gguf), a config.json, or a plan (.yaml)"
+                "{name}: a model is a folder with config.json and its weights, one of these files (.safetensors, .bin, .pt, .pth), a GGUF file (.gguf), a config.json, or a plan (.yaml)"
             ))),
         };
     }
@@ -127,10 +127,14 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         Located::Config(path) => Some(Config::parse(&read(path)?, &path.display().to_string())?),
         Located::Files(_) | Located::Plan(_) => None,
     };
+    let has_plan = match located {
+        Located::Files(files) => options.plan.is_some() || files.exists(PLAN),
+        _ => options.plan.is_some(),
+    };
     let card = match (given, &config) {
         (Some(card), _) => Some(card),
         // With a plan of one's own a model may do without a family: its tensors then have our names.
-        (None, Some(config)) if options.plan.is_some() => cards::find(config).ok().cloned(),
+        (None, Some(config)) if has_plan => cards::find(config).ok().cloned(),
         (None, Some(config)) => Some(cards::find(config)?.clone()),
         (None, None) => None,
     };
@@ -139,15 +143,19 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
         Some(_) => card.and_then(|c| c.for_gguf()),
         None => card,
     };
-    let own = match located {
-        Located::Plan(path) => Some(options.plan.as_ref().unwrap_or(path)),
-        _ => options.plan.as_ref(),
+    let own = match (located, &options.plan) {
+        (_, Some(path)) | (Located::Plan(path), None) => {
+            Some((path.display().to_string(), read(path)?))
+        }
+        // A checkpoint of a plan that somebody wrote says so.
+        (Located::Files(files), None) => {
+            let text = files.text(PLAN)?;
+            text.map(|text| (files.label(PLAN), text))
+        }
+        (Located::Config(_), None) => None,
     };
     let (plan, label, origin) = match (own, &card, &config) {
-        (Some(path), _, _) => {
-            let label = path.display().to_string();
-            (Plan::parse(&read(path)?, &label)?, label, Origin::Edited)
-        }
+        (Some((label, text)), _, _) => (Plan::parse(&text, &label)?, label, Origin::Edited),
         (None, Some(card), Some(config)) => {
             let name = match located {
                 Located::Files(files) => match files.gguf() {
@@ -166,7 +174,7 @@ pub(super) fn planned(options: &LoadOptions, located: &Located) -> Result<Planne
                 Located::Config(path) | Located::Plan(path) => path.display().to_string(),
             };
             return Err(Error::Input(format!(
-                "{name}: there is no config.json; a model's folder has one beside its *.safetensors, and --plan gives what it would say"
+                "{name}: there is no config.json; a model's folder has one beside its weights, and --plan gives what it would say"
             )));
         }
     };
@@ -215,7 +223,7 @@ fn config_name(path: &Path) -> String {
 pub(super) fn mapped(planned: &mut Planned, files: &ModelFiles) -> Result<Mapping> {
     let checkpoint = Arc::new(Checkpoint::open(files)?);
     let card = planned.card.as_ref();
-    let mut notes = Vec::new();
+    let mut notes = checkpoint.notes().to_vec();
     if planned.origin == Origin::Card
         && let Some(note) = mapping::untie(card, &mut planned.plan, &checkpoint)
     {

@@ -1,22 +1,21 @@
 //! From what a user named to a model that runs: the only user of the converters.
 
 mod convert;
+mod device;
 mod inspect;
+mod limits;
 mod locate;
 mod model;
 mod stored;
 mod text_files;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::Config;
-use strata_converters::mapping::Row as Mapped;
-use strata_kernels::cpu::{Cpu, CpuOptions};
-use strata_kernels::reference::Reference;
-use strata_kernels::{Backend, DType, Format};
+use strata_kernels::{DType, Format};
 use strata_layers::graph::GraphWeight;
-use strata_layers::plan::is_new;
 use strata_layers::yaml::Value;
 use strata_layers::{Faults, Role};
 
@@ -24,10 +23,12 @@ use crate::footprint::Footprint;
 use crate::generation_config::{self, GenerationConfig};
 use crate::hub::{self, HubOptions};
 use crate::random_weights::RandomWeights;
+use crate::recipe::{Recipe, Storage};
 use crate::runner::Network;
 use crate::text;
 
 pub use convert::{ConvertOptions, Converted, convert};
+pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
 pub use locate::{Planned, plan};
 pub use model::{Limits, Model};
@@ -51,10 +52,14 @@ pub struct LoadOptions {
     pub card: Option<PathBuf>,
     /// Weights drawn by this seed instead of a checkpoint's.
     pub random: Option<u64>,
-    /// `cpu` or `reference`.
+    /// `cpu`, `cuda`, `cuda:N` or `reference`.
     pub device: String,
+    /// Where a GPU's libraries may be, and where its kernels are kept.
+    pub cuda: CudaPlaces,
     /// Compute type; none is the checkpoint's.
     pub dtype: Option<DType>,
+    /// Quantises matrices while loading.
+    pub quantize: Option<Recipe>,
     /// Threads; none is as many as the process may use.
     pub threads: Option<usize>,
     /// Where the Hub is; none knows no Hub ids.
@@ -118,34 +123,9 @@ impl LoadProgress for Silent {
     }
 }
 
-/// A backend, and the CPU behind it where there is one.
-pub type Device = (Arc<dyn Backend>, Option<Arc<Cpu>>);
-
-/// The backend of a device.
-pub fn backend(device: &str, threads: Option<usize>) -> Result<Device> {
-    let available = || std::thread::available_parallelism().map_or(1, usize::from);
-    match device {
-        "cpu" => {
-            let threads = threads.unwrap_or_else(available);
-            let cpu = Arc::new(Cpu::new(CpuOptions {
-                threads,
-                ..CpuOptions::default()
-            }));
-            Ok((cpu.clone(), Some(cpu)))
-        }
-        "reference" => Ok((Arc::new(Reference), None)),
-        other if other.starts_with("cuda") => Err(Error::Input(format!(
-            "--device {other}: this build has no CUDA backend; use --device cpu"
-        ))),
-        other => Err(Error::Input(format!(
-            "--device {other}: devices are cpu and reference"
-        ))),
-    }
-}
-
 /// Loads a model.
 pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Model> {
-    let (backend, cpu) = backend(&options.device, options.threads)?;
+    let (backend, cpu) = backend_at(&options.device, options.threads, &options.cuda)?;
     let located = locate(options, progress)?;
     let mut planned = planned(options, &located)?;
     let mut notes = Vec::new();
@@ -178,7 +158,10 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         }
     };
     // What weights in blocks are multiplied with is rounded to BF16, as it is for those in BF16.
-    let auto = stored.dtype().unwrap_or(DType::BF16);
+    let auto = match options.quantize {
+        Some(_) => DType::BF16,
+        None => stored.dtype().unwrap_or(DType::BF16),
+    };
     let dtype = options.dtype.unwrap_or(auto);
     let activations = if dtype == DType::BF16 {
         DType::BF16
@@ -188,47 +171,70 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
 
     let weights = planned.graph.weights();
     let footprint = Footprint::of(planned.graph()?)?;
+    let threads = cpu.as_ref().map_or(1, |c| c.threads());
+    let storage = Storage {
+        format: stored.dtype().map_or(stored, |_| dtype.into()),
+        recipe: options.quantize.clone(),
+    };
+    // Of checkpoints what is not in blocks yet may be changed; widening is exact, so `f32` computes from the
+    // stored form.
+    let convert = options.dtype.filter(|d| *d != DType::F32);
+    let runs_in = |weight: &GraphWeight, stored: Format| match stored.dtype() {
+        _ if weight.spec.role == Role::Vector => Format::F32,
+        None => stored,
+        Some(stored) => {
+            let chosen = options.quantize.as_ref().and_then(|r| r.choose(weight));
+            chosen.unwrap_or_else(|| convert.unwrap_or(stored).into())
+        }
+    };
+    // In blocks there is nothing to draw: the weights of new blocks stay wide.
+    let matrices = convert.or(stored.dtype()).unwrap_or(DType::BF16);
+    let formats: HashMap<String, Format> = match &source {
+        Weights::Random(_) => weights
+            .iter()
+            .map(|w| (w.path.clone(), storage.of(w)))
+            .collect(),
+        Weights::Checkpoint(mapping) => {
+            let rows = mapping
+                .rows()
+                .iter()
+                .map(|row| (row.path.as_str(), row.format));
+            let rows: HashMap<&str, Format> = rows.collect();
+            let format = |w: &GraphWeight| match rows.get(w.path.as_str()) {
+                Some(stored) => runs_in(w, *stored),
+                None => runs_in(w, matrices.into()),
+            };
+            weights
+                .iter()
+                .map(|w| (w.path.clone(), format(w)))
+                .collect()
+        }
+    };
+    let bytes = |w: &GraphWeight| formats[&w.path].bytes_of(&w.spec.shape).unwrap_or(0) as u64;
+    let weights_bytes = weights.iter().map(bytes).sum();
+    let std = planned.plan.init_std;
     let network = match &source {
         Weights::Random(seed) => {
-            fits_memory(random_bytes(&weights, dtype))?;
-            let drawn = RandomWeights::new(*seed, planned.plan.init_std, dtype, backend.clone());
+            fits_memory(weights_bytes)?;
+            let drawn = RandomWeights::new(*seed, std, dtype, backend.clone());
+            let drawn = drawn.with_formats(formats, threads);
             Network::build(planned.graph, &drawn, backend, activations)?
         }
         Weights::Checkpoint(mapping) => {
             notes.extend(non_finite(mapping, SCANNED_BYTES));
+            if options.quantize.is_some()
+                && mapping.rows().iter().any(|r| r.format.dtype().is_none())
+            {
+                notes.push("matrices that are in blocks already stay in them".into());
+            }
             let total = mapping.rows().iter().map(|r| r.bytes as u64).sum();
             progress.start("loading", total);
-            // Widening is exact, so `f32` computes from the stored form.
-            let convert = options.dtype.filter(|d| *d != DType::F32);
-            // In blocks there is nothing to draw: such weights stay wide.
-            let matrices = convert.or(stored.dtype()).unwrap_or(DType::BF16);
-            let std = planned.plan.init_std;
             let drawn = RandomWeights::new(NEW_SEED, std, matrices, backend.clone());
-            let source = Stored::new(mapping, convert, drawn, backend.clone(), progress);
+            let drawn = drawn.with_formats(formats.clone(), threads);
+            let source = Stored::new(mapping, formats, threads, drawn, backend.clone(), progress);
             let network = Network::build(planned.graph, &source, backend, activations)?;
             source.finish();
             network
-        }
-    };
-    let weights_bytes = match &source {
-        Weights::Random(_) => random_bytes(&weights, dtype),
-        Weights::Checkpoint(mapping) => {
-            // One pass: the rows stand in the order of the weights.
-            let mut rows = mapping.rows().iter();
-            let row = |w: &GraphWeight| (!is_new(&w.path)).then(|| rows.next()).flatten();
-            let rows: Vec<Option<&Mapped>> = weights.iter().map(row).collect();
-            let each = weights.iter().zip(rows);
-            each.map(|(w, row)| {
-                let new = stored.dtype().unwrap_or(DType::BF16).into();
-                let stored = row.map_or(new, |row| row.format);
-                let format = match (w.spec.role, options.dtype) {
-                    (Role::Vector, _) => Format::F32,
-                    (_, Some(d)) if d != DType::F32 && stored.dtype().is_some() => d.into(),
-                    _ => stored,
-                };
-                format.bytes_of(&w.spec.shape).unwrap_or(0) as u64
-            })
-            .sum()
         }
     };
 
@@ -250,8 +256,8 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         kv_dtype: dtype,
         weights_bytes,
         footprint,
-        format: stored.dtype().map_or(stored, |_| dtype.into()),
-        threads: cpu.as_ref().map_or(1, |c| c.threads()),
+        storage,
+        threads,
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
         cpu,
         labels: planned.config.as_ref().map(labels).unwrap_or_default(),
@@ -278,16 +284,6 @@ fn labels(config: &Config) -> Vec<String> {
     };
     let labels: Option<Vec<String>> = (0..entries.len()).map(label).collect();
     labels.unwrap_or_default()
-}
-
-/// Bytes of weights that are drawn.
-fn random_bytes(weights: &[GraphWeight], dtype: DType) -> u64 {
-    let size = |w: &GraphWeight| match w.spec.role {
-        Role::Vector => 4,
-        Role::Matrix | Role::Table => dtype.size(),
-    };
-    let each = weights.iter().map(|w| (w.spec.elements() * size(w)) as u64);
-    each.sum()
 }
 
 /// Drawing more than the machine can hold would end in the middle, or take the machine down.

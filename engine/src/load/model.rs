@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use strata_converters::mapping::Mapping;
+use strata_kernels::DType;
 use strata_kernels::cpu::{self, Cpu};
-use strata_kernels::{DType, Format};
 use strata_layers::Plan;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
@@ -14,6 +14,8 @@ use crate::estimate::{self, Estimate};
 use crate::footprint::Footprint;
 use crate::generation;
 use crate::generation_config::GenerationConfig;
+use crate::perplexity;
+use crate::recipe::Storage;
 use crate::runner::Network;
 use crate::sampler::SampleError;
 use crate::session::{self, EngineConfig};
@@ -38,8 +40,8 @@ pub struct Model {
     pub weights_bytes: u64,
     /// Bytes of activations that steps take.
     pub footprint: Footprint,
-    /// How its matrices are stored, for the most part.
-    pub format: Format,
+    /// How its weights are stored, for the most part.
+    pub storage: Storage,
     /// Threads that compute.
     pub threads: usize,
     /// Names of the classes of a model of images, if its config.json has them.
@@ -182,6 +184,9 @@ impl Model {
         let nan = matches!(
             engine,
             Some(session::Error::Sample(SampleError::Nan { .. }))
+        ) || matches!(
+            error.downcast_ref(),
+            Some(perplexity::Error::NotFinite { .. })
         );
         let Weights::Checkpoint(mapping) = &self.weights else {
             return error;
@@ -198,10 +203,21 @@ impl Model {
         }
     }
 
+    /// Whether the number of threads has a part in the results' speed.
+    pub fn uses_threads(&self) -> bool {
+        self.cpu.is_some()
+    }
+
     /// What the machine can do at most, measured now.
     pub fn limits(&self) -> Limits {
         let Some(cpu) = &self.cpu else {
-            return Limits::default();
+            let network = &self.network;
+            // The plain loops are not there to be measured.
+            if network.backend.name() != "cuda" {
+                return Limits::default();
+            }
+            let measured = super::limits::measure(&*network.backend, network.activations);
+            return measured.unwrap_or_default();
         };
         let measured = cpu::measure(cpu);
         Limits {
@@ -227,7 +243,7 @@ impl Model {
     /// What an engine of these sizes is expected to hold, after steps of up to `rows` rows.
     pub fn estimate(&self, config: &EngineConfig, rows: usize) -> Estimate {
         let graph = &self.network.graph;
-        let estimate = estimate::estimate(graph, config, self.format, &self.footprint, rows);
+        let estimate = estimate::estimate(graph, config, &self.storage, &self.footprint, rows);
         Estimate {
             // Of the types that the checkpoint has, which may differ from matrix to matrix.
             weight_bytes: self.weights_bytes,

@@ -11,6 +11,7 @@ use strata_layers::plan::is_new;
 use strata_layers::{WeightSource, WeightSpec};
 
 use super::LoadProgress;
+use crate::quantize::quantize;
 use crate::random_weights::RandomWeights;
 
 /// The element type that a config.json names.
@@ -65,7 +66,9 @@ pub(super) fn non_finite(mapping: &Mapping, up_to: usize) -> Vec<String> {
 /// A checkpoint's weights on a device.
 pub(super) struct Stored<'a> {
     mapping: &'a Mapping,
-    convert: Option<DType>,
+    /// What each weight runs in.
+    formats: HashMap<String, Format>,
+    threads: usize,
     /// Draws the weights of new blocks.
     drawn: RandomWeights,
     backend: Arc<dyn Backend>,
@@ -74,11 +77,12 @@ pub(super) struct Stored<'a> {
 }
 
 impl<'a> Stored<'a> {
-    /// Matrices without blocks are converted to `convert`, if there is one; else they run as they are
-    /// stored.
+    /// Matrices are converted to their `formats`, which differ from what is stored only where that has no
+    /// blocks.
     pub(super) fn new(
         mapping: &'a Mapping,
-        convert: Option<DType>,
+        formats: HashMap<String, Format>,
+        threads: usize,
         drawn: RandomWeights,
         backend: Arc<dyn Backend>,
         progress: &'a mut dyn LoadProgress,
@@ -86,7 +90,8 @@ impl<'a> Stored<'a> {
         let (ready, progress) = (RefCell::default(), RefCell::new(progress));
         Stored {
             mapping,
-            convert,
+            formats,
+            threads,
             drawn,
             backend,
             ready,
@@ -126,8 +131,13 @@ impl WeightSource for Stored<'_> {
         let [rows, cols] = spec.shape[..] else {
             panic!("{path}: a matrix has two dimensions, not {:?}", spec.shape);
         };
-        let matrix = match self.convert {
-            Some(dtype) if host.format().dtype().is_some_and(|d| d != dtype) => {
+        let wanted = self.formats.get(path).copied().unwrap_or(host.format());
+        let matrix = match wanted.dtype() {
+            _ if wanted == host.format() => {
+                let data = self.backend.upload(&host, rows, cols)?;
+                Matrix::new(wanted, cols, data)
+            }
+            Some(dtype) => {
                 let data = self.backend.alloc(dtype, rows, cols)?;
                 // By rows, so that no f32 copy of a large matrix is made.
                 const ROWS: usize = 64;
@@ -139,9 +149,16 @@ impl WeightSource for Stored<'_> {
                 }
                 Matrix::dense(data)
             }
-            _ => {
+            None => {
+                let host = quantize(wanted, rows, cols, self.threads, |r, to| {
+                    host.widen(r * cols..(r + 1) * cols, to)
+                })
+                .map_err(|error| strata_kernels::Error::Value {
+                    op: "load",
+                    why: format!("{path}: {error}"),
+                })?;
                 let data = self.backend.upload(&host, rows, cols)?;
-                Matrix::new(host.format(), cols, data)
+                Matrix::new(wanted, cols, data)
             }
         };
         self.ready.borrow_mut().insert(path.into(), matrix.clone());

@@ -1,0 +1,138 @@
+//! Products with weights. One row goes at the speed of memory; more rows, rounded to BF16, go through
+//! matrix units; the rest in tiles of f32.
+
+use super::device::{Param, launch};
+use super::matmul::{Matmul, Shape, alignment};
+use super::{Rows, State, address, dense, optional, rows};
+use crate::error::Result;
+use crate::ops::Linear;
+use crate::tensor::{DType, Tensor};
+
+/// Rows and outputs of a tile: `TILE` in products.cuh.
+const TILE: usize = 64;
+/// Warps of a block of `one_row`.
+const WARPS: usize = 8;
+
+/// Blocks that a processor holds at once.
+const BLOCKS: usize = 8;
+/// Two outputs a warp, one, a half and a quarter.
+const ONE_ROW: [[&str; 3]; 4] = [
+    ["one_row_f32_2_1", "one_row_f16_2_1", "one_row_bf16_2_1"],
+    ["one_row_f32_1_1", "one_row_f16_1_1", "one_row_bf16_1_1"],
+    ["one_row_f32_1_2", "one_row_f16_1_2", "one_row_bf16_1_2"],
+    ["one_row_f32_1_4", "one_row_f16_1_4", "one_row_bf16_1_4"],
+];
+
+/// `Product` in products.cu.
+#[repr(C)]
+struct Product {
+    x: Rows,
+    w: u64,
+    bias: u64,
+    y: Rows,
+    rows: i32,
+    k: i32,
+    n: i32,
+    round: i32,
+}
+
+// SAFETY: laid out as there.
+unsafe impl Param for Product {}
+
+/// Whether rows of `w` are whole chunks of sixteen bytes.
+pub(super) fn in_chunks(w: &Tensor, pointer: u64) -> bool {
+    (w.cols() * w.dtype().size()).is_multiple_of(16) && pointer.is_multiple_of(16)
+}
+
+/// The kernel for a type of weights.
+pub(super) fn of_type(dtype: DType, names: [&'static str; 3]) -> &'static str {
+    match dtype {
+        DType::F32 | DType::I32 | DType::U8 => names[0],
+        DType::F16 => names[1],
+        DType::BF16 => names[2],
+    }
+}
+
+impl State {
+    pub fn linear(&mut self, op: Linear<'_>) -> Result<()> {
+        dense("linear", op.w)?;
+        let (w, rows, k, n) = (op.w.data(), op.x.rows(), op.x.cols(), op.w.rows());
+        let product = Product {
+            x: Rows::of(op.x)?,
+            w: address(w)?,
+            bias: optional(op.bias)?,
+            y: Rows::of(op.y)?,
+            rows: rows as i32,
+            k: k as i32,
+            n: n as i32,
+            round: i32::from(op.activations == DType::BF16),
+        };
+        let chunks = in_chunks(w, product.w);
+        if rows == 1 && chunks && product.x.wide() {
+            let (split, blocks) = self.split(n);
+            let kernel = of_type(w.dtype(), ONE_ROW[split]);
+            return launch!(self, kernel, (blocks, 1, 1), 32 * WARPS, 0; product);
+        }
+        let for_units = w.dtype() == DType::BF16 && op.activations == DType::BF16 && chunks;
+        if for_units && self.by_units(&op, &product)? {
+            return Ok(());
+        }
+        let kernel = of_type(w.dtype(), ["tiles_f32", "tiles_f16", "tiles_bf16"]);
+        let grid = (n.div_ceil(TILE), rows.div_ceil(TILE), 1);
+        launch!(self, kernel, grid, 256, 0; product)
+    }
+
+    /// How warps share `n` outputs, and how many blocks that makes: so that all processors have as much
+    /// to do.
+    fn split(&self, n: usize) -> (usize, usize) {
+        let processors = self.device.processors.max(1);
+        let mut best = (0, n.div_ceil(2 * WARPS), 0.0);
+        // Outputs of a block.
+        for (split, outputs) in [2 * WARPS, WARPS, WARPS / 2, WARPS / 4]
+            .into_iter()
+            .enumerate()
+        {
+            let blocks = n.div_ceil(outputs);
+            let busy = blocks as f64 / blocks.next_multiple_of(processors) as f64;
+            let fits = split == 0 || blocks <= BLOCKS * processors;
+            if n > 1 && fits && busy > best.2 + 0.02 {
+                best = (split, blocks, busy);
+            }
+        }
+        if n == 1 {
+            return (3, 1);
+        }
+        (best.0, best.1)
+    }
+
+    /// False where the library has no algorithm for the shape.
+    fn by_units(&mut self, op: &Linear<'_>, product: &Product) -> Result<bool> {
+        if self.matmul.is_none() {
+            self.matmul = Some(Matmul::new(&self.device, &self.libraries)?);
+        }
+        let (m, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
+        // K is a multiple of eight.
+        let x = self.scratch(2 * m * k)?;
+        let wide = i32::from(product.x.wide());
+        launch!(self, "round_rows", rows::grid(m, k), 256, 0; product.x, x, k as i32, k as i32, wide)?;
+        let shape = Shape {
+            m,
+            n,
+            k,
+            x_stride: k,
+            y_stride: if m == 1 { n } else { op.y.stride() },
+            w_align: alignment(product.w),
+            y_align: alignment(product.y.pointer),
+        };
+        let Some(matmul) = &mut self.matmul else {
+            return Ok(false);
+        };
+        if !matmul.run(shape, x, product.w, product.y.pointer)? {
+            return Ok(false);
+        }
+        if product.bias != 0 {
+            launch!(self, "add_bias", rows::grid(m, n), 256, 0; product.bias, product.y, n as i32)?;
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,284 @@
+//! NVIDIA GPUs.
+//!
+//! Driver and libraries are loaded when the backend is made, so that one binary runs with a GPU and
+//! without; kernels are CUDA C++ (`kernels/`), compiled for the GPU at hand. All work goes to one
+//! stream in the order of the calls, and only reading waits for it.
+//!
+//! Sums are f32. A row's result depends on the rows beside it in its last bits: single rows and large
+//! batches are multiplied in different orders. `tolerance` says how far that may go. Scans, norms and
+//! convolutions are the same bits for any cut of a sequence, as on the CPU.
+
+mod attention;
+mod compile;
+mod device;
+mod experts;
+mod linear;
+mod lists;
+mod locate;
+mod matmul;
+mod rows;
+mod sequences;
+mod transfer;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use compile::{Compiled, KernelCache, UNITS, Unit, compile};
+
+use self::device::{Allocation, Device, Param, Pinned};
+use self::lists::Lists;
+use self::matmul::Matmul;
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::matrix::Matrix;
+use crate::ops::{
+    Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
+    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
+};
+use crate::tensor::{DType, HostTensor, Tensor};
+
+/// How the backend is set up.
+#[derive(Clone, Default)]
+pub struct CudaOptions {
+    /// Which GPU, counted from 0 as the driver does.
+    pub ordinal: usize,
+    /// Folders that may hold NVIDIA's libraries, beside where the system's loader looks.
+    pub libraries: Vec<PathBuf>,
+    /// Where compiled kernels are kept; none compiles them each time.
+    pub cache: Option<Arc<dyn KernelCache>>,
+}
+
+/// One GPU.
+pub struct Cuda {
+    device: Arc<Device>,
+    state: Mutex<State>,
+}
+
+/// What operations share. They run one at a time.
+struct State {
+    device: Arc<Device>,
+    lists: Lists,
+    /// Through which results come back.
+    staging: Pinned,
+    libraries: Vec<PathBuf>,
+    /// Loaded with the first product that is for matrix units.
+    matmul: Option<Matmul>,
+    /// Memory for one operation: it grows to the largest ask and stays.
+    scratch: Option<Allocation>,
+    /// Addresses of experts' matrices, by layer and projection.
+    experts: experts::Tables,
+}
+
+/// An error of this backend.
+fn fault(why: String) -> Error {
+    Error::Device {
+        backend: "cuda",
+        why,
+    }
+}
+
+/// Loads the compiler of kernels, for [`compile`], which needs no GPU.
+pub fn load_compiler(libraries: &[PathBuf]) -> Result<()> {
+    locate::compiler(libraries)
+}
+
+const STAGING: usize = 4 << 20;
+
+impl Cuda {
+    /// Opens a GPU. What is missing or too old is one clear error.
+    pub fn new(options: CudaOptions) -> Result<Self> {
+        locate::driver()?;
+        locate::compiler(&options.libraries)?;
+        let device = Arc::new(Device::open(options.ordinal, options.cache.as_ref())?);
+        let state = State {
+            lists: Lists::new(&device)?,
+            staging: Pinned::new(&device, STAGING)?,
+            libraries: options.libraries,
+            matmul: None,
+            scratch: None,
+            experts: experts::Tables::default(),
+            device: device.clone(),
+        };
+        Ok(Cuda {
+            device,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// What the GPU calls itself.
+    pub fn gpu(&self) -> &str {
+        &self.device.name
+    }
+
+    /// Free and total memory in bytes.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.device.memory()
+    }
+
+    /// Waits until all operations are done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.enter()?.device.synchronize()
+    }
+
+    fn enter(&self) -> Result<MutexGuard<'_, State>> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.device.enter()?;
+        Ok(state)
+    }
+}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cuda({})", self.device.name)
+    }
+}
+
+impl State {
+    /// `bytes` of memory for this operation.
+    fn scratch(&mut self, bytes: usize) -> Result<u64> {
+        if let Some(scratch) = self.scratch.as_ref().filter(|s| s.bytes >= bytes) {
+            return Ok(scratch.pointer);
+        }
+        // The old one goes first, in the order of the stream.
+        self.scratch = None;
+        let new = Allocation::new(&self.device, bytes.next_power_of_two())?;
+        Ok(self.scratch.insert(new).pointer)
+    }
+}
+
+/// Where a tensor's elements lie. Fails for one of another backend.
+fn address(of: &Tensor) -> Result<u64> {
+    of.device_address()
+        .ok_or_else(|| fault(format!("{of:?} is not in the GPU's memory")))
+}
+
+fn optional(of: Option<&Tensor>) -> Result<u64> {
+    of.map_or(Ok(0), address)
+}
+
+/// Rows of a tensor, as kernels take them.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Rows {
+    pointer: u64,
+    stride: i64,
+}
+
+// SAFETY: `Rows` in common.cuh.
+unsafe impl Param for Rows {}
+
+impl Rows {
+    fn of(tensor: &Tensor) -> Result<Self> {
+        Ok(Rows {
+            pointer: address(tensor)?,
+            stride: tensor.stride() as i64,
+        })
+    }
+
+    fn optional(tensor: Option<&Tensor>) -> Result<Self> {
+        tensor.map_or(
+            Ok(Rows {
+                pointer: 0,
+                stride: 0,
+            }),
+            Rows::of,
+        )
+    }
+
+    /// Whether four neighbours can be read at once.
+    fn wide(&self) -> bool {
+        self.pointer.is_multiple_of(16) && self.stride % 4 == 0
+    }
+}
+
+/// The number of an element type: `Type` in common.cuh.
+fn code(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        DType::BF16 => 2,
+        DType::I32 => 3,
+        DType::U8 => 4,
+    }
+}
+
+/// Refuses a weight in blocks, which no kernel here reads.
+fn dense(op: &'static str, matrix: &Matrix) -> Result<()> {
+    if matrix.format().dtype().is_some() {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        op,
+        backend: "cuda",
+        why: format!(
+            "the weight is stored as {}; load the model with --dtype bf16, or use --device cpu",
+            matrix.format()
+        ),
+    })
+}
+
+/// Runs the checks, then the kernels.
+macro_rules! checked {
+    ($($op:ident: $args:ident),* $(,)?) => {
+        $(fn $op(&self, op: $args<'_>) -> Result<()> {
+            op.check()?;
+            self.enter()?.$op(op)
+        })*
+    };
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+        self.enter()?.alloc(dtype, rows, cols)
+    }
+
+    fn upload(&self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
+        self.enter()?.upload(from, rows, cols)
+    }
+
+    fn read(&self, from: &Tensor, to: &mut [f32]) -> Result<()> {
+        self.enter()?.read(from, to)
+    }
+
+    fn write(&self, from: &[f32], to: &mut Tensor) -> Result<()> {
+        self.enter()?.write(from, to)
+    }
+
+    fn copy(&self, from: &Tensor, to: &mut Tensor) -> Result<()> {
+        crate::reference::check_copy(from, to)?;
+        self.enter()?.copy(from, to)
+    }
+
+    fn clear(&self, tensor: &mut Tensor) -> Result<()> {
+        self.enter()?.clear(tensor)
+    }
+
+    fn fill_normal(&self, tensor: &mut Tensor, seed: u64, std: f32) -> Result<()> {
+        self.enter()?.fill_normal(tensor, seed, std)
+    }
+
+    fn tolerance(&self, activations: DType) -> f32 {
+        match activations {
+            // An input of a product may round to the other side, and a router then choose another of
+            // two experts that are nearly as good.
+            DType::BF16 => 0.2,
+            _ => 1e-3,
+        }
+    }
+
+    fn prompt_rows(&self) -> usize {
+        4096
+    }
+
+    checked! {
+        linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
+        add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
+        ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
+        kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
+        combine: Combine,
+    }
+}

@@ -1,0 +1,176 @@
+//! Elementwise operations, lookups, norms, routes: each row by itself.
+
+use super::device::{Param, launch};
+use super::{Rows, State, address, code, dense, optional};
+use crate::error::{Error, Result};
+use crate::ops::{
+    Activate, Activation, Add, Combine, Embed, Gather, LayerNorm, RmsNorm, Route, Scale, Score,
+};
+use crate::tensor::Tensor;
+
+/// Columns that a block takes: `COLUMNS` in elements.cu.
+const COLUMNS: usize = 1024;
+
+/// A block a row and so many columns.
+pub(super) fn grid(rows: usize, cols: usize) -> (usize, usize, usize) {
+    (rows, cols.div_ceil(COLUMNS), 1)
+}
+
+/// `activation` in common.cuh.
+pub(super) fn activation(act: Activation) -> i32 {
+    match act {
+        Activation::Silu => 0,
+        Activation::Gelu => 1,
+        Activation::GeluTanh => 2,
+        Activation::Relu => 3,
+        Activation::Relu2 => 4,
+        Activation::Sigmoid => 5,
+        Activation::Identity => 6,
+    }
+}
+
+/// `Norm` in norms.cu.
+#[repr(C)]
+struct Norm {
+    x: Rows,
+    weight: u64,
+    bias: u64,
+    y: Rows,
+    eps: f32,
+    width: i32,
+    weight_cols: i32,
+    bias_cols: i32,
+}
+
+// SAFETY: laid out as there.
+unsafe impl Param for Norm {}
+
+/// `Route` in route.cu.
+#[repr(C)]
+struct Routing {
+    logits: Rows,
+    bias: u64,
+    experts: u64,
+    experts_stride: i64,
+    weights: Rows,
+    count: i32,
+    top_k: i32,
+    score: i32,
+    groups: i32,
+    top_groups: i32,
+    normalize: i32,
+    scale: f32,
+}
+
+// SAFETY: laid out as there.
+unsafe impl Param for Routing {}
+
+impl State {
+    pub fn add(&mut self, op: Add<'_>) -> Result<()> {
+        let (a, b, y) = (Rows::of(op.a)?, Rows::of(op.b)?, Rows::of(op.y)?);
+        let cols = op.a.cols();
+        let wide = cols.is_multiple_of(4) && a.wide() && b.wide() && y.wide();
+        launch!(self, "add", grid(op.a.rows(), cols), 256, 0; a, b, y, cols as i32, i32::from(wide))
+    }
+
+    pub fn scale(&mut self, op: Scale<'_>) -> Result<()> {
+        let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
+        launch!(self, "scale", grid(op.x.rows(), cols), 256, 0; x, op.by, y, cols as i32)
+    }
+
+    pub fn activate(&mut self, op: Activate<'_>) -> Result<()> {
+        let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
+        let gate = Rows::optional(op.gate)?;
+        let wide = cols.is_multiple_of(4) && x.wide() && y.wide() && gate.wide();
+        launch!(self, "activate", grid(op.x.rows(), cols), 256, 0;
+            x, gate, activation(op.act), y, cols as i32, i32::from(wide))
+    }
+
+    pub fn embed(&mut self, op: Embed<'_>) -> Result<()> {
+        dense("embed", op.table)?;
+        let table = op.table.data();
+        let (pointer, y, cols) = (address(table)?, Rows::of(op.y)?, table.cols());
+        let ids = self.lists.send_numbers(op.ids.iter().copied())?;
+        launch!(self, "embed", grid(op.ids.len(), cols), 256, 0;
+            ids, pointer, table.stride() as i64, code(table.dtype()), y, cols as i32)
+    }
+
+    pub fn gather(&mut self, op: Gather<'_>) -> Result<()> {
+        let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
+        let rows = self.lists.send_numbers(op.rows.iter().map(|r| *r as u32))?;
+        launch!(self, "gather", grid(op.rows.len(), cols), 256, 0; x, rows, y, cols as i32)
+    }
+
+    pub fn combine(&mut self, op: Combine<'_>) -> Result<()> {
+        let (x, weights, y) = (Rows::of(op.x)?, Rows::of(op.weights)?, Rows::of(op.y)?);
+        let (cols, choices) = (op.y.cols(), op.weights.cols() as i32);
+        launch!(self, "combine", grid(op.y.rows(), cols), 256, 0; x, weights, choices, y, cols as i32)
+    }
+
+    pub fn rms_norm(&mut self, op: RmsNorm<'_>) -> Result<()> {
+        let vectors = (op.weight, None);
+        self.norm("rms_norm", op.x, vectors, op.eps, op.groups, op.y)
+    }
+
+    pub fn layer_norm(&mut self, op: LayerNorm<'_>) -> Result<()> {
+        let vectors = (op.weight, op.bias);
+        self.norm("layer_norm", op.x, vectors, op.eps, op.groups, op.y)
+    }
+
+    fn norm(
+        &mut self,
+        kernel: &'static str,
+        x: &Tensor,
+        (weight, bias): (Option<&Tensor>, Option<&Tensor>),
+        eps: f32,
+        groups: usize,
+        y: &Tensor,
+    ) -> Result<()> {
+        let width = x.cols() / groups;
+        let cols = |t: Option<&Tensor>| t.map_or(0, |t| t.cols() as i32);
+        let norm = Norm {
+            x: Rows::of(x)?,
+            weight: optional(weight)?,
+            bias: optional(bias)?,
+            y: Rows::of(y)?,
+            eps,
+            width: width as i32,
+            weight_cols: cols(weight),
+            bias_cols: cols(bias),
+        };
+        // By the width alone, which fixes the order of the sums.
+        let threads = (width / 4).next_power_of_two().clamp(32, 512);
+        launch!(self, kernel, (x.rows(), groups, 1), threads, 0; norm)
+    }
+
+    pub fn route(&mut self, op: Route<'_>) -> Result<()> {
+        let (count, groups) = (op.logits.cols(), op.groups.unwrap_or((0, 0)));
+        let shared = 4 * (count + groups.0);
+        if shared > self.device.shared_memory {
+            return Err(Error::Unsupported {
+                op: "route",
+                backend: "cuda",
+                why: format!("{count} experts do not fit a block's memory"),
+            });
+        }
+        let routing = Routing {
+            logits: Rows::of(op.logits)?,
+            bias: optional(op.choice_bias)?,
+            experts: address(op.experts)?,
+            experts_stride: op.experts.stride() as i64,
+            weights: Rows::of(op.weights)?,
+            count: count as i32,
+            top_k: op.experts.cols() as i32,
+            score: match op.score {
+                Score::Softmax => 0,
+                Score::SoftmaxTopK => 1,
+                Score::Sigmoid => 2,
+            },
+            groups: groups.0 as i32,
+            top_groups: groups.1 as i32,
+            normalize: i32::from(op.normalize),
+            scale: op.scale,
+        };
+        launch!(self, "route", (op.logits.rows(), 1, 1), 32, shared; routing)
+    }
+}

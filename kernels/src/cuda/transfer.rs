@@ -1,0 +1,184 @@
+//! Memory, and the ways in and out of it.
+
+use std::sync::Arc;
+
+use cudarc::driver::result;
+use cudarc::driver::sys::{self, CUmemorytype_enum};
+
+use super::device::{Allocation, failed, launch};
+use super::{State, address, code};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, HostTensor, Tensor};
+
+/// Columns that a block of an elementwise kernel takes: `COLUMNS` in elements.cu.
+const COLUMNS: usize = 1024;
+
+fn size_of(op: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        op,
+        what: "elements",
+        found,
+        expected,
+    })
+}
+
+impl State {
+    pub fn alloc(&mut self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+        let bytes = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(dtype.size()))
+            .ok_or(Error::OutOfMemory {
+                backend: "cuda",
+                bytes: usize::MAX,
+            })?;
+        let memory = Allocation::zeroed(&self.device, bytes)?;
+        Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols))
+    }
+
+    pub fn upload(&mut self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
+        size_of("upload", from.len(), rows.saturating_mul(cols))?;
+        let (bytes, format) = (from.bytes(), from.format());
+        // Of a weight in blocks, its rows of bytes.
+        let (dtype, cols) = match format.dtype() {
+            Some(dtype) => (dtype, cols),
+            None => (DType::U8, format.row_bytes(cols).unwrap_or(0)),
+        };
+        size_of("upload", bytes.len(), rows * cols * dtype.size())?;
+        let memory = Allocation::new(&self.device, bytes.len())?;
+        if !bytes.is_empty() {
+            // SAFETY: there is room for the bytes, which the driver has taken over when this returns.
+            unsafe { result::memcpy_htod_async(memory.pointer, bytes, self.device.stream) }
+                .map_err(failed("copying a weight"))?;
+        }
+        Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols))
+    }
+
+    pub fn read(&mut self, from: &Tensor, to: &mut [f32]) -> Result<()> {
+        size_of("read", to.len(), from.rows() * from.cols())?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        let source = if from.dtype() == DType::F32 && from.is_contiguous() {
+            address(from)?
+        } else {
+            let room = self.scratch(4 * to.len())?;
+            self.convert(
+                (address(from)?, from.stride(), from.dtype()),
+                (room, from.cols(), DType::F32),
+                [from.rows(), from.cols()],
+            )?;
+            room
+        };
+        let most = self.staging.bytes / 4;
+        for (i, to) in to.chunks_mut(most).enumerate() {
+            // SAFETY: as many elements lie there, and the staging memory holds them; they have arrived
+            // when the stream is done.
+            unsafe {
+                let staged = self.staging.pointer.cast::<f32>();
+                let room = std::slice::from_raw_parts_mut(staged, to.len());
+                let pointer = source + (4 * i * most) as u64;
+                result::memcpy_dtoh_async(room, pointer, self.device.stream)
+                    .map_err(failed("reading"))?;
+                self.device.synchronize()?;
+                to.copy_from_slice(room);
+            }
+        }
+        Ok(())
+    }
+
+    pub fn write(&mut self, from: &[f32], to: &mut Tensor) -> Result<()> {
+        size_of("write", from.len(), to.rows() * to.cols())?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        let room = self.scratch(4 * from.len())?;
+        // SAFETY: there is room for the numbers, which the driver has taken over when this returns.
+        unsafe { result::memcpy_htod_async(room, from, self.device.stream) }
+            .map_err(failed("writing"))?;
+        self.convert(
+            (room, to.cols(), DType::F32),
+            (address(to)?, to.stride(), to.dtype()),
+            [to.rows(), to.cols()],
+        )
+    }
+
+    /// Copies between types and strides.
+    fn convert(
+        &mut self,
+        from: (u64, usize, DType),
+        to: (u64, usize, DType),
+        [rows, cols]: [usize; 2],
+    ) -> Result<()> {
+        launch!(self, "convert", (rows, cols.div_ceil(COLUMNS), 1), 256, 0;
+            from.0, from.1 as i64, code(from.2), to.0, to.1 as i64, code(to.2), cols as i32)
+    }
+
+    pub fn copy(&mut self, from: &Tensor, to: &mut Tensor) -> Result<()> {
+        let (rows, size) = (from.rows(), from.dtype().size());
+        let width = from.cols() * size;
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let (source, target) = (address(from)?, address(to)?);
+        if from.is_contiguous() && to.is_contiguous() {
+            // SAFETY: both tensors have these bytes, and they do not overlap.
+            let done = unsafe {
+                result::memcpy_dtod_async(target, source, rows * width, self.device.stream)
+            };
+            return done.map_err(failed("copying"));
+        }
+        let pitch = |t: &Tensor| if rows == 1 { width } else { t.stride() * size };
+        let kind = CUmemorytype_enum::CU_MEMORYTYPE_DEVICE;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: kind,
+            srcHost: std::ptr::null(),
+            srcDevice: source,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: pitch(from),
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: kind,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: target,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch(to),
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: both tensors have rows of this width at these distances, and do not overlap.
+        let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.stream) };
+        done.result().map_err(failed("copying"))
+    }
+
+    pub fn clear(&mut self, tensor: &mut Tensor) -> Result<()> {
+        let (rows, size) = (tensor.rows(), tensor.dtype().size());
+        let width = tensor.cols() * size;
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let pointer = address(tensor)?;
+        // SAFETY: the tensor has rows of this width at this distance.
+        let done = unsafe {
+            if tensor.is_contiguous() {
+                result::memset_d8_async(pointer, 0, rows * width, self.device.stream)
+            } else {
+                let pitch = tensor.stride() * size;
+                sys::cuMemsetD2D8Async(pointer, pitch, 0, width, rows, self.device.stream).result()
+            }
+        };
+        done.map_err(failed("clearing memory"))
+    }
+
+    pub fn fill_normal(&mut self, tensor: &mut Tensor, seed: u64, std: f32) -> Result<()> {
+        let by = crate::random::scale(std);
+        let across = tensor.cols().div_ceil(256).min(1024);
+        launch!(self, "fill_normal", (tensor.rows(), across, 1), 256, 0;
+            address(tensor)?, tensor.stride() as i64, code(tensor.dtype()), seed, by,
+            tensor.cols() as i64)
+    }
+}

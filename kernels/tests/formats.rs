@@ -1,0 +1,95 @@
+//! Block formats against gguf-py and GGML: vectors made by `make_formats.py`.
+
+use strata_kernels::Format;
+
+const COLUMNS: usize = 512;
+const ROWS: usize = 5;
+
+fn f32s(bytes: &[u8]) -> Vec<f32> {
+    let words = bytes.chunks_exact(4);
+    words
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect()
+}
+
+fn file(name: &str) -> Vec<u8> {
+    let path = format!("{}/tests/formats/{name}.bin", env!("CARGO_MANIFEST_DIR"));
+    std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn in_blocks() -> impl Iterator<Item = Format> {
+    Format::ALL.into_iter().filter(|f| f.dtype().is_none())
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn blocks_widen_to_the_bits_of_gguf_py() {
+    for format in in_blocks() {
+        let file = file(format.name());
+        let size = format.row_bytes(COLUMNS).unwrap();
+        let expected = f32s(&file[size..size + 4 * COLUMNS]);
+        let mut found = vec![0.0; COLUMNS];
+        format.dequantize(&file[..size], &mut found);
+        assert_eq!(bits(&found), bits(&expected), "{format}");
+    }
+}
+
+#[test]
+fn rows_quantise_to_the_bits_of_ggml() {
+    let rows = f32s(&file("rows"));
+    let importance = &rows[ROWS * COLUMNS..];
+    assert_eq!(importance.len(), COLUMNS);
+    for format in in_blocks() {
+        let file = file(format.name());
+        let size = format.row_bytes(COLUMNS).unwrap();
+        let quantised = &file[size + 4 * COLUMNS..];
+        assert_eq!(quantised.len(), 2 * ROWS * size);
+        for (i, row) in rows.chunks_exact(COLUMNS).take(ROWS).enumerate() {
+            for (kind, importance) in [None, Some(importance)].into_iter().enumerate() {
+                let expected = &quantised[(kind * ROWS + i) * size..][..size];
+                let mut found = vec![0; size];
+                format.quantize(row, importance, &mut found).unwrap();
+                let bytes = format.block().bytes;
+                for (b, (f, e)) in found.chunks(bytes).zip(expected.chunks(bytes)).enumerate() {
+                    assert_eq!(f, e, "{format}, row {i}, kind {kind}, block {b}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_blocks_cannot_hold_is_an_error_that_says_where() {
+    for format in Format::ALL {
+        let row = vec![0.5; 256];
+        let mut to = vec![0; format.row_bytes(256).unwrap()];
+        format.quantize(&row, None, &mut to).unwrap();
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut row = row.clone();
+            row[77] = bad;
+            let error = format.quantize(&row, None, &mut to).unwrap_err();
+            assert!(error.to_string().contains("element 77"), "{error}");
+        }
+        assert!(format.quantize(&row, None, &mut to[1..]).is_err());
+        assert!(format.quantize(&row, Some(&row[1..]), &mut to).is_err());
+        let importance = vec![-1.0; 256];
+        let error = format
+            .quantize(&row, Some(&importance), &mut to)
+            .unwrap_err();
+        assert!(error.to_string().contains("column 0"), "{error}");
+        let block = format.block().elements;
+        if block > 1 {
+            let row = vec![0.5; block + 1];
+            assert!(format.quantize(&row, None, &mut to).is_err());
+        }
+        if !matches!(format, Format::F32 | Format::BF16) {
+            let mut row = row.clone();
+            row[200] = 1e30;
+            let error = format.quantize(&row, None, &mut to).unwrap_err();
+            assert!(error.to_string().contains("too large"), "{format}: {error}");
+        }
+    }
+}

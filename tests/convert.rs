@@ -1,0 +1,257 @@
+//! Converted checkpoints are the models that they were made from.
+
+use std::path::{Path, PathBuf};
+
+use strata::load::{ConvertOptions, LoadOptions, Model, Silent, convert, load};
+use strata::session::{Engine, EngineConfig, Request};
+use strata_converters::write::Quiet;
+use strata_kernels::DType;
+
+/// A folder that vanishes with its owner.
+struct Room(PathBuf);
+
+impl Room {
+    fn new(name: &str) -> Room {
+        let path = std::env::temp_dir().join(format!("strata-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Room(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn golden(name: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    root.join(name).display().to_string()
+}
+
+fn from(model: &str, plan: Option<PathBuf>) -> LoadOptions {
+    LoadOptions {
+        model: Some(model.into()),
+        plan,
+        device: "cpu".into(),
+        threads: Some(2),
+        ..LoadOptions::default()
+    }
+}
+
+fn options(from: LoadOptions, to: PathBuf) -> ConvertOptions {
+    ConvertOptions {
+        from,
+        to,
+        dtype: None,
+        shard_bytes: 5_000_000_000,
+        force: false,
+        threads: 2,
+        seed: 0,
+    }
+}
+
+fn logits(options: &LoadOptions) -> Vec<f32> {
+    let model: Model = load(options, &mut Silent::default()).unwrap_or_else(|e| panic!("{e}"));
+    let mut engine =
+        Engine::new(model.network.clone(), EngineConfig::new(64, 1, DType::F32)).unwrap();
+    engine
+        .submit(Request {
+            prompt: (1..24).collect(),
+            prompt_logits: true,
+            ..Request::default()
+        })
+        .unwrap();
+    let mut rows = Vec::new();
+    while engine
+        .step(&mut |_, _, l| rows.extend_from_slice(l))
+        .unwrap()
+    {}
+    rows
+}
+
+fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            let file = std::fs::read(&path).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+            for (name, view) in file.tensors() {
+                found.push((
+                    format!("{name} {:?} {:?}", view.dtype(), view.shape()),
+                    view.data().to_vec(),
+                ));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn a_copy_has_the_same_tensors_however_it_is_cut() {
+    let room = Room::new("convert-copy");
+    for (i, name) in [
+        "jamba/moe-shards",
+        "mamba2/groups-infinity",
+        "zamba2/two-blocks-rope",
+    ]
+    .iter()
+    .enumerate()
+    {
+        if !Path::new(&golden(name)).is_dir() {
+            panic!("{name} is no golden");
+        }
+        let source = golden(name);
+        let expected: Vec<_> = bytes(Path::new(&source))
+            .into_iter()
+            .filter(|(n, _)| {
+                !n.starts_with("logits") && !n.contains("token_ids") && !n.starts_with("greedy")
+            })
+            .collect();
+        for (cut, shard_bytes) in [5_000_000_000, 20_000].into_iter().enumerate() {
+            let to = room.path(&format!("{i}-{cut}"));
+            let converted = convert(
+                &ConvertOptions {
+                    shard_bytes,
+                    ..options(from(&source, None), to.clone())
+                },
+                &mut Silent::default(),
+                &mut Quiet,
+            )
+            .unwrap();
+            assert_eq!(converted.files.len() > 1, cut == 1);
+            assert_eq!(to.join("model.safetensors.index.json").exists(), cut == 1);
+            assert!(bytes(&to) == expected, "{name}: other tensors");
+            let again = from(&to.display().to_string(), None);
+            assert_eq!(logits(&again), logits(&from(&source, None)), "{name}");
+        }
+    }
+}
+
+#[test]
+fn what_is_there_stays_unless_forced() {
+    let room = Room::new("convert-force");
+    let (source, to) = (golden("mamba/tied"), room.path("model"));
+    let once = options(from(&source, None), to.clone());
+    convert(&once, &mut Silent::default(), &mut Quiet).unwrap();
+    let error = convert(&once, &mut Silent::default(), &mut Quiet).unwrap_err();
+    assert!(error.to_string().contains("--force"), "{error}");
+    let forced = ConvertOptions {
+        force: true,
+        dtype: Some(DType::BF16),
+        ..once
+    };
+    convert(&forced, &mut Silent::default(), &mut Quiet).unwrap();
+    let halves = bytes(&to)
+        .iter()
+        .filter(|(n, _)| n.contains("BF16"))
+        .count();
+    assert!(halves > 0, "matrices are in bf16 now");
+    // Small weights keep what they have.
+    assert!(bytes(&to).iter().any(|(n, _)| n.contains("A_log F32")));
+    let config = std::fs::read_to_string(to.join("config.json")).unwrap();
+    assert!(!config.contains("float32"), "{config}");
+}
+
+#[test]
+fn an_edited_plan_leaves_a_checkpoint_that_is_the_same_model() {
+    let room = Room::new("convert-plan");
+    let source = golden("jamba/moe-shards");
+    let planned = strata::load::plan(&from(&source, None), &mut Silent::default()).unwrap();
+    let text = planned.plan.print();
+    let stack = text.find("stack:").unwrap();
+    let end = stack + text[stack..].find("head:").unwrap();
+    let places: Vec<&str> = text[stack..end]
+        .lines()
+        .skip(1)
+        .map(|l| l.trim_start_matches("  - "))
+        .collect();
+    let block = |i: usize| places[i].split('@').next().unwrap();
+    // Dropped, moved, used twice, merged, new.
+    let same = (1..places.len()).find(|i| block(*i) == block(0)).unwrap();
+    let edits = [
+        places[1..]
+            .to_vec()
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>(),
+        vec![places[1].into(), places[0].into(), places[0].into()],
+        vec![format!("{}@0+{same}", block(0)), places[1].to_string()],
+        vec![
+            places[0].into(),
+            format!("{}@new", block(1)),
+            format!("{}@new", block(0)),
+        ],
+    ];
+    for (i, edit) in edits.iter().enumerate() {
+        let used: Vec<&str> = edit.iter().map(|p| p.split('@').next().unwrap()).collect();
+        let lines: Vec<String> = edit.iter().map(|p| format!("  - {p}\n")).collect();
+        let mut plan = format!(
+            "{}stack:\n{}{}",
+            &text[..stack],
+            lines.concat(),
+            &text[end..]
+        );
+        // Blocks that no place uses are faults.
+        for unused in places.iter().map(|p| p.split('@').next().unwrap()) {
+            if !used.contains(&unused) {
+                plan = without_block(&plan, unused);
+            }
+        }
+        let file = room.path(&format!("plan{i}.yaml"));
+        std::fs::write(&file, &plan).unwrap();
+        let edited = from(&source, Some(file));
+        let to = room.path(&format!("model{i}"));
+        let converted = convert(
+            &options(edited.clone(), to.clone()),
+            &mut Silent::default(),
+            &mut Quiet,
+        );
+        let converted = converted.unwrap_or_else(|e| panic!("{e}\n{plan}"));
+        let told = converted
+            .notes
+            .iter()
+            .any(|n| n.contains("drawn with seed 0"));
+        assert_eq!(
+            told,
+            edit.iter().any(|p| p.ends_with("@new")),
+            "{:?}",
+            converted.notes
+        );
+        let found = logits(&from(&to.display().to_string(), None));
+        let expected = logits(&edited);
+        assert_eq!(found.len(), expected.len());
+        let worst = found
+            .iter()
+            .zip(&expected)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        // A of a new block goes to the file as its logarithm, and comes back rounded.
+        let room = if told { 1e-4 } else { 0.0 };
+        assert!(worst <= room, "{edit:?}: off by {worst}");
+    }
+}
+
+/// A printed plan without one of its blocks.
+fn without_block(plan: &str, block: &str) -> String {
+    let mut lines = Vec::new();
+    let mut inside = false;
+    for line in plan.lines() {
+        if line.starts_with("  ") && !line.starts_with("   ") {
+            inside = line.trim_end() == format!("  {block}:");
+        } else if !line.starts_with(' ') {
+            inside = false;
+        }
+        if !inside {
+            lines.push(line);
+        }
+    }
+    lines.join("\n") + "\n"
+}
