@@ -551,7 +551,7 @@ fn plans_and_cards_carry_a_version_and_refuse_unknown_keys() {
 // ---------------------------------------------------------------- unsafe, globals, environment
 
 #[test]
-fn unsafe_is_in_kernels_and_in_one_function_beside() {
+fn unsafe_is_in_kernels_and_where_files_are_mapped() {
     let mut faults = Vec::new();
     for source in sources(&["layers", "converters", "engine"]) {
         let count = source
@@ -559,15 +559,15 @@ fn unsafe_is_in_kernels_and_in_one_function_beside() {
             .lines()
             .filter(|l| has_word(l, "unsafe"))
             .count();
-        // The map of a file: whoever shortens it meanwhile ends the process.
-        let allowed = usize::from(source.path == "converters/src/files.rs");
+        // The map of a file, whose shortening meanwhile ends the process, and giving its pages back.
+        let allowed = 2 * usize::from(source.path == "converters/src/files.rs");
         if count != allowed {
             faults.push(format!("{}: {count} times, {allowed} allowed", source.path));
         }
     }
     none(
         faults,
-        "`unsafe` belongs in `kernels`, and in the one function of `converters` that maps a file",
+        "`unsafe` belongs in `kernels`, and where `converters` maps files",
     );
     for (file, attribute) in [
         ("layers/src/lib.rs", "#![forbid(unsafe_code)]"),
@@ -648,6 +648,11 @@ fn no_global_changes() {
         (
             "converters/src/cards.rs",
             "static CARDS: LazyLock<",
+            "read from the binary once",
+        ),
+        (
+            "converters/src/gguf/pre.rs",
+            "static CUTS: LazyLock<",
             "read from the binary once",
         ),
         (

@@ -17,6 +17,7 @@ pub mod files;
 pub mod gguf;
 pub mod mapping;
 mod nearest;
+mod pattern;
 mod pickle;
 pub mod published;
 mod pytorch;

@@ -8,7 +8,8 @@
 //! What is computed on the way in and cannot be computed back exactly, as A_log from A, is kept beside:
 //! where an element would come out otherwise, its place and its bits. llama.cpp ignores such keys.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 
 use strata_kernels::{Format, HostTensor};
@@ -22,7 +23,7 @@ use crate::card::Card;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
-use crate::mapping::{Mapping, Origin};
+use crate::mapping::{Mapping, Origin, Row};
 use crate::published;
 use crate::tensor_map::Source;
 use crate::transforms::Undo;
@@ -169,6 +170,12 @@ fn targets(
         })?;
         sources.push((source, weight.spec.shape.clone()));
     }
+    let rows: BTreeMap<&str, &Row> = input
+        .mapping
+        .rows()
+        .iter()
+        .map(|row| (row.path.as_str(), row))
+        .collect();
     let mut targets = Vec::new();
     for (name, made) in published::assemble(&sources, |_| None) {
         let made = made.map_err(|why| Error::file(theirs.file(), format!("{name}: {why}")))?;
@@ -178,10 +185,12 @@ fn targets(
         for run in &made.runs {
             let weight = &weights[run.weight];
             small |= weight.spec.role == Role::Vector || weight.path.ends_with(".router");
-            let tensor = input.mapping.load(&weight.path)?;
-            let same = stored.is_none_or(|s| s == tensor.format());
-            stored = Some(if same { tensor.format() } else { Format::F32 });
-            runs.push((tensor, run.elements.clone()));
+            let row = rows.get(weight.path.as_str()).ok_or_else(|| {
+                Error::file(theirs.file(), format!("{} has no tensor", weight.path))
+            })?;
+            let same = stored.is_none_or(|s| s == row.format);
+            stored = Some(if same { row.format } else { Format::F32 });
+            runs.push((row.source.clone(), run.elements.clone()));
         }
         let stored = stored.unwrap_or(Format::F32);
         let wanted = if small {
@@ -197,12 +206,22 @@ fn targets(
             (false, Some(_)) => stored,
             (false, None) => Format::F32,
         };
-        let undo = made.undo;
+        let (checkpoint, undo) = (input.mapping.checkpoint().clone(), made.undo);
         targets.push(Target::made(name, made.shape, format, move || {
-            Ok(Content::Made {
-                runs: runs.clone(),
-                undo: undo.clone(),
-            })
+            let mut opened: Vec<(HostTensor, Range<usize>)> = Vec::new();
+            let mut last: Option<(String, HostTensor)> = None;
+            for (source, elements) in &runs {
+                // Rows in another order are many runs of one tensor.
+                let shown = source.to_string();
+                let tensor = match &last {
+                    Some((name, tensor)) if *name == shown => tensor.clone(),
+                    _ => source.load(&checkpoint)?,
+                };
+                last = Some((shown, tensor.clone()));
+                opened.push((tensor, elements.clone()));
+            }
+            let undo = undo.clone();
+            Ok(Content::Made { runs: opened, undo })
         }));
     }
     Ok(targets)

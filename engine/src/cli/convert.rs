@@ -8,11 +8,10 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use serde_json::json;
-use strata_converters::write::Progress;
 
 use super::output::{Terminal, bytes};
 use super::{DTypeChoice, Environment, Source, catch_interrupts, interrupted};
-use crate::load::{self, ConvertOptions};
+use crate::load::{self, ConvertOptions, WriteProgress};
 use crate::recipe::Recipe;
 
 /// Write a checkpoint in another form
@@ -145,7 +144,7 @@ struct Written {
     bar: ProgressBar,
 }
 
-impl Progress for Written {
+impl WriteProgress for Written {
     fn begin(&mut self, bytes: u64) {
         self.bar.set_length(bytes);
     }

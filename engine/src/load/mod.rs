@@ -28,6 +28,8 @@ use crate::recipe::{Recipe, Storage};
 use crate::runner::Network;
 use crate::text;
 
+pub use strata_converters::write::Progress as WriteProgress;
+
 pub use convert::{ConvertOptions, Converted, convert};
 pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
