@@ -470,7 +470,8 @@ fn weights_of_pytorch_are_taken_where_there_are_no_others() {
         ),
     ] {
         let files = [&[("config.json", &b"{}"[..])], &files[..]].concat();
-        let snapshot = Server::new(&files).fetch("owner/model").expect("a model");
+        let server = Server::new(&files);
+        let snapshot = server.fetch("owner/model").expect("a model");
         assert_eq!(fs::read(snapshot.join(expected)).expect("weights"), b"x");
         assert_eq!(
             snapshot.join("pytorch_model.bin").exists(),
