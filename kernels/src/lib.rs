@@ -15,6 +15,7 @@ pub mod null;
 pub mod ops;
 pub mod random;
 pub mod reference;
+mod rounded;
 pub mod span;
 pub mod tensor;
 

@@ -1,4 +1,4 @@
-//! Products with weights in blocks, of inputs rounded to bytes: `ops::rounded` defines them to the bit.
+//! Products with weights in blocks, of inputs rounded to bytes: `rounded` defines them to the bit.
 //!
 //! One row or many, the work is the same: some rows of the weight are taken apart for a chunk of K
 //! (`Unpack`) and laid out so that a vector holds the same four bytes of as many columns, then all rows of
@@ -13,7 +13,7 @@ use super::scratch::Scratch;
 use super::simd::{Kernel, Simd};
 use crate::format::Format;
 use crate::formats::unpack::{CHUNK, Form, RAW, WORDS, expand, unpack};
-use crate::ops::rounded::round_block;
+use crate::rounded::round_block;
 use crate::tensor::{View, ViewMut};
 
 /// Words of one column in a panel: the codes of a chunk, four in each, and what goes with them.

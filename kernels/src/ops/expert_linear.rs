@@ -7,11 +7,11 @@
 use super::{
     Check,
     linear::{round, rounds_to_blocks, write_row},
-    rounded::RoundedRow,
 };
 use crate::error::Result;
 use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
+use crate::rounded::RoundedRow;
 use crate::tensor::{DType, Tensor};
 
 /// One product a chosen expert.

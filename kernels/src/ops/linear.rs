@@ -5,10 +5,10 @@
 //! for less: inputs are rounded to integers of 8 bits, as `rounded` has it.
 
 use super::Check;
-use super::rounded::RoundedRow;
 use crate::error::Result;
 use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
+use crate::rounded::RoundedRow;
 use crate::tensor::{DType, Tensor};
 
 /// A matrix product with a weight.

@@ -17,7 +17,6 @@ pub(crate) mod linear;
 mod mamba3_scan;
 mod rms_norm;
 mod rope;
-pub(crate) mod rounded;
 mod route;
 mod s4d_scan;
 mod scale;
