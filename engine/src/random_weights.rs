@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use strata_kernels::{Backend, DType, Format, Matrix, Result, random};
-use strata_layers::{Init, WeightSource, WeightSpec};
+use strata_layers::{Init, Role, WeightSource, WeightSpec};
 
 use crate::quantize::quantize;
 
@@ -54,7 +54,14 @@ impl RandomWeights {
 
 /// The elements of a weight, drawn as [`RandomWeights`] draws them.
 pub fn draw(seed: u64, init_std: f64, path: &str, spec: &WeightSpec) -> Vec<f32> {
-    values(seed_of(seed, path), spec, init_std as f32)
+    let (seed, init_std) = (seed_of(seed, path), init_std as f32);
+    match (spec.role, spec.init, &spec.shape[..]) {
+        // A matrix is drawn row by row, on the device.
+        (Role::Matrix | Role::Table, Init::Normal, &[rows, cols]) => (0..rows)
+            .flat_map(|r| random::normal_row(seed, r, cols, init_std))
+            .collect(),
+        _ => values(seed, spec, init_std),
+    }
 }
 
 /// FNV-1a of the path, so that the draw does not depend on the standard library's hash.

@@ -686,8 +686,10 @@ head: {norm: {eps: 1.0e-6}, tie: true}
             ("vocab: 16", "vocab: -3"),
             ("plan: 1", "plan: 2"),
             ("eps: 1.0e-6", "eps: .nan"),
-            ("[m, a, m*2, m@0]", "[]"),
-            ("[m, a, m*2, m@0]", "7"),
+            ("[m, a, m*2, m@0, m@0+2, m@new]", "[]"),
+            ("m@new", "m@newer"),
+            ("m@0+2", "m@0+"),
+            ("[m, a, m*2, m@0, m@0+2, m@new]", "7"),
             ("d_model: 8", "d_model: [8]"),
             ("d_model: 8", "d_model: 8\nembed: {prefix: 70000}"),
         ] {

@@ -304,8 +304,9 @@ fn edited(
             let format = declared(mapping);
             targets.push(assembled(name, &made, format, |weight| {
                 let weight = &values[weight];
-                let draw =
-                    random_weights::draw(seed, new_plan.init_std, &weight.path, &weight.spec);
+                // As a run of the plan draws them.
+                let path = old_path(&weight.path, &planned.plan);
+                let draw = random_weights::draw(seed, new_plan.init_std, &path, &weight.spec);
                 Ok(strata_kernels::HostTensor::from_f32(
                     &weight.spec.shape,
                     &draw,
