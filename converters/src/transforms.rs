@@ -31,6 +31,9 @@ pub struct Transform {
     pub undo: Undo,
 }
 
+/// A shape from the shape that was made, the numbers, and the shape of the tensor where it is known.
+type ShapeBack = fn(&[usize], &[f64], Option<&[usize]>) -> Shaped;
+
 /// From what a transform made to what it was made from.
 #[derive(Debug, Clone, Copy)]
 pub enum Undo {
@@ -38,7 +41,7 @@ pub enum Undo {
     Values(fn(f32, f64) -> f32),
     /// The same elements: the shape, from the shape that was made, the numbers, and the shape of the tensor
     /// where it is known.
-    Shape(fn(&[usize], &[f64], Option<&[usize]>) -> Shaped),
+    Shape(ShapeBack),
     /// The result is a piece: its place, and of how many or up to where, from the numbers.
     Place(fn(&[f64]) -> (usize, usize)),
     /// Runs of rows are dealt back.

@@ -366,8 +366,11 @@ fn computed_back(
     Ok(Some((original, back)))
 }
 
+/// One step back: what it does, and its number.
+type Back = (fn(f32, f64) -> f32, f64);
+
 /// The values before some steps, rounded to the format they had.
-fn undone(weight: &HostTensor, steps: &[(fn(f32, f64) -> f32, f64)], format: Format) -> Vec<f32> {
+fn undone(weight: &HostTensor, steps: &[Back], format: Format) -> Vec<f32> {
     let round = |x: f32| match format {
         Format::F16 => half::f16::from_f32(x).to_f32(),
         Format::BF16 => half::bf16::from_f32(x).to_f32(),

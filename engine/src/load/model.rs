@@ -76,10 +76,13 @@ impl Model {
     /// The tokenizer, or what to do without one.
     pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
         self.tokenizer.as_ref().ok_or_else(|| {
-            Error::Input(format!(
-                "{}",
-                self.no_text.clone().unwrap_or_else(|| format!("{} has no tokenizer.json; give --token-ids, or put the tokenizer's files beside its config.json", self.name))
-            ))
+            let missing = || {
+                format!(
+                    "{} has no tokenizer.json; give --token-ids, or put the tokenizer's files beside its config.json",
+                    self.name
+                )
+            };
+            Error::Input(self.no_text.clone().unwrap_or_else(missing))
         })
     }
 
