@@ -301,7 +301,8 @@ fn check(
 
 /// The element types of tensors that become F32.
 fn dtypes(input: &Input<'_>, weights: &[GraphWeight]) -> String {
-    let small = weights.iter().filter(|w| w.spec.role == Role::Vector);
+    let is_small = |w: &&GraphWeight| w.spec.role == Role::Vector || w.path.ends_with(".router");
+    let small = weights.iter().filter(is_small);
     let small: BTreeSet<&str> = small.map(|w| w.path.as_str()).collect();
     let mut found = serde_json::Map::new();
     for row in input
