@@ -42,15 +42,18 @@ pub(super) fn to_gguf(
         let chosen = options.quantize.as_ref().and_then(|r| r.choose(weight));
         chosen.or(options.dtype.map(Format::from))
     };
-    let stored: u64 = mapping.rows().iter().map(|row| row.bytes as u64).sum();
-    check_space(
-        &options.to,
-        if options.quantize.is_some() {
-            0
-        } else {
-            stored
-        },
-    )?;
+    // What the tensors will take: the header and F32 vectors beside them are small.
+    let stored: BTreeMap<&str, usize> = mapping
+        .rows()
+        .iter()
+        .map(|row| (row.path.as_str(), row.bytes))
+        .collect();
+    let bytes = |weight: &GraphWeight| {
+        let made = choose(weight).and_then(|f| f.bytes_of(&weight.spec.shape));
+        made.or(stored.get(weight.path.as_str()).copied())
+            .unwrap_or(0) as u64
+    };
+    check_space(&options.to, planned.graph.weights().iter().map(bytes).sum())?;
     let how = gguf_write::Options {
         choose: &choose,
         threads: options.threads,
