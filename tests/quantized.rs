@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
-use strata::load::{ConvertOptions, LoadOptions, Silent, convert, load};
+use strata::load::{ConvertOptions, LoadOptions, Row, Silent, convert, inspect, load};
 use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::write::Quiet;
 use strata_converters::{Checkpoint, ModelFiles};
@@ -218,16 +218,19 @@ fn e4m3(bits: u8) -> f32 {
     if bits & 0x80 == 0 { size } else { -size }
 }
 
-/// The logits of a few tokens, as bits.
-fn logits(model: &Path, dtype: Option<DType>) -> Vec<u32> {
-    let options = LoadOptions {
+fn options(model: &Path, dtype: Option<DType>) -> LoadOptions {
+    LoadOptions {
         model: Some(model.display().to_string()),
         device: "cpu".into(),
         dtype,
         threads: Some(1),
         ..LoadOptions::default()
-    };
-    let model = load(&options, &mut Silent::default()).unwrap();
+    }
+}
+
+/// The logits of a few tokens, as bits.
+fn logits(model: &Path, dtype: Option<DType>) -> Vec<u32> {
+    let model = load(&options(model, dtype), &mut Silent::default()).unwrap();
     let config = EngineConfig::new(64, 1, DType::F32);
     let mut engine = Engine::new(model.network.clone(), config).unwrap();
     let request = Request {
@@ -319,6 +322,15 @@ fn a_release_in_fp8_runs_as_what_it_stands_for() {
             .unwrap();
         }
         let [release, twin, twin_f32] = &folders;
+        let rows = inspect(&options(release, None), &mut Silent::default())
+            .unwrap()
+            .rows;
+        let small: Vec<_> = rows.iter().filter(|r| r.dtype == "FP8 as BF16").collect();
+        let one_each = |r: &&Row| r.bytes == r.shape.iter().product::<usize>() as u64;
+        assert!(
+            small.len() >= projections && small.iter().any(one_each),
+            "{rows:?}"
+        );
         let expected = logits(twin, Some(DType::BF16));
         assert!(logits(release, Some(DType::BF16)) == expected, "{family}");
         assert!(
@@ -326,12 +338,8 @@ fn a_release_in_fp8_runs_as_what_it_stands_for() {
             "{family} in F32"
         );
         let converted = own.join(family).join("converted");
-        let options = ConvertOptions {
-            from: LoadOptions {
-                model: Some(release.display().to_string()),
-                device: "cpu".into(),
-                ..LoadOptions::default()
-            },
+        let conversion = ConvertOptions {
+            from: options(release, None),
             to: converted.clone(),
             gguf: false,
             quantize: None,
@@ -341,7 +349,7 @@ fn a_release_in_fp8_runs_as_what_it_stands_for() {
             threads: 2,
             seed: 0,
         };
-        convert(&options, &mut Silent::default(), &mut Quiet).unwrap();
+        convert(&conversion, &mut Silent::default(), &mut Quiet).unwrap();
         assert!(
             logits(&converted, Some(DType::BF16)) == expected,
             "{family} converted"
