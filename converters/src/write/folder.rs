@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::stream::beside;
 use crate::error::{Error, Result};
 
 /// What may be done to make room.
@@ -26,15 +27,13 @@ impl Folder {
     /// Begins to fill `path`, or goes on where an earlier run of the same `identity` was stopped. Fails if
     /// there is something at `path`, or something else half-done beside it, unless forced.
     pub fn begin(path: &Path, identity: &str, options: Options) -> Result<Folder> {
-        let name = path.file_name().ok_or_else(|| {
+        if path.file_name().is_none() {
             let why = "is no name for a new folder";
-            Error::file(path.display().to_string(), why)
-        })?;
-        let mut partial = name.to_os_string();
-        partial.push(".partial");
+            return Err(Error::file(path.display().to_string(), why));
+        }
         let folder = Folder {
             path: path.into(),
-            partial: path.with_file_name(partial),
+            partial: beside(path, "partial"),
             force: options.force,
         };
         folder.check_target()?;

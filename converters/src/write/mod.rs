@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::published::Step;
 
 pub use folder::{Folder, Options};
-pub use stream::{File, Progress, Quiet, write};
+pub use stream::{File, Progress, Quiet, begun, write};
 
 /// A tensor that is to be written.
 pub struct Target {

@@ -110,8 +110,17 @@ pub fn write(
     Ok(())
 }
 
+/// Bytes that a run which was stopped left beside `path`: they are gone on with, or removed.
+pub fn begun(path: &Path) -> u64 {
+    let size = |path: &Path| fs::metadata(path).ok().filter(|m| m.is_file());
+    let partial = beside(path, "partial");
+    let within = fs::read_dir(&partial).into_iter().flatten().flatten();
+    let files = within.map(|e| e.path()).chain([partial.clone()]);
+    files.filter_map(|f| Some(size(&f)?.len())).sum()
+}
+
 /// `NAME.partial` for NAME.
-fn beside(path: &Path, ending: &str) -> PathBuf {
+pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{ending}"));
     path.with_file_name(name)

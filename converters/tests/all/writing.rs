@@ -71,6 +71,8 @@ fn what_was_stopped_goes_on_and_ends_the_same() {
                 write::write(&file(&name, &header, &all), 1, threads, &mut stop).unwrap_err();
             assert!(error.to_string().contains("goes on"), "{error}");
             assert!(!name.exists());
+            let left = std::fs::metadata(path(&format!("stopped-{threads}.partial")));
+            assert_eq!(write::begun(&name), left.unwrap().len());
             runs += 1;
         }
         let mut rest = Stop {
@@ -88,11 +90,13 @@ fn what_was_stopped_goes_on_and_ends_the_same() {
             expected,
             "after {runs} stops"
         );
-        assert!(
-            !name
-                .with_file_name(format!("stopped-{threads}.note"))
-                .exists()
-        );
+        assert!(!path(&format!("stopped-{threads}.note")).exists());
+        assert_eq!(write::begun(&name), 0);
+        // Of a folder, what its files take.
+        std::fs::create_dir(path("half.partial")).unwrap_or_default();
+        folder.write("half.partial/a", b"12345");
+        folder.write("half.partial/b", b"678");
+        assert_eq!(write::begun(&path("half")), 8);
     }
 
     // Half of another conversion is worth nothing.

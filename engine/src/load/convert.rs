@@ -170,19 +170,20 @@ pub fn convert(
     Ok(converted)
 }
 
-/// Fails unless there is room for so many bytes where `to` will be.
+/// Fails unless there is room for so many bytes where `to` will be, beside those that an earlier run left.
 pub(super) fn check_space(to: &Path, bytes: u64) -> Result<()> {
     let room = match to.parent() {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
     };
+    let begun = write::begun(to);
     match hub::free_bytes(room) {
-        Some(free) if free < bytes => {
+        Some(free) if free.saturating_add(begun) < bytes => {
             let gb = |bytes: u64| bytes as f64 / 1e9;
             Err(Error::Input(format!(
-                "{}: the checkpoint needs {:.2} GB and {:.2} GB are free there",
+                "{}: the checkpoint needs {:.2} GB more and {:.2} GB are free there",
                 to.display(),
-                gb(bytes),
+                gb(bytes.saturating_sub(begun)),
                 gb(free)
             )))
         }
