@@ -5,7 +5,21 @@ use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
     Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
 };
+use crate::span::Ragged;
 use crate::tensor::{DType, HostTensor, Tensor};
+
+/// A step that will run again and again: see [`Backend::repeat`].
+#[derive(Debug, Clone, Copy)]
+pub struct Repeat<'a> {
+    /// Equal for steps whose operations are the same, on the same tensors and with the same lists in host
+    /// memory, but for the two below.
+    pub key: [u64; 2],
+    /// Tokens of the step's [`Embed`], one a row.
+    pub ids: &'a [u32],
+    /// The batch of all of its operations: one row a sequence. Of two steps with as many sequences it is
+    /// positions, slots and pages that differ.
+    pub ragged: Ragged<'a>,
+}
 
 /// A set of kernels and the device they run on.
 ///
@@ -25,6 +39,13 @@ pub trait Backend: Send + Sync {
     /// Rows of a prompt that are worth taking at once.
     fn prompt_rows(&self) -> usize {
         512
+    }
+
+    /// Runs `operations`, a step that will come again with other tokens and positions. A backend may record
+    /// what they do and do it again under an equal key without asking them: results are the same bits.
+    /// They read nothing back, and may be called more than once.
+    fn repeat(&self, _step: &Repeat<'_>, operations: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        operations()
     }
 
     /// New zeroed memory. Memory that is never written may cost nothing.

@@ -37,11 +37,13 @@ macro_rules! unit {
 }
 
 /// All files of kernels.
-pub const UNITS: [Unit; 12] = [
+pub const UNITS: [Unit; 13] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
     unit!("norms.cu": "rms_norm", "layer_norm"),
     unit!("products.cu": "one_row_f32_2_1", "one_row_f32_1_1", "one_row_f32_1_2", "one_row_f32_1_4", "one_row_f16_2_1", "one_row_f16_1_1", "one_row_f16_1_2", "one_row_f16_1_4", "one_row_bf16_2_1", "one_row_bf16_1_1", "one_row_bf16_1_2", "one_row_bf16_1_4", "tiles_f32", "tiles_f16", "tiles_bf16"),
+    unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
+        "row_gated_4"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
         "expert_tiles_f16", "expert_tiles_bf16", "sort_choices"),
     unit!("conv1d.cu": "conv1d_step", "conv1d_rows", "conv1d_state"),

@@ -68,6 +68,10 @@ impl State {
             round: i32::from(op.activations == DType::BF16),
         };
         let chunks = in_chunks(w, product.w);
+        if State::is_row(&op, &product.x, chunks) {
+            return self.row(&op);
+        }
+        self.flush()?;
         if rows == 1 && chunks && product.x.wide() {
             let (split, blocks) = self.split(n);
             let kernel = of_type(w.dtype(), ONE_ROW[split]);
@@ -84,7 +88,7 @@ impl State {
 
     /// How warps share `n` outputs, and how many blocks that makes: so that all processors have as much
     /// to do.
-    fn split(&self, n: usize) -> (usize, usize) {
+    pub fn split(&self, n: usize) -> (usize, usize) {
         let processors = self.device.processors.max(1);
         let mut best = (0, n.div_ceil(2 * WARPS), 0.0);
         // Outputs of a block.

@@ -16,19 +16,23 @@ mod linear;
 mod lists;
 mod locate;
 mod matmul;
+mod recording;
+mod row;
 mod rows;
 mod sequences;
 mod transfer;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 pub use compile::{Compiled, KernelCache, UNITS, Unit, compile};
 
 use self::device::{Allocation, Device, Param, Pinned};
 use self::lists::Lists;
 use self::matmul::Matmul;
-use crate::backend::Backend;
+use self::recording::Recordings;
+use self::row::Waiting;
+use crate::backend::{Backend, Repeat};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::ops::{
@@ -52,6 +56,8 @@ pub struct CudaOptions {
 pub struct Cuda {
     device: Arc<Device>,
     state: Mutex<State>,
+    /// Told when a recording has ended.
+    recorded: Condvar,
 }
 
 /// What operations share. They run one at a time.
@@ -67,6 +73,9 @@ struct State {
     scratch: Option<Allocation>,
     /// Addresses of experts' matrices, by layer and projection.
     experts: experts::Tables,
+    recordings: Recordings,
+    /// Products that wait for what follows them, while a step is recorded.
+    waiting: Waiting,
 }
 
 /// An error of this backend.
@@ -97,11 +106,14 @@ impl Cuda {
             matmul: None,
             scratch: None,
             experts: experts::Tables::default(),
+            recordings: Recordings::default(),
+            waiting: Waiting::None,
             device: device.clone(),
         };
         Ok(Cuda {
             device,
             state: Mutex::new(state),
+            recorded: Condvar::new(),
         })
     }
 
@@ -121,7 +133,18 @@ impl Cuda {
     }
 
     fn enter(&self) -> Result<MutexGuard<'_, State>> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.enter_open()?;
+        state.flush()?;
+        Ok(state)
+    }
+
+    /// As `enter`, for operations that may be done with products that wait.
+    fn enter_open(&self) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.recordings.keep_out() {
+            let waited = self.recorded.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
         state.device.enter()?;
         Ok(state)
     }
@@ -139,7 +162,8 @@ impl State {
         if let Some(scratch) = self.scratch.as_ref().filter(|s| s.bytes >= bytes) {
             return Ok(scratch.pointer);
         }
-        // The old one goes first, in the order of the stream.
+        // The old one goes first, in the order of the stream, and with it what was recorded on it.
+        self.recordings.forget();
         self.scratch = None;
         let new = Allocation::new(&self.device, bytes.next_power_of_two())?;
         Ok(self.scratch.insert(new).pointer)
@@ -274,9 +298,28 @@ impl Backend for Cuda {
         4096
     }
 
+    fn repeat(&self, step: &Repeat<'_>, operations: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.run_or_repeat(step, operations)
+    }
+
+    fn linear(&self, op: Linear<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.linear(op)
+    }
+
+    fn add(&self, op: Add<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.add(op)
+    }
+
+    fn activate(&self, op: Activate<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.activate(op)
+    }
+
     checked! {
-        linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
-        add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
+        embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
+        scale: Scale, conv1d: Conv1d, selective_scan: SelectiveScan,
         ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine,

@@ -67,6 +67,10 @@ unsafe impl Param for Routing {}
 
 impl State {
     pub fn add(&mut self, op: Add<'_>) -> Result<()> {
+        if self.added(&op)? {
+            return Ok(());
+        }
+        self.flush()?;
         let (a, b, y) = (Rows::of(op.a)?, Rows::of(op.b)?, Rows::of(op.y)?);
         let cols = op.a.cols();
         let wide = cols.is_multiple_of(4) && a.wide() && b.wide() && y.wide();
@@ -79,6 +83,10 @@ impl State {
     }
 
     pub fn activate(&mut self, op: Activate<'_>) -> Result<()> {
+        if self.gated(&op)? {
+            return Ok(());
+        }
+        self.flush()?;
         let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
         let gate = Rows::optional(op.gate)?;
         let wide = cols.is_multiple_of(4) && x.wide() && y.wide() && gate.wide();
@@ -90,7 +98,7 @@ impl State {
         dense("embed", op.table)?;
         let table = op.table.data();
         let (pointer, y, cols) = (address(table)?, Rows::of(op.y)?, table.cols());
-        let ids = self.lists.send_numbers(op.ids.iter().copied())?;
+        let ids = self.lists.ids(op.ids)?;
         launch!(self, "embed", grid(op.ids.len(), cols), 256, 0;
             ids, pointer, table.stride() as i64, code(table.dtype()), y, cols as i32)
     }

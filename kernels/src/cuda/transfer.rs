@@ -6,7 +6,7 @@ use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUmemorytype_enum};
 
 use super::device::{Allocation, failed, launch};
-use super::{State, address, code};
+use super::{State, address, code, fault};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -58,6 +58,7 @@ impl State {
 
     pub fn read(&mut self, from: &Tensor, to: &mut [f32]) -> Result<()> {
         size_of("read", to.len(), from.rows() * from.cols())?;
+        self.not_recorded("read")?;
         if to.is_empty() {
             return Ok(());
         }
@@ -91,6 +92,7 @@ impl State {
 
     pub fn write(&mut self, from: &[f32], to: &mut Tensor) -> Result<()> {
         size_of("write", from.len(), to.rows() * to.cols())?;
+        self.not_recorded("write")?;
         if from.is_empty() {
             return Ok(());
         }
@@ -103,6 +105,14 @@ impl State {
             (address(to)?, to.stride(), to.dtype()),
             [to.rows(), to.cols()],
         )
+    }
+
+    /// Refuses what moves the host's numbers, which a recording would not see again.
+    fn not_recorded(&self, op: &str) -> Result<()> {
+        if self.device.records() {
+            return Err(fault(format!("{op} cannot be recorded")));
+        }
+        Ok(())
     }
 
     /// Copies between types and strides.
@@ -126,7 +136,7 @@ impl State {
         if from.is_contiguous() && to.is_contiguous() {
             // SAFETY: both tensors have these bytes, and they do not overlap.
             let done = unsafe {
-                result::memcpy_dtod_async(target, source, rows * width, self.device.stream)
+                result::memcpy_dtod_async(target, source, rows * width, self.device.work())
             };
             return done.map_err(failed("copying"));
         }
@@ -151,7 +161,7 @@ impl State {
             Height: rows,
         };
         // SAFETY: both tensors have rows of this width at these distances, and do not overlap.
-        let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.stream) };
+        let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.work()) };
         done.result().map_err(failed("copying"))
     }
 
@@ -165,10 +175,10 @@ impl State {
         // SAFETY: the tensor has rows of this width at this distance.
         let done = unsafe {
             if tensor.is_contiguous() {
-                result::memset_d8_async(pointer, 0, rows * width, self.device.stream)
+                result::memset_d8_async(pointer, 0, rows * width, self.device.work())
             } else {
                 let pitch = tensor.stride() * size;
-                sys::cuMemsetD2D8Async(pointer, pitch, 0, width, rows, self.device.stream).result()
+                sys::cuMemsetD2D8Async(pointer, pitch, 0, width, rows, self.device.work()).result()
             }
         };
         done.map_err(failed("clearing memory"))
