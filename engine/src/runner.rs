@@ -545,13 +545,12 @@ impl Runner {
                 self.project(wanted, rows)?
             };
             let host = &mut self.host_logits[..wanted.len() * graph.vocab];
-            network.backend.read(&logits, host)?;
-            if let Some(by) = graph.logit_scale {
-                host.iter_mut().for_each(|l| *l *= by as f32);
-            }
-            for (row, logits) in wanted.iter().zip(host.chunks_exact(graph.vocab)) {
-                sink(*row, logits);
-            }
+            network.backend.read_rows(&logits, host, &mut |i, logits| {
+                if let Some(by) = graph.logit_scale {
+                    logits.iter_mut().for_each(|l| *l *= by as f32);
+                }
+                sink(wanted[i], logits);
+            })?;
         }
         Ok(())
     }

@@ -58,6 +58,20 @@ pub trait Backend: Send + Sync {
     /// Copies elements to the host, widened to f32, row after row.
     fn read(&self, from: &Tensor, to: &mut [f32]) -> Result<()>;
 
+    /// Reads as [`Backend::read`] and hands out each row, in order, to be changed at will. `room` has place
+    /// for all of them; a backend may use memory of its own instead. `row` uses no backend.
+    fn read_rows(
+        &self,
+        from: &Tensor,
+        room: &mut [f32],
+        row: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<()> {
+        self.read(from, room)?;
+        let rows = room.chunks_exact_mut(from.cols().max(1)).enumerate();
+        rows.for_each(|(i, values)| row(i, values));
+        Ok(())
+    }
+
     /// Copies elements from the host, row after row, rounded to the tensor's type.
     fn write(&self, from: &[f32], to: &mut Tensor) -> Result<()>;
 

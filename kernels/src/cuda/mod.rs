@@ -27,7 +27,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 pub use compile::{Compiled, KernelCache, UNITS, Unit, compile};
 
-use self::device::{Allocation, Device, Param, Pinned};
+use cudarc::driver::result;
+use cudarc::driver::sys::{CUevent, CUevent_flags_enum};
+
+use self::device::{Allocation, Device, Param, Pinned, failed};
 use self::lists::Lists;
 use self::matmul::Matmul;
 use self::recording::Recordings;
@@ -66,6 +69,8 @@ struct State {
     lists: Lists,
     /// Through which results come back.
     staging: Pinned,
+    /// Of either half of it, whether what was last sent there has arrived.
+    arrived: [CUevent; 2],
     libraries: Vec<PathBuf>,
     /// Loaded with the first product that is for matrix units.
     matmul: Option<Matmul>,
@@ -76,6 +81,23 @@ struct State {
     recordings: Recordings,
     /// Products that wait for what follows them, while a step is recorded.
     waiting: Waiting,
+    norms: rows::WaitingNorms,
+    /// What lies rounded in `scratch`, for as long as nothing but products comes.
+    rounded: Option<linear::Rounded>,
+}
+
+// SAFETY: events may be used from any thread; everything else may by itself.
+unsafe impl Send for State {}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            for event in self.arrived {
+                // SAFETY: made with the state, destroyed once.
+                let _ = unsafe { result::event::destroy(event) };
+            }
+        }
+    }
 }
 
 /// An error of this backend.
@@ -99,15 +121,20 @@ impl Cuda {
         locate::driver()?;
         locate::compiler(&options.libraries)?;
         let device = Arc::new(Device::open(options.ordinal, options.cache.as_ref())?);
+        let flag = CUevent_flags_enum::CU_EVENT_DISABLE_TIMING;
+        let event = || result::event::create(flag).map_err(failed("making an event"));
         let state = State {
             lists: Lists::new(&device)?,
             staging: Pinned::new(&device, STAGING)?,
+            arrived: [event()?, event()?],
             libraries: options.libraries,
             matmul: None,
             scratch: None,
             experts: experts::Tables::default(),
             recordings: Recordings::default(),
             waiting: Waiting::None,
+            norms: rows::WaitingNorms::default(),
+            rounded: None,
             device: device.clone(),
         };
         Ok(Cuda {
@@ -135,6 +162,7 @@ impl Cuda {
     fn enter(&self) -> Result<MutexGuard<'_, State>> {
         let mut state = self.enter_open()?;
         state.flush()?;
+        state.rounded = None;
         Ok(state)
     }
 
@@ -181,7 +209,7 @@ fn optional(of: Option<&Tensor>) -> Result<u64> {
 }
 
 /// Rows of a tensor, as kernels take them.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C)]
 struct Rows {
     pointer: u64,
@@ -268,6 +296,15 @@ impl Backend for Cuda {
         self.enter()?.read(from, to)
     }
 
+    fn read_rows(
+        &self,
+        from: &Tensor,
+        room: &mut [f32],
+        row: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<()> {
+        self.enter()?.read_rows(from, room, row)
+    }
+
     fn write(&self, from: &[f32], to: &mut Tensor) -> Result<()> {
         self.enter()?.write(from, to)
     }
@@ -317,8 +354,15 @@ impl Backend for Cuda {
         self.enter_open()?.activate(op)
     }
 
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<()> {
+        op.check()?;
+        let mut state = self.enter_open()?;
+        state.rounded = None;
+        state.rms_norm(op)
+    }
+
     checked! {
-        embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
+        embed: Embed, gather: Gather, layer_norm: LayerNorm,
         scale: Scale, conv1d: Conv1d, selective_scan: SelectiveScan,
         ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,

@@ -102,6 +102,7 @@ impl State {
         if !self.device.records() {
             return self.start_row(&product);
         }
+        self.start_norms()?;
         self.waiting = match std::mem::take(&mut self.waiting) {
             Waiting::One(first) if first.goes_with(&product) => Waiting::Two(first, product),
             before => {
@@ -114,6 +115,7 @@ impl State {
 
     /// Starts what waits: what comes now does not belong to it.
     pub fn flush(&mut self) -> Result<()> {
+        self.start_norms()?;
         let waiting = std::mem::take(&mut self.waiting);
         self.start_waiting(waiting)
     }

@@ -36,27 +36,37 @@ __device__ __forceinline__ float add_products(u32 x, u32 w, float sum) {
     return fmaf(high_bf16(x), high_bf16(w), sum);
 }
 
+// Chunks of sixteen bytes that a lane has on their way, and blocks that a processor holds at least: where
+// registers allow, 2,560 outputs by two warps each run at once.
+#define HELD 4
+#if __CUDA_ARCH__ >= 1200
+#define BLOCKS 4
+#else
+#define BLOCKS 5
+#endif
+
 // W warps share R rows of w: R neighbours, or one of the gate and one of w. The order of a sum depends on
 // W alone. K is whole chunks of eight; x, w and gate are aligned to 16 bytes. Shared memory holds x in BF16.
 template <int R, int W, bool GATED>
 __device__ __forceinline__ void row(const RowProduct& p) {
     extern __shared__ __align__(16) uint4 xs[];
     __shared__ float parts[8][R];
-    const int AHEAD = 8 / R; // chunks of each row on their way
+    const int AHEAD = HELD / R; // chunks of each row on their way
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, outputs = GATED ? 1 : R;
     // Warps beyond the last output do the last ones again.
     const int n = min((int)(blockIdx.x * (8 / W) + warp / W) * outputs, p.n - outputs);
     const int chunks = p.k / 8, first = warp % W * 32 + lane, step = 32 * W;
-    const uint4* w[R];
+    const uint4* w[R]; // where this lane reads next
 #pragma unroll
     for (int r = 0; r < R; r++)
-        w[r] = GATED ? (const uint4*)(r == 0 ? p.gate : p.w) + (i64)n * chunks : (const uint4*)p.w + (i64)(n + r) * chunks;
+        w[r] = (const uint4*)(GATED && r == 0 ? p.gate : p.w) + (i64)(GATED ? n : n + r) * chunks + first;
     uint4 q[AHEAD][R];
+    int left = chunks - first; // chunks from the next one on
 #pragma unroll
     for (int u = 0; u < AHEAD; u++)
 #pragma unroll
         for (int r = 0; r < R; r++)
-            if (first + u * step < chunks) q[u][r] = load_once(w[r] + first + u * step);
+            if (u * step < left) q[u][r] = load_once(w[r] + u * step);
     BEGIN();
     const float4* x = (const float4*)p.x.row(0);
     for (int i = threadIdx.x; i < 2 * chunks; i += 256) {
@@ -64,23 +74,27 @@ __device__ __forceinline__ void row(const RowProduct& p) {
         ((uint2*)xs)[i] = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
     }
     __syncthreads();
+    const uint4* from = xs + first;
     float sum[R] = {};
-    for (int at = first; at < chunks; at += AHEAD * step) {
+#pragma unroll 1
+    for (; left > 0; left -= AHEAD * step) {
+#pragma unroll
+        for (int r = 0; r < R; r++) w[r] += AHEAD * step;
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
-            const int i = at + u * step, next = i + AHEAD * step;
-            if (i >= chunks) break;
-            const uint4 v = xs[i];
+            if (u * step >= left) break;
+            const uint4 v = from[u * step];
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 const uint4 c = q[u][r];
-                if (next < chunks) q[u][r] = load_once(w[r] + next);
+                if ((u + AHEAD) * step < left) q[u][r] = load_once(w[r] + u * step);
                 sum[r] = add_products(v.x, c.x, sum[r]);
                 sum[r] = add_products(v.y, c.y, sum[r]);
                 sum[r] = add_products(v.z, c.z, sum[r]);
                 sum[r] = add_products(v.w, c.w, sum[r]);
             }
         }
+        from += AHEAD * step;
     }
 #pragma unroll
     for (int r = 0; r < R; r++) sum[r] = warp_sum(sum[r]);
@@ -114,13 +128,13 @@ __device__ __forceinline__ void row(const RowProduct& p) {
 }
 
 #define OF_SPLIT(R, W) \
-    KERNEL __launch_bounds__(256) row_##R##_##W(ARGS(RowProduct) p) { row<R, W, false>(p); }
+    KERNEL __launch_bounds__(256, BLOCKS) row_##R##_##W(ARGS(RowProduct) p) { row<R, W, false>(p); }
 OF_SPLIT(2, 1)
 OF_SPLIT(1, 1)
 OF_SPLIT(1, 2)
 OF_SPLIT(1, 4)
 #define OF_GATE(W) \
-    KERNEL __launch_bounds__(256) row_gated_##W(ARGS(RowProduct) p) { row<2, W, true>(p); }
+    KERNEL __launch_bounds__(256, 4) row_gated_##W(ARGS(RowProduct) p) { row<2, W, true>(p); }
 OF_GATE(1)
 OF_GATE(2)
 OF_GATE(4)
