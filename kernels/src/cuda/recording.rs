@@ -48,7 +48,7 @@ enum Known {
     /// It ran once, so that all memory and all choices it needs are there.
     Ran,
     /// It can be started.
-    Ready(Ready),
+    Ready(Box<Ready>),
     /// It cannot be recorded.
     Never,
 }
@@ -159,7 +159,7 @@ impl State {
                 if self.device.allocations() != of.allocations {
                     Known::Ran
                 } else if whole {
-                    Known::Ready(ready)
+                    Known::Ready(Box::new(ready))
                 } else {
                     Known::Never
                 }
