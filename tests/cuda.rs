@@ -22,7 +22,7 @@ use strata_kernels::cuda::{Cuda, CudaOptions};
 use super::*;
 
 /// The GPU. One for all tests: making it takes a second.
-fn gpu() -> &'static Cuda {
+pub(super) fn gpu() -> &'static Cuda {
     static GPU: OnceLock<Cuda> = OnceLock::new();
     GPU.get_or_init(|| {
         Cuda::new(CudaOptions::default()).unwrap_or_else(|e| panic!("these tests need a GPU: {e}"))

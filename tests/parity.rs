@@ -16,6 +16,8 @@ use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor, random};
 
 #[path = "cuda.rs"]
 mod cuda;
+#[path = "cuda_repeat.rs"]
+mod cuda_repeat;
 
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;

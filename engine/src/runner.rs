@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use strata_kernels::ops::{Add, Embed, Gather, Linear, Scale};
-use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Span, Tensor};
+use strata_kernels::{Backend, DType, Matrix, Ragged, Repeat, Result, Span, Tensor};
 use strata_layers::graph::{Graph, Node, Run, ValueId};
 use strata_layers::{Context, Init, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
 
@@ -168,6 +169,17 @@ pub struct Step<'a> {
     pub logits: &'a [usize],
 }
 
+impl Step<'_> {
+    /// Whether every sequence has one row, a token of the vocabulary, and wants its logits: a step that
+    /// comes again for as long as they run.
+    fn is_decode(&self, vocab: usize) -> bool {
+        let rows = self.tokens.len();
+        self.ragged.spans.len() == rows
+            && self.logits.len() == rows
+            && self.tokens.iter().all(|t| (*t as usize) < vocab)
+    }
+}
+
 /// A place of the stream that can be watched while a network runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Point {
@@ -186,6 +198,9 @@ pub type Watch<'a> = dyn FnMut(Point, &[f32]) + 'a;
 /// their memory stays small beside any vocabulary.
 const LOGIT_ROWS: usize = 32;
 
+/// Runners made so far, to tell their memory apart.
+static RUNNERS: AtomicU64 = AtomicU64::new(0);
+
 /// Runs steps of a network, with the state of its sequences and the memory between its nodes.
 pub struct Runner {
     network: Arc<Network>,
@@ -200,6 +215,7 @@ pub struct Runner {
     operands: Vec<Tensor>,
     prefix_ids: Vec<u32>,
     empty: LayerState,
+    id: u64,
     picked: Tensor,
     logits: Tensor,
     host_logits: Vec<f32>,
@@ -225,6 +241,7 @@ impl Runner {
             operands: Vec::new(),
             prefix_ids: Vec::new(),
             empty: LayerState::default(),
+            id: RUNNERS.fetch_add(1, Ordering::Relaxed),
             picked: backend.alloc(DType::F32, LOGIT_ROWS, graph.d_model)?,
             logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
             host_logits: vec![0.0; LOGIT_ROWS * graph.vocab],
@@ -297,12 +314,38 @@ impl Runner {
             self.max_rows
         );
         self.most_rows = self.most_rows.max(rows);
+        if watch.is_none() && step.is_decode(self.network.graph.vocab) {
+            return self.decode(step, rows, sink);
+        }
         self.embed(step, rows)?;
         if let Some(watch) = &mut watch {
             self.tell(0, rows, &mut **watch)?;
         }
         self.nodes(step.ragged, rows, watch)?;
-        self.head(step.logits, rows, sink)
+        self.head(step.logits, rows, 0, sink)
+    }
+
+    /// As [`Runner::forward`], for a step that comes again.
+    fn decode(
+        &mut self,
+        step: &Step<'_>,
+        rows: usize,
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let backend = self.network.backend.clone();
+        let first = rows.min(LOGIT_ROWS);
+        // Scratch is another when it has grown; all else is there for as long as the runner.
+        let repeat = Repeat {
+            key: [self.id, self.scratch.bytes() as u64],
+            ids: step.tokens,
+            ragged: step.ragged,
+        };
+        backend.repeat(&repeat, &mut || {
+            self.embed(step, rows)?;
+            self.nodes(step.ragged, rows, None)?;
+            self.project(&step.logits[..first], rows).map(|_| ())
+        })?;
+        self.head(step.logits, rows, first, sink)
     }
 
     /// Runs one image, whose state begins in slot 0 and in the first pages. `patches` are
@@ -361,7 +404,7 @@ impl Runner {
         })?;
         self.nodes(ragged, rows, None)?;
         let mut logits = Vec::new();
-        self.head(&[place], rows, &mut |_, row| logits = row.to_vec())?;
+        self.head(&[place], rows, 0, &mut |_, row| logits = row.to_vec())?;
         Ok(logits)
     }
 
@@ -485,41 +528,52 @@ impl Runner {
         Ok(())
     }
 
+    /// The logits of `wanted` rows, of which the first `projected` are in memory already.
     fn head(
         &mut self,
         wanted: &[usize],
         rows: usize,
+        projected: usize,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
         let network = self.network.clone();
-        let (graph, backend) = (&network.graph, &*network.backend);
-        let x = self.value(graph.last, rows);
-        for wanted in wanted.chunks(LOGIT_ROWS) {
-            let mut picked = self.picked.first_rows(wanted.len());
-            let mut logits = self.logits.first_rows(wanted.len());
-            backend.gather(Gather {
-                x: &x,
-                rows: wanted,
-                y: &mut picked,
-            })?;
-            let (w, activations) = (&network.head, network.activations);
-            backend.linear(Linear {
-                x: &picked,
-                w,
-                bias: network.head_bias.as_ref(),
-                activations,
-                y: &mut logits,
-            })?;
+        let graph = &network.graph;
+        for (i, wanted) in wanted.chunks(LOGIT_ROWS).enumerate() {
+            let logits = if i * LOGIT_ROWS < projected {
+                self.logits.first_rows(wanted.len())
+            } else {
+                self.project(wanted, rows)?
+            };
             let host = &mut self.host_logits[..wanted.len() * graph.vocab];
-            backend.read(&logits, host)?;
-            if let Some(by) = graph.logit_scale {
-                host.iter_mut().for_each(|l| *l *= by as f32);
-            }
-            for (row, logits) in wanted.iter().zip(host.chunks_exact(graph.vocab)) {
-                sink(*row, logits);
-            }
+            network.backend.read_rows(&logits, host, &mut |i, logits| {
+                if let Some(by) = graph.logit_scale {
+                    logits.iter_mut().for_each(|l| *l *= by as f32);
+                }
+                sink(wanted[i], logits);
+            })?;
         }
         Ok(())
+    }
+
+    /// The last value's rows `wanted`, at most [`LOGIT_ROWS`], times the output matrix.
+    fn project(&mut self, wanted: &[usize], rows: usize) -> Result<Tensor> {
+        let (network, backend) = (&self.network, &*self.network.backend);
+        let x = self.value(network.graph.last, rows);
+        let mut picked = self.picked.first_rows(wanted.len());
+        let mut logits = self.logits.first_rows(wanted.len());
+        backend.gather(Gather {
+            x: &x,
+            rows: wanted,
+            y: &mut picked,
+        })?;
+        backend.linear(Linear {
+            x: &picked,
+            w: &network.head,
+            bias: network.head_bias.as_ref(),
+            activations: network.activations,
+            y: &mut logits,
+        })?;
+        Ok(logits)
     }
 
     fn context<'a>(

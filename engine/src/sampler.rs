@@ -415,13 +415,22 @@ fn likelier(a: &(u32, f32), b: &(u32, f32)) -> std::cmp::Ordering {
 
 /// The likeliest token, after checking that the logits can be sampled from.
 fn checked_argmax(logits: &[f32], position: usize) -> Result<u32, SampleError> {
-    let (mut best, mut top, mut count) = (0, f32::NEG_INFINITY, 0);
-    for (token, &logit) in logits.iter().enumerate() {
-        count += usize::from(logit.is_nan());
-        if logit > top {
-            (best, top) = (token, logit);
+    // By lanes, as processors compare; which token it was is asked once.
+    const LANES: usize = 16;
+    let (mut tops, mut nans) = ([f32::NEG_INFINITY; LANES], [0u32; LANES]);
+    let mut look = |logits: &[f32]| {
+        for ((top, nans), logit) in tops.iter_mut().zip(&mut nans).zip(logits) {
+            *top = if *logit > *top { *logit } else { *top };
+            *nans += u32::from(logit.is_nan());
         }
-    }
+    };
+    let whole = logits.chunks_exact(LANES);
+    let rest = whole.remainder();
+    whole.for_each(&mut look);
+    look(rest);
+    let top = tops.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let count = nans.into_iter().sum::<u32>() as usize;
+    let best = logits.iter().position(|l| *l == top).unwrap_or(0);
     let vocab = logits.len();
     if let Some(token) = (count > 0)
         .then(|| logits.iter().position(|logit| logit.is_nan()))

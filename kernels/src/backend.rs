@@ -5,7 +5,21 @@ use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
     Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
 };
+use crate::span::Ragged;
 use crate::tensor::{DType, HostTensor, Tensor};
+
+/// A step that will run again and again: see [`Backend::repeat`].
+#[derive(Debug, Clone, Copy)]
+pub struct Repeat<'a> {
+    /// Equal for steps whose operations are the same, on the same tensors and with the same lists in host
+    /// memory, but for the two below.
+    pub key: [u64; 2],
+    /// Tokens of the step's [`Embed`], one a row.
+    pub ids: &'a [u32],
+    /// The batch of all of its operations: one row a sequence. Of two steps with as many sequences it is
+    /// positions, slots and pages that differ.
+    pub ragged: Ragged<'a>,
+}
 
 /// A set of kernels and the device they run on.
 ///
@@ -27,6 +41,13 @@ pub trait Backend: Send + Sync {
         512
     }
 
+    /// Runs `operations`, a step that will come again with other tokens and positions. A backend may record
+    /// what they do and do it again under an equal key without asking them: results are the same bits.
+    /// They read nothing back, and may be called more than once.
+    fn repeat(&self, _step: &Repeat<'_>, operations: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        operations()
+    }
+
     /// New zeroed memory. Memory that is never written may cost nothing.
     fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor>;
 
@@ -36,6 +57,20 @@ pub trait Backend: Send + Sync {
 
     /// Copies elements to the host, widened to f32, row after row.
     fn read(&self, from: &Tensor, to: &mut [f32]) -> Result<()>;
+
+    /// Reads as [`Backend::read`] and hands out each row, in order, to be changed at will. `room` has place
+    /// for all of them; a backend may use memory of its own instead. `row` uses no backend.
+    fn read_rows(
+        &self,
+        from: &Tensor,
+        room: &mut [f32],
+        row: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<()> {
+        self.read(from, room)?;
+        let rows = room.chunks_exact_mut(from.cols().max(1)).enumerate();
+        rows.for_each(|(i, values)| row(i, values));
+        Ok(())
+    }
 
     /// Copies elements from the host, row after row, rounded to the tensor's type.
     fn write(&self, from: &[f32], to: &mut Tensor) -> Result<()>;

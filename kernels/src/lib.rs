@@ -19,7 +19,7 @@ mod rounded;
 pub mod span;
 pub mod tensor;
 
-pub use backend::Backend;
+pub use backend::{Backend, Repeat};
 pub use error::{Error, Result};
 pub use format::Format;
 pub use matrix::Matrix;

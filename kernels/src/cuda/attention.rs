@@ -4,6 +4,7 @@ use super::device::{Param, launch};
 use super::{Rows, State, address, code};
 use crate::error::{Error, Result};
 use crate::ops::{Attention, KvWrite, Rope};
+use crate::span::Ragged;
 use crate::tensor::DType;
 
 /// Queries of a tile, and keys of a block: `QUERIES` and `KEYS` in attention.cu.
@@ -81,6 +82,13 @@ unsafe impl Param for Rotation {}
 unsafe impl Param for Write {}
 // SAFETY: as above.
 unsafe impl Param for Attend {}
+
+/// A power of two that no sequence of the batch is longer than: what launches depend on, so that they stay
+/// the same for many tokens.
+pub(super) fn reach(ragged: &Ragged<'_>) -> usize {
+    let ends = ragged.spans.iter().map(|s| s.position + s.len);
+    ends.max().unwrap_or(0).next_power_of_two()
+}
 
 /// A number of tokens as kernels take it. More than fit are more than there can be.
 fn tokens(n: usize) -> i32 {
@@ -169,10 +177,9 @@ impl State {
         let queries = by_units.map_or(QUERIES, |_| QUERIES_OF_UNITS);
         let (tiles, count) = self.lists.tiles(&op.ragged, group, queries)?;
         // Where tiles are few, several blocks share the keys of each.
-        let spans = op.ragged.spans.iter();
-        let longest = spans.map(|s| s.position + s.len).max().unwrap_or(0);
+        let reach = reach(&op.ragged);
         let wanted = (2 * self.device.processors) / (count * op.kv_heads).max(1);
-        let splits = wanted.clamp(1, longest.div_ceil(2 * KEYS).max(1));
+        let splits = wanted.clamp(1, reach.div_ceil(2 * KEYS).max(1));
         let parts = if splits > 1 {
             self.scratch(4 * op.q.rows() * op.heads * splits * (op.v_head_dim + 2))?
         } else {

@@ -37,19 +37,23 @@ macro_rules! unit {
 }
 
 /// All files of kernels.
-pub const UNITS: [Unit; 12] = [
+pub const UNITS: [Unit; 13] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
-    unit!("norms.cu": "rms_norm", "layer_norm"),
+    unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
     unit!("products.cu": "one_row_f32_2_1", "one_row_f32_1_1", "one_row_f32_1_2", "one_row_f32_1_4", "one_row_f16_2_1", "one_row_f16_1_1", "one_row_f16_1_2", "one_row_f16_1_4", "one_row_bf16_2_1", "one_row_bf16_1_1", "one_row_bf16_1_2", "one_row_bf16_1_4", "tiles_f32", "tiles_f16", "tiles_bf16"),
+    unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
+        "row_gated_4"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
         "expert_tiles_f16", "expert_tiles_bf16", "sort_choices"),
     unit!("conv1d.cu": "conv1d_step", "conv1d_rows", "conv1d_state"),
     unit!("selective_scan.cu": "selective_scan_1", "selective_scan_2", "selective_scan_4",
         "selective_scan_8", "selective_scan_groups_1", "selective_scan_groups_2",
-        "selective_scan_groups_4"),
+        "selective_scan_groups_4", "selective_scan_step_1", "selective_scan_step_2",
+        "selective_scan_step_4"),
     unit!("ssd_scan.cu": "ssd_scan_1", "ssd_scan_2", "ssd_scan_4", "ssd_scan_8", "ssd_scan_16",
-        "ssd_scan_32"),
+        "ssd_scan_32", "ssd_scan_step_1", "ssd_scan_step_2", "ssd_scan_step_4", "ssd_scan_step_8",
+        "ssd_scan_step_16", "ssd_scan_step_32"),
     unit!("s4d_scan.cu": "s4d_scan"),
     unit!("mamba3_scan.cu": "mamba3_scan"),
     unit!("attention.cu": "rope", "kv_write", "attention", "attention_sum"),

@@ -4,9 +4,12 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUcontext, CUdeviceptr, CUfunction, CUresult, CUstream};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdeviceptr, CUfunction, CUgraphExec, CUresult, CUstream,
+};
 
 use super::compile::{KernelCache, UNITS, compile_all};
 use super::fault;
@@ -27,6 +30,11 @@ pub(super) struct Device {
     id: sys::CUdevice,
     context: CUcontext,
     pub stream: CUstream,
+    /// Where work goes while it is recorded, which runs none of it.
+    recorder: CUstream,
+    recording: AtomicBool,
+    /// How often memory was allocated.
+    allocations: AtomicU64,
     kernels: HashMap<&'static str, CUfunction>,
     pub name: String,
     /// Shared memory that a block may ask for.
@@ -82,6 +90,9 @@ impl Device {
             id,
             context,
             stream: std::ptr::null_mut(),
+            recorder: std::ptr::null_mut(),
+            recording: AtomicBool::new(false),
+            allocations: AtomicU64::new(0),
             kernels: HashMap::new(),
             name,
             shared_memory: 0,
@@ -90,6 +101,8 @@ impl Device {
         };
         device.enter()?;
         device.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("making a stream"))?;
+        device.recorder = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("making a stream"))?;
         use sys::CUdevice_attribute_enum as Attribute;
         let shared =
@@ -169,6 +182,50 @@ impl Device {
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("the GPU's work"))
     }
 
+    /// The stream of what operations do on the device: kernels, copies, fills.
+    pub fn work(&self) -> CUstream {
+        if self.records() {
+            self.recorder
+        } else {
+            self.stream
+        }
+    }
+
+    /// Whether work is recorded rather than done.
+    pub fn records(&self) -> bool {
+        self.recording.load(Ordering::Relaxed)
+    }
+
+    /// How often memory was allocated so far.
+    pub fn allocations(&self) -> u64 {
+        self.allocations.load(Ordering::Relaxed)
+    }
+
+    /// From here on work is recorded.
+    pub fn begin_recording(&self) -> Result<()> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is alive and not capturing.
+        unsafe { result::stream::begin_capture(self.recorder, mode) }
+            .map_err(failed("recording"))?;
+        self.recording.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// From here on work is done again. What was recorded, ready to be started.
+    pub fn end_recording(&self) -> Result<CUgraphExec> {
+        self.recording.store(false, Ordering::Relaxed);
+        // SAFETY: the stream captures since `begin_recording`; the graph is destroyed once, when it has
+        // been made ready, or was not.
+        unsafe {
+            let graph = result::stream::end_capture(self.recorder).map_err(failed("recording"))?;
+            let mut ready = std::ptr::null_mut();
+            let made = sys::cuGraphInstantiateWithFlags(&raw mut ready, graph, 0).result();
+            let _ = sys::cuGraphDestroy(graph);
+            made.map_err(failed("preparing what was recorded"))?;
+            Ok(ready)
+        }
+    }
+
     /// Starts a kernel on `grid` blocks of `threads` threads. An empty grid is nothing to do.
     pub fn launch(
         &self,
@@ -205,7 +262,7 @@ impl Device {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: shared as u32,
-            hStream: self.stream,
+            hStream: self.work(),
             attrs: &raw mut early,
             numAttrs: u32::from(self.starts_early),
         };
@@ -239,6 +296,9 @@ impl Drop for Device {
             unsafe {
                 let _ = result::stream::synchronize(self.stream);
                 let _ = result::stream::destroy(self.stream);
+                if !self.recorder.is_null() {
+                    let _ = result::stream::destroy(self.recorder);
+                }
             }
         }
         // SAFETY: retained in `open`.
@@ -256,6 +316,7 @@ pub(super) struct Allocation {
 impl Allocation {
     /// So many bytes, with whatever was there. The context is current.
     pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
+        device.allocations.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the stream is alive.
         let pointer = unsafe { result::malloc_async(device.stream, bytes.max(256)) };
         let pointer = pointer.map_err(|e| match e.0 {

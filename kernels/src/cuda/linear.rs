@@ -39,6 +39,15 @@ struct Product {
 // SAFETY: laid out as there.
 unsafe impl Param for Product {}
 
+/// Rows that a product has just rounded: the next one may have the same.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rounded {
+    from: Rows,
+    rows: usize,
+    cols: usize,
+    to: u64,
+}
+
 /// Whether rows of `w` are whole chunks of sixteen bytes.
 pub(super) fn in_chunks(w: &Tensor, pointer: u64) -> bool {
     (w.cols() * w.dtype().size()).is_multiple_of(16) && pointer.is_multiple_of(16)
@@ -56,6 +65,7 @@ pub(super) fn of_type(dtype: DType, names: [&'static str; 3]) -> &'static str {
 impl State {
     pub fn linear(&mut self, op: Linear<'_>) -> Result<()> {
         dense("linear", op.w)?;
+        let rounded = self.rounded.take();
         let (w, rows, k, n) = (op.w.data(), op.x.rows(), op.x.cols(), op.w.rows());
         let product = Product {
             x: Rows::of(op.x)?,
@@ -68,13 +78,17 @@ impl State {
             round: i32::from(op.activations == DType::BF16),
         };
         let chunks = in_chunks(w, product.w);
+        if State::is_row(&op, &product.x, chunks) {
+            return self.row(&op);
+        }
+        self.flush()?;
         if rows == 1 && chunks && product.x.wide() {
             let (split, blocks) = self.split(n);
             let kernel = of_type(w.dtype(), ONE_ROW[split]);
             return launch!(self, kernel, (blocks, 1, 1), 32 * WARPS, 0; product);
         }
         let for_units = w.dtype() == DType::BF16 && op.activations == DType::BF16 && chunks;
-        if for_units && self.by_units(&op, &product)? {
+        if for_units && self.by_units(&op, &product, rounded)? {
             return Ok(());
         }
         let kernel = of_type(w.dtype(), ["tiles_f32", "tiles_f16", "tiles_bf16"]);
@@ -84,7 +98,7 @@ impl State {
 
     /// How warps share `n` outputs, and how many blocks that makes: so that all processors have as much
     /// to do.
-    fn split(&self, n: usize) -> (usize, usize) {
+    pub fn split(&self, n: usize) -> (usize, usize) {
         let processors = self.device.processors.max(1);
         let mut best = (0, n.div_ceil(2 * WARPS), 0.0);
         // Outputs of a block.
@@ -106,15 +120,29 @@ impl State {
     }
 
     /// False where the library has no algorithm for the shape.
-    fn by_units(&mut self, op: &Linear<'_>, product: &Product) -> Result<bool> {
+    fn by_units(
+        &mut self,
+        op: &Linear<'_>,
+        product: &Product,
+        rounded: Option<Rounded>,
+    ) -> Result<bool> {
         if self.matmul.is_none() {
             self.matmul = Some(Matmul::new(&self.device, &self.libraries)?);
         }
         let (m, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
         // K is a multiple of eight.
         let x = self.scratch(2 * m * k)?;
-        let wide = i32::from(product.x.wide());
-        launch!(self, "round_rows", rows::grid(m, k), 256, 0; product.x, x, k as i32, k as i32, wide)?;
+        let of = Rounded {
+            from: product.x,
+            rows: m,
+            cols: k,
+            to: x,
+        };
+        if rounded != Some(of) {
+            let wide = i32::from(product.x.wide());
+            launch!(self, "round_rows", rows::grid(m, k), 256, 0;
+                product.x, x, k as i32, k as i32, wide)?;
+        }
         let shape = Shape {
             m,
             n,
@@ -133,6 +161,7 @@ impl State {
         if product.bias != 0 {
             launch!(self, "add_bias", rows::grid(m, n), 256, 0; product.bias, product.y, n as i32)?;
         }
+        self.rounded = Some(of);
         Ok(true)
     }
 }

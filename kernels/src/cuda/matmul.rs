@@ -132,7 +132,7 @@ impl Matmul {
                 &raw const plan.algorithm,
                 self.workspace.pointer as *mut _,
                 WORKSPACE,
-                self.device.stream.cast(),
+                self.device.work().cast(),
             )
         }
         .map_err(failed("a product"))?;

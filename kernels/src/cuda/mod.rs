@@ -16,19 +16,26 @@ mod linear;
 mod lists;
 mod locate;
 mod matmul;
+mod recording;
+mod row;
 mod rows;
 mod sequences;
 mod transfer;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 pub use compile::{Compiled, KernelCache, UNITS, Unit, compile};
 
-use self::device::{Allocation, Device, Param, Pinned};
+use cudarc::driver::result;
+use cudarc::driver::sys::{CUevent, CUevent_flags_enum};
+
+use self::device::{Allocation, Device, Param, Pinned, failed};
 use self::lists::Lists;
 use self::matmul::Matmul;
-use crate::backend::Backend;
+use self::recording::Recordings;
+use self::row::Waiting;
+use crate::backend::{Backend, Repeat};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::ops::{
@@ -52,6 +59,8 @@ pub struct CudaOptions {
 pub struct Cuda {
     device: Arc<Device>,
     state: Mutex<State>,
+    /// Told when a recording has ended.
+    recorded: Condvar,
 }
 
 /// What operations share. They run one at a time.
@@ -60,6 +69,8 @@ struct State {
     lists: Lists,
     /// Through which results come back.
     staging: Pinned,
+    /// Of either half of it, whether what was last sent there has arrived.
+    arrived: [CUevent; 2],
     libraries: Vec<PathBuf>,
     /// Loaded with the first product that is for matrix units.
     matmul: Option<Matmul>,
@@ -67,6 +78,26 @@ struct State {
     scratch: Option<Allocation>,
     /// Addresses of experts' matrices, by layer and projection.
     experts: experts::Tables,
+    recordings: Recordings,
+    /// Products that wait for what follows them, while a step is recorded.
+    waiting: Waiting,
+    norms: rows::WaitingNorms,
+    /// What lies rounded in `scratch`, for as long as nothing but products comes.
+    rounded: Option<linear::Rounded>,
+}
+
+// SAFETY: events may be used from any thread; everything else may by itself.
+unsafe impl Send for State {}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            for event in self.arrived {
+                // SAFETY: made with the state, destroyed once.
+                let _ = unsafe { result::event::destroy(event) };
+            }
+        }
+    }
 }
 
 /// An error of this backend.
@@ -90,18 +121,26 @@ impl Cuda {
         locate::driver()?;
         locate::compiler(&options.libraries)?;
         let device = Arc::new(Device::open(options.ordinal, options.cache.as_ref())?);
+        let flag = CUevent_flags_enum::CU_EVENT_DISABLE_TIMING;
+        let event = || result::event::create(flag).map_err(failed("making an event"));
         let state = State {
             lists: Lists::new(&device)?,
             staging: Pinned::new(&device, STAGING)?,
+            arrived: [event()?, event()?],
             libraries: options.libraries,
             matmul: None,
             scratch: None,
             experts: experts::Tables::default(),
+            recordings: Recordings::default(),
+            waiting: Waiting::None,
+            norms: rows::WaitingNorms::default(),
+            rounded: None,
             device: device.clone(),
         };
         Ok(Cuda {
             device,
             state: Mutex::new(state),
+            recorded: Condvar::new(),
         })
     }
 
@@ -121,7 +160,19 @@ impl Cuda {
     }
 
     fn enter(&self) -> Result<MutexGuard<'_, State>> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.enter_open()?;
+        state.flush()?;
+        state.rounded = None;
+        Ok(state)
+    }
+
+    /// As `enter`, for operations that may be done with products that wait.
+    fn enter_open(&self) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.recordings.keep_out() {
+            let waited = self.recorded.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
         state.device.enter()?;
         Ok(state)
     }
@@ -139,7 +190,8 @@ impl State {
         if let Some(scratch) = self.scratch.as_ref().filter(|s| s.bytes >= bytes) {
             return Ok(scratch.pointer);
         }
-        // The old one goes first, in the order of the stream.
+        // The old one goes first, in the order of the stream, and with it what was recorded on it.
+        self.recordings.forget();
         self.scratch = None;
         let new = Allocation::new(&self.device, bytes.next_power_of_two())?;
         Ok(self.scratch.insert(new).pointer)
@@ -157,7 +209,7 @@ fn optional(of: Option<&Tensor>) -> Result<u64> {
 }
 
 /// Rows of a tensor, as kernels take them.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C)]
 struct Rows {
     pointer: u64,
@@ -244,6 +296,15 @@ impl Backend for Cuda {
         self.enter()?.read(from, to)
     }
 
+    fn read_rows(
+        &self,
+        from: &Tensor,
+        room: &mut [f32],
+        row: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<()> {
+        self.enter()?.read_rows(from, room, row)
+    }
+
     fn write(&self, from: &[f32], to: &mut Tensor) -> Result<()> {
         self.enter()?.write(from, to)
     }
@@ -274,9 +335,35 @@ impl Backend for Cuda {
         4096
     }
 
+    fn repeat(&self, step: &Repeat<'_>, operations: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.run_or_repeat(step, operations)
+    }
+
+    fn linear(&self, op: Linear<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.linear(op)
+    }
+
+    fn add(&self, op: Add<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.add(op)
+    }
+
+    fn activate(&self, op: Activate<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.activate(op)
+    }
+
+    fn rms_norm(&self, op: RmsNorm<'_>) -> Result<()> {
+        op.check()?;
+        let mut state = self.enter_open()?;
+        state.rounded = None;
+        state.rms_norm(op)
+    }
+
     checked! {
-        linear: Linear, embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm,
-        add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
+        embed: Embed, gather: Gather, layer_norm: LayerNorm,
+        scale: Scale, conv1d: Conv1d, selective_scan: SelectiveScan,
         ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine,

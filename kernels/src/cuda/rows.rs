@@ -30,8 +30,9 @@ pub(super) fn activation(act: Activation) -> i32 {
 }
 
 /// `Norm` in norms.cu.
+#[derive(Clone, Copy)]
 #[repr(C)]
-struct Norm {
+pub(super) struct Norm {
     x: Rows,
     weight: u64,
     bias: u64,
@@ -44,6 +45,48 @@ struct Norm {
 
 // SAFETY: laid out as there.
 unsafe impl Param for Norm {}
+
+/// `Norms` in norms.cu.
+#[repr(C)]
+struct Several {
+    norms: [Norm; MOST_NORMS],
+    threads: [i32; MOST_NORMS],
+}
+
+/// Norms that one kernel does.
+const MOST_NORMS: usize = 4;
+
+// SAFETY: laid out as there.
+unsafe impl Param for Several {}
+
+/// Norms that wait for more of their kind, while a step is recorded: of so many rows each in one part.
+#[derive(Default)]
+pub(super) struct WaitingNorms {
+    norms: Vec<Norm>,
+    rows: usize,
+}
+
+impl Norm {
+    /// Bytes from the first to behind the last of `rows` rows.
+    fn extent(of: Rows, width: i32, rows: usize) -> std::ops::Range<u64> {
+        let floats = (rows as i64 - 1) * of.stride + i64::from(width);
+        of.pointer..of.pointer + 4 * floats as u64
+    }
+
+    /// Whether neither writes what the other reads or writes.
+    fn is_apart(&self, other: &Norm, rows: usize) -> bool {
+        let overlap =
+            |a: std::ops::Range<u64>, b: std::ops::Range<u64>| a.start < b.end && b.start < a.end;
+        let y = |n: &Norm| Norm::extent(n.y, n.width, rows);
+        let x = |n: &Norm| Norm::extent(n.x, n.width, rows);
+        !overlap(y(self), x(other)) && !overlap(y(other), x(self)) && !overlap(y(self), y(other))
+    }
+}
+
+/// Threads that do a norm: by the width alone, which fixes the order of the sums.
+fn threads(width: usize) -> usize {
+    (width / 4).next_power_of_two().clamp(32, 512)
+}
 
 /// `Route` in route.cu.
 #[repr(C)]
@@ -67,6 +110,11 @@ unsafe impl Param for Routing {}
 
 impl State {
     pub fn add(&mut self, op: Add<'_>) -> Result<()> {
+        self.rounded = None;
+        if self.added(&op)? {
+            return Ok(());
+        }
+        self.flush()?;
         let (a, b, y) = (Rows::of(op.a)?, Rows::of(op.b)?, Rows::of(op.y)?);
         let cols = op.a.cols();
         let wide = cols.is_multiple_of(4) && a.wide() && b.wide() && y.wide();
@@ -79,6 +127,11 @@ impl State {
     }
 
     pub fn activate(&mut self, op: Activate<'_>) -> Result<()> {
+        self.rounded = None;
+        if self.gated(&op)? {
+            return Ok(());
+        }
+        self.flush()?;
         let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
         let gate = Rows::optional(op.gate)?;
         let wide = cols.is_multiple_of(4) && x.wide() && y.wide() && gate.wide();
@@ -90,7 +143,7 @@ impl State {
         dense("embed", op.table)?;
         let table = op.table.data();
         let (pointer, y, cols) = (address(table)?, Rows::of(op.y)?, table.cols());
-        let ids = self.lists.send_numbers(op.ids.iter().copied())?;
+        let ids = self.lists.ids(op.ids)?;
         launch!(self, "embed", grid(op.ids.len(), cols), 256, 0;
             ids, pointer, table.stride() as i64, code(table.dtype()), y, cols as i32)
     }
@@ -109,26 +162,62 @@ impl State {
 
     pub fn rms_norm(&mut self, op: RmsNorm<'_>) -> Result<()> {
         let vectors = (op.weight, None);
-        self.norm("rms_norm", op.x, vectors, op.eps, op.groups, op.y)
+        let norm = State::prepare(op.x, vectors, op.eps, op.groups, op.y)?;
+        if !self.device.records() || op.groups > 1 || op.x.rows() == 0 {
+            self.flush()?;
+            return self.norm("rms_norm", &norm, op.x.rows(), op.groups);
+        }
+        let rows = op.x.rows();
+        let waiting = &self.norms;
+        let joins = waiting.rows == rows
+            && (1..MOST_NORMS).contains(&waiting.norms.len())
+            && waiting.norms.iter().all(|n| n.is_apart(&norm, rows));
+        if !joins {
+            self.flush()?;
+        }
+        self.norms.rows = rows;
+        self.norms.norms.push(norm);
+        Ok(())
+    }
+
+    /// Starts the norms that wait.
+    pub fn start_norms(&mut self) -> Result<()> {
+        let rows = self.norms.rows;
+        let norms = std::mem::take(&mut self.norms.norms);
+        let (Some(first), count) = (norms.first(), norms.len()) else {
+            return Ok(());
+        };
+        if count == 1 {
+            return self.norm("rms_norm", first, rows, 1);
+        }
+        let mut several = Several {
+            norms: [*first; MOST_NORMS],
+            threads: [0; MOST_NORMS],
+        };
+        for (i, norm) in norms.iter().enumerate() {
+            several.norms[i] = *norm;
+            several.threads[i] = threads(norm.width as usize) as i32;
+        }
+        let most = several.threads.into_iter().max().unwrap_or(0) as usize;
+        launch!(self, "rms_norms", (rows, 1, count), most, 0; several)
     }
 
     pub fn layer_norm(&mut self, op: LayerNorm<'_>) -> Result<()> {
         let vectors = (op.weight, op.bias);
-        self.norm("layer_norm", op.x, vectors, op.eps, op.groups, op.y)
+        let norm = State::prepare(op.x, vectors, op.eps, op.groups, op.y)?;
+        self.norm("layer_norm", &norm, op.x.rows(), op.groups)
     }
 
-    fn norm(
-        &mut self,
-        kernel: &'static str,
+    fn prepare(
         x: &Tensor,
         (weight, bias): (Option<&Tensor>, Option<&Tensor>),
         eps: f32,
         groups: usize,
         y: &Tensor,
-    ) -> Result<()> {
+    ) -> Result<Norm> {
         let width = x.cols() / groups;
         let cols = |t: Option<&Tensor>| t.map_or(0, |t| t.cols() as i32);
-        let norm = Norm {
+        Ok(Norm {
             x: Rows::of(x)?,
             weight: optional(weight)?,
             bias: optional(bias)?,
@@ -137,10 +226,18 @@ impl State {
             width: width as i32,
             weight_cols: cols(weight),
             bias_cols: cols(bias),
-        };
-        // By the width alone, which fixes the order of the sums.
-        let threads = (width / 4).next_power_of_two().clamp(32, 512);
-        launch!(self, kernel, (x.rows(), groups, 1), threads, 0; norm)
+        })
+    }
+
+    fn norm(
+        &mut self,
+        kernel: &'static str,
+        norm: &Norm,
+        rows: usize,
+        groups: usize,
+    ) -> Result<()> {
+        let threads = threads(norm.width as usize);
+        launch!(self, kernel, (rows, groups, 1), threads, 0; *norm)
     }
 
     pub fn route(&mut self, op: Route<'_>) -> Result<()> {

@@ -9,6 +9,8 @@ use crate::tensor::Tensor;
 
 /// Channels that a block of a scan takes: `CHANNELS` in scan.cuh.
 const CHANNELS: usize = 16;
+/// Channels that a block takes where every sequence has one token: `STEP_CHANNELS` in scan.cuh.
+const STEP_CHANNELS: usize = 32;
 /// Spans up to this length are convolved by one thread a channel.
 const SHORT: usize = 4;
 /// Rows that a block of a convolution takes: `ROWS` in conv1d.cu.
@@ -199,7 +201,12 @@ impl State {
             states: states as i32,
             group_width: (inner / op.groups) as i32,
         };
+        let spans = op.ragged.spans.len();
+        let step = op.ragged.rows() == spans;
         let kernel = match (states, op.groups) {
+            (0..=8, _) if step => "selective_scan_step_1",
+            (9..=16, _) if step => "selective_scan_step_2",
+            (17..=32, _) if step => "selective_scan_step_4",
             (0..=8, 1) => "selective_scan_1",
             (9..=16, 1) => "selective_scan_2",
             (17..=32, 1) => "selective_scan_4",
@@ -215,7 +222,11 @@ impl State {
                 return Err(unsupported("selective_scan", why));
             }
         };
-        let grid = (inner.div_ceil(CHANNELS), op.ragged.spans.len(), 1);
+        if step && states <= 32 {
+            let grid = (inner.div_ceil(STEP_CHANNELS), spans, 1);
+            return launch!(self, kernel, grid, 256, 0; scan);
+        }
+        let grid = (inner.div_ceil(CHANNELS), spans, 1);
         launch!(self, kernel, grid, 128, 0; scan)
     }
 
@@ -244,7 +255,14 @@ impl State {
             group_heads: (heads / op.groups) as i32,
             scale_input: i32::from(op.scale_input),
         };
+        let step = op.ragged.rows() == op.ragged.spans.len();
         let kernel = match states {
+            0..=8 if step => "ssd_scan_step_1",
+            9..=16 if step => "ssd_scan_step_2",
+            17..=32 if step => "ssd_scan_step_4",
+            33..=64 if step => "ssd_scan_step_8",
+            65..=128 if step => "ssd_scan_step_16",
+            129..=256 if step => "ssd_scan_step_32",
             0..=8 => "ssd_scan_1",
             9..=16 => "ssd_scan_2",
             17..=32 => "ssd_scan_4",
@@ -256,8 +274,13 @@ impl State {
                 return Err(unsupported("ssd_scan", why));
             }
         };
-        let grid = (heads * width.div_ceil(CHANNELS), op.ragged.spans.len(), 1);
-        launch!(self, kernel, grid, 128, 0; scan)
+        let (channels, threads) = if step {
+            (STEP_CHANNELS, 256)
+        } else {
+            (CHANNELS, 128)
+        };
+        let grid = (heads * width.div_ceil(channels), op.ragged.spans.len(), 1);
+        launch!(self, kernel, grid, threads, 0; scan)
     }
 
     pub fn ssd_chunked(&mut self, op: SsdChunked<'_>) -> Result<()> {

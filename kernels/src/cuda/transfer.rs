@@ -6,7 +6,7 @@ use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUmemorytype_enum};
 
 use super::device::{Allocation, failed, launch};
-use super::{State, address, code};
+use super::{State, address, code, fault};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, HostTensor, Tensor};
 
@@ -58,6 +58,7 @@ impl State {
 
     pub fn read(&mut self, from: &Tensor, to: &mut [f32]) -> Result<()> {
         size_of("read", to.len(), from.rows() * from.cols())?;
+        self.not_recorded("read")?;
         if to.is_empty() {
             return Ok(());
         }
@@ -89,8 +90,74 @@ impl State {
         Ok(())
     }
 
+    /// Rows as they arrive: one half of the staging memory is looked at while the other is filled.
+    pub fn read_rows(
+        &mut self,
+        from: &Tensor,
+        room: &mut [f32],
+        row: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<()> {
+        let (rows, cols) = (from.rows(), from.cols());
+        size_of("read", room.len(), rows * cols)?;
+        self.not_recorded("read")?;
+        let of_half = self.staging.bytes / 8;
+        if cols == 0 || cols > of_half || from.dtype() != DType::F32 || !from.is_contiguous() {
+            self.read(from, room)?;
+            let rows = room.chunks_exact_mut(cols.max(1)).enumerate();
+            rows.for_each(|(i, r)| row(i, r));
+            return Ok(());
+        }
+        let (source, at_once) = (address(from)?, of_half / cols);
+        let parts = rows.div_ceil(at_once);
+        for part in 0..=parts {
+            if part < parts {
+                let (first, half) = (part * at_once, part % 2);
+                let count = at_once.min(rows - first);
+                // SAFETY: as many elements lie there, the half holds them, and what it held before has been
+                // looked at.
+                unsafe {
+                    let half = self.half(half, of_half, count * cols);
+                    let pointer = source + (4 * first * cols) as u64;
+                    result::memcpy_dtoh_async(half, pointer, self.device.stream)
+                        .and_then(|()| {
+                            result::event::record(self.arrived[part % 2], self.device.stream)
+                        })
+                        .map_err(failed("reading"))?;
+                }
+            }
+            let Some(part) = part.checked_sub(1) else {
+                continue;
+            };
+            let first = part * at_once;
+            let count = at_once.min(rows - first);
+            // SAFETY: recorded above; then the half holds these rows, and nothing writes to it.
+            let half = unsafe {
+                result::event::synchronize(self.arrived[part % 2])
+                    .map_err(failed("the GPU's work"))?;
+                self.half(part % 2, of_half, count * cols)
+            };
+            for (i, r) in half.chunks_exact_mut(cols).enumerate() {
+                row(first + i, r);
+            }
+        }
+        Ok(())
+    }
+
+    /// So many numbers at the start of a half of the staging memory.
+    ///
+    /// # Safety
+    /// There are as many, and there is no other view of them.
+    unsafe fn half<'a>(&self, half: usize, of_half: usize, count: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's.
+        unsafe {
+            let start = self.staging.pointer.cast::<f32>().add(half * of_half);
+            std::slice::from_raw_parts_mut(start, count)
+        }
+    }
+
     pub fn write(&mut self, from: &[f32], to: &mut Tensor) -> Result<()> {
         size_of("write", from.len(), to.rows() * to.cols())?;
+        self.not_recorded("write")?;
         if from.is_empty() {
             return Ok(());
         }
@@ -103,6 +170,14 @@ impl State {
             (address(to)?, to.stride(), to.dtype()),
             [to.rows(), to.cols()],
         )
+    }
+
+    /// Refuses what moves the host's numbers, which a recording would not see again.
+    fn not_recorded(&self, op: &str) -> Result<()> {
+        if self.device.records() {
+            return Err(fault(format!("{op} cannot be recorded")));
+        }
+        Ok(())
     }
 
     /// Copies between types and strides.
@@ -126,7 +201,7 @@ impl State {
         if from.is_contiguous() && to.is_contiguous() {
             // SAFETY: both tensors have these bytes, and they do not overlap.
             let done = unsafe {
-                result::memcpy_dtod_async(target, source, rows * width, self.device.stream)
+                result::memcpy_dtod_async(target, source, rows * width, self.device.work())
             };
             return done.map_err(failed("copying"));
         }
@@ -151,7 +226,7 @@ impl State {
             Height: rows,
         };
         // SAFETY: both tensors have rows of this width at these distances, and do not overlap.
-        let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.stream) };
+        let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.work()) };
         done.result().map_err(failed("copying"))
     }
 
@@ -165,10 +240,10 @@ impl State {
         // SAFETY: the tensor has rows of this width at this distance.
         let done = unsafe {
             if tensor.is_contiguous() {
-                result::memset_d8_async(pointer, 0, rows * width, self.device.stream)
+                result::memset_d8_async(pointer, 0, rows * width, self.device.work())
             } else {
                 let pitch = tensor.stride() * size;
-                sys::cuMemsetD2D8Async(pointer, pitch, 0, width, rows, self.device.stream).result()
+                sys::cuMemsetD2D8Async(pointer, pitch, 0, width, rows, self.device.work()).result()
             }
         };
         done.map_err(failed("clearing memory"))

@@ -125,10 +125,11 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// The sum over a block of whole warps, for all of its threads. `room` holds 32 floats.
-__device__ __forceinline__ float block_sum(float x, float* room) {
+// The sum over the first `threads` threads of a block, whole warps, for all of them; others have left.
+// `room` holds 32 floats.
+__device__ __forceinline__ float block_sum(float x, float* room, int threads) {
     x = warp_sum(x);
-    int warps = blockDim.x >> 5;
+    int warps = threads >> 5;
     if (warps == 1) return x;
     __syncthreads();
     if ((threadIdx.x & 31) == 0) room[threadIdx.x >> 5] = x;
@@ -136,6 +137,7 @@ __device__ __forceinline__ float block_sum(float x, float* room) {
     x = (threadIdx.x & 31) < warps ? room[threadIdx.x & 31] : 0.0f;
     return warp_sum(x);
 }
+__device__ __forceinline__ float block_sum(float x, float* room) { return block_sum(x, room, blockDim.x); }
 
 // Copies to shared memory that go on behind the kernel's back; `ok` false writes zeros.
 __device__ __forceinline__ void copy4(float* to, const float* from, bool ok) {

@@ -29,6 +29,16 @@ KERNEL __launch_bounds__(128, 8) conv1d_step(ARGS(Conv) p) {
     if (c >= p.cols) return;
     const Span s = p.spans[blockIdx.y];
     float* state = p.state + s.slot * p.state_stride;
+    if (p.taps == 4 && s.len == 1) {
+        // A step of generation: all is asked for at once.
+        float* past = state + c;
+        float a = past[0], b = past[p.cols], d = past[2 * (i64)p.cols], e = p.x.row(s.start)[c];
+        float w0 = p.w.row(0)[c], w1 = p.w.row(1)[c], w2 = p.w.row(2)[c], w3 = p.w.row(3)[c];
+        float sum = fmaf(w3, e, fmaf(w2, d, fmaf(w1, b, fmaf(w0, a, 0.0f))));
+        p.y.row(s.start)[c] = output(p, sum, c);
+        past[0] = b, past[p.cols] = d, past[2 * (i64)p.cols] = e;
+        return;
+    }
     for (int t = 0; t < s.len; t++) {
         float sum = 0.0f;
         for (int k = 0; k < p.taps; k++) sum = fmaf(p.w.row(k)[c], input(p, s, state, t + k, c), sum);

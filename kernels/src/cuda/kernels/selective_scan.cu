@@ -164,3 +164,49 @@ OF_STATES(8)
 OF_GROUPS(1)
 OF_GROUPS(2)
 OF_GROUPS(4)
+
+template <int S>
+__device__ __forceinline__ void step(const SelectiveScan& p) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int channel = min((int)blockIdx.x * STEP_CHANNELS + lane, p.inner - 1);
+    const bool here = blockIdx.x * STEP_CHANNELS + lane < p.inner;
+    const int group = channel / p.group_width * p.states;
+    const float bias = p.dt_bias ? p.dt_bias[channel] : 0.0f, skip = p.d[channel];
+    float h[S], a[S], b[S], c[S], sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        a[s] = n < p.states ? p.a.row(n)[channel] * LOG2E : 0.0f;
+    }
+    BEGIN();
+    const Span span = p.spans[blockIdx.y];
+    float* state = p.state + span.slot * p.state_stride + channel;
+    const float x = p.x.row(span.start)[channel], dt = p.dt.row(span.start)[channel];
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        bool in = n < p.states;
+        h[s] = in ? state[(i64)n * p.inner] : 0.0f;
+        b[s] = in ? p.b.row(span.start)[group + n] : 0.0f;
+        c[s] = in ? p.c.row(span.start)[group + n] : 0.0f;
+    }
+    const float delta = softplus(dt + bias), u = delta * x;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        h[s] = fmaf(exp2_fast(delta * a[s]), h[s], u * b[s]);
+        sum = fmaf(c[s], h[s], sum);
+        if (here && n < p.states) state[(i64)n * p.inner] = h[s];
+    }
+    sum = sum_parts(sum, warp, lane);
+    if (warp != 0 || !here) return;
+    float y = fmaf(skip, x, sum);
+    if (p.z.p) y *= silu(p.z.row(span.start)[channel]);
+    p.y.row(span.start)[channel] = y;
+}
+
+#define OF_STEP(S) \
+    KERNEL __launch_bounds__(256) selective_scan_step_##S(ARGS(SelectiveScan) p) { step<S>(p); }
+OF_STEP(1)
+OF_STEP(2)
+OF_STEP(4)

@@ -125,3 +125,46 @@ OF_STATES(4)
 OF_STATES(8)
 OF_STATES(16)
 OF_STATES(32)
+
+template <int S>
+__device__ __forceinline__ void step(const SsdScan& p) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int parts = (p.width + STEP_CHANNELS - 1) / STEP_CHANNELS;
+    const int head = blockIdx.x / parts, p0 = blockIdx.x % parts * STEP_CHANNELS;
+    const bool here = p0 + lane < p.width;
+    const int of_head = here ? p0 + lane : p.width - 1, channel = head * p.width + of_head;
+    const int group = head / p.group_heads * p.states;
+    const float a = p.a[head], dt_bias = p.dt_bias ? p.dt_bias[head] : 0.0f, skip = p.d ? p.d[head] : 0.0f;
+    BEGIN();
+    const Span span = p.spans[blockIdx.y];
+    float* state = p.state + span.slot * p.state_stride + (i64)head * p.states * p.width + of_head;
+    const float x = p.x.row(span.start)[channel], dt = p.dt.row(span.start)[head];
+    float h[S], sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        h[s] = n < p.states ? state[(i64)n * p.width] : 0.0f;
+    }
+    const float delta = fminf(fmaxf(softplus(dt + dt_bias), p.least), p.greatest);
+    const float decay = expf(delta * a), u = (p.scale_input ? delta : 1.0f) * x;
+    const float *b = p.b.row(span.start) + group, *c = p.c.row(span.start) + group;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        bool in = n < p.states;
+        h[s] = fmaf(decay, h[s], u * (in ? b[n] : 0.0f));
+        sum = fmaf(in ? c[n] : 0.0f, h[s], sum);
+        if (here && in) state[(i64)n * p.width] = h[s];
+    }
+    sum = sum_parts(sum, warp, lane);
+    if (warp == 0 && here) p.y.row(span.start)[channel] = fmaf(skip, x, sum);
+}
+
+#define OF_STEP(S) \
+    KERNEL __launch_bounds__(256) ssd_scan_step_##S(ARGS(SsdScan) p) { step<S>(p); }
+OF_STEP(1)
+OF_STEP(2)
+OF_STEP(4)
+OF_STEP(8)
+OF_STEP(16)
+OF_STEP(32)

@@ -1,0 +1,200 @@
+//! Products of one row in BF16, and what follows them in the same kernel while a step is recorded: a gate
+//! with its activation, a sum. All that the operations by themselves would write is written, in the same
+//! bits, so nobody needs to know who reads what.
+
+use super::device::{Param, launch};
+use super::{Rows, State, address, optional, rows};
+use crate::error::Result;
+use crate::ops::{Activate, Add, Linear};
+use crate::tensor::DType;
+
+/// Elements of a row that fit a block's shared memory in BF16.
+const LONGEST: usize = 16_384;
+const THREADS: usize = 256;
+
+/// By what [`State::split`] says.
+const PLAIN: [&str; 4] = ["row_2_1", "row_1_1", "row_1_2", "row_1_4"];
+/// The same with a gate, of which a warp takes an output's two rows.
+const GATED: [&str; 4] = ["row_gated_1", "row_gated_1", "row_gated_2", "row_gated_4"];
+/// Outputs of a block with a gate.
+const GATED_OUTPUTS: [usize; 4] = [8, 8, 4, 2];
+
+/// `RowProduct` in row.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct RowProduct {
+    x: Rows,
+    w: u64,
+    bias: u64,
+    y: Rows,
+    k: i32,
+    n: i32,
+    after: i32,
+    other: Rows,
+    z: Rows,
+    gate: u64,
+    gate_bias: u64,
+    gate_y: Rows,
+    act: i32,
+}
+
+// SAFETY: laid out as there.
+unsafe impl Param for RowProduct {}
+
+/// Products that wait for what follows them; none outside a recording.
+#[derive(Default)]
+pub(super) enum Waiting {
+    #[default]
+    None,
+    One(RowProduct),
+    /// Of one row with two matrices of one shape.
+    Two(RowProduct, RowProduct),
+}
+
+/// Whether `n` floats from `a` on and `m` from `b` on have one in common.
+fn overlap(a: u64, n: i32, b: u64, m: i32) -> bool {
+    a < b + 4 * m as u64 && b < a + 4 * n as u64
+}
+
+impl RowProduct {
+    /// Whether the kernel may write so many floats at `to` while blocks of it still read x.
+    fn may_write(&self, to: u64) -> bool {
+        !overlap(self.x.pointer, self.k, to, self.n)
+    }
+
+    /// Whether another product of the same shape reads the same row, and not this one's result.
+    fn goes_with(&self, other: &RowProduct) -> bool {
+        self.x.pointer == other.x.pointer
+            && (self.k, self.n) == (other.k, other.n)
+            && self.may_write(other.y.pointer)
+            && other.may_write(self.y.pointer)
+    }
+}
+
+impl State {
+    /// Whether a product is for these kernels.
+    pub fn is_row(op: &Linear<'_>, x: &Rows, chunks: bool) -> bool {
+        op.x.rows() == 1
+            && chunks
+            && x.wide()
+            && op.w.data().dtype() == DType::BF16
+            && op.activations == DType::BF16
+            && op.x.cols() <= LONGEST
+    }
+
+    pub fn row(&mut self, op: &Linear<'_>) -> Result<()> {
+        let none = Rows::optional(None)?;
+        let product = RowProduct {
+            x: Rows::of(op.x)?,
+            w: address(op.w.data())?,
+            bias: optional(op.bias)?,
+            y: Rows::of(op.y)?,
+            k: op.x.cols() as i32,
+            n: op.w.rows() as i32,
+            after: 0,
+            other: none,
+            z: none,
+            gate: 0,
+            gate_bias: 0,
+            gate_y: none,
+            act: 0,
+        };
+        if !self.device.records() {
+            return self.start_row(&product);
+        }
+        self.start_norms()?;
+        self.waiting = match std::mem::take(&mut self.waiting) {
+            Waiting::One(first) if first.goes_with(&product) => Waiting::Two(first, product),
+            before => {
+                self.start_waiting(before)?;
+                Waiting::One(product)
+            }
+        };
+        Ok(())
+    }
+
+    /// Starts what waits: what comes now does not belong to it.
+    pub fn flush(&mut self) -> Result<()> {
+        self.start_norms()?;
+        let waiting = std::mem::take(&mut self.waiting);
+        self.start_waiting(waiting)
+    }
+
+    fn start_waiting(&mut self, waiting: Waiting) -> Result<()> {
+        match waiting {
+            Waiting::None => Ok(()),
+            Waiting::One(product) => self.start_row(&product),
+            Waiting::Two(first, second) => {
+                self.start_row(&first)?;
+                self.start_row(&second)
+            }
+        }
+    }
+
+    fn start_row(&mut self, product: &RowProduct) -> Result<()> {
+        let (split, blocks) = self.split(product.n as usize);
+        let shared = 2 * product.k as usize;
+        launch!(self, PLAIN[split], (blocks, 1, 1), THREADS, shared; *product)
+    }
+
+    /// Does a sum with the product that waits for it; false if none does.
+    pub fn added(&mut self, op: &Add<'_>) -> Result<bool> {
+        let Waiting::One(mut product) = self.waiting else {
+            return Ok(false);
+        };
+        let (a, b, z) = (Rows::of(op.a)?, Rows::of(op.b)?, Rows::of(op.y)?);
+        let y = product.y.pointer;
+        let other = if a.pointer == y { b } else { a };
+        let mine = (a.pointer == y) != (b.pointer == y);
+        if !mine || op.y.rows() != 1 || op.y.cols() != product.n as usize {
+            return Ok(false);
+        }
+        // Others read the row while sums are written.
+        if !product.may_write(z.pointer) {
+            return Ok(false);
+        }
+        self.waiting = Waiting::None;
+        (product.after, product.other, product.z) = (1, other, z);
+        self.start_row(&product)?;
+        Ok(true)
+    }
+
+    /// Does an activation with the two products that wait for it; false if none do.
+    pub fn gated(&mut self, op: &Activate<'_>) -> Result<bool> {
+        let Waiting::Two(gate, up) = self.waiting else {
+            return Ok(false);
+        };
+        let (x, g, z) = (Rows::of(op.x)?, Rows::optional(op.gate)?, Rows::of(op.y)?);
+        let mine = x.pointer == up.y.pointer && g.pointer == gate.y.pointer;
+        let whole = op.y.rows() == 1 && op.y.cols() == up.n as usize;
+        if !mine || !whole || !up.may_write(z.pointer) {
+            return Ok(false);
+        }
+        self.waiting = Waiting::None;
+        let both = RowProduct {
+            z,
+            gate: gate.w,
+            gate_bias: gate.bias,
+            gate_y: gate.y,
+            act: rows::activation(op.act),
+            ..up
+        };
+        let (split, _) = self.split(up.n as usize);
+        let blocks = (up.n as usize).div_ceil(GATED_OUTPUTS[split]);
+        launch!(self, GATED[split], (blocks, 1, 1), THREADS, 2 * up.k as usize; both)?;
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::overlap;
+
+    #[test]
+    fn ranges_overlap_where_they_share_a_float() {
+        assert!(overlap(1024, 4, 1036, 4));
+        assert!(overlap(1036, 4, 1024, 4));
+        assert!(!overlap(1024, 4, 1040, 4));
+        assert!(!overlap(1040, 4, 1024, 4));
+    }
+}
