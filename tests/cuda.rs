@@ -21,6 +21,9 @@ use strata_kernels::cuda::{Cuda, CudaOptions};
 
 use super::*;
 
+#[path = "cuda_blocks.rs"]
+mod blocks;
+
 /// The GPU. One for all tests: making it takes a second.
 fn gpu() -> &'static Cuda {
     static GPU: OnceLock<Cuda> = OnceLock::new();

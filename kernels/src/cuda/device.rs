@@ -142,7 +142,7 @@ impl Device {
                 // SAFETY: the module stays loaded for as long as the context.
                 let function = unsafe { result::module::get_function(module, name) };
                 let function = function.map_err(failed(kernel))?;
-                if LARGE.contains(kernel) {
+                if LARGE.contains(kernel) || kernel.starts_with("few_") {
                     let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                     let most = self.shared_memory as i32;
                     // SAFETY: the function was just found.

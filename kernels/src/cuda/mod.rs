@@ -9,6 +9,7 @@
 //! convolutions are the same bits for any cut of a sequence, as on the CPU.
 
 mod attention;
+mod blocks;
 mod compile;
 mod device;
 mod experts;
@@ -185,6 +186,14 @@ impl Rows {
         )
     }
 
+    /// The rows from `first` on.
+    fn from_row(self, first: usize) -> Self {
+        Rows {
+            pointer: self.pointer + (4 * first as i64 * self.stride) as u64,
+            ..self
+        }
+    }
+
     /// Whether four neighbours can be read at once.
     fn wide(&self) -> bool {
         self.pointer.is_multiple_of(16) && self.stride % 4 == 0
@@ -202,7 +211,7 @@ fn code(dtype: DType) -> i32 {
     }
 }
 
-/// Refuses a weight in blocks, which no kernel here reads.
+/// Refuses a weight in blocks that no kernel here reads.
 fn dense(op: &'static str, matrix: &Matrix) -> Result<()> {
     if matrix.format().dtype().is_some() {
         return Ok(());
