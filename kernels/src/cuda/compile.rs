@@ -37,7 +37,7 @@ macro_rules! unit {
 }
 
 /// All files of kernels.
-pub const UNITS: [Unit; 16] = [
+pub const UNITS: [Unit; 17] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
     unit!("norms.cu": "rms_norm", "layer_norm"),
@@ -54,6 +54,7 @@ pub const UNITS: [Unit; 16] = [
         "selective_scan_groups_4"),
     unit!("ssd_scan.cu": "ssd_scan_1", "ssd_scan_2", "ssd_scan_4", "ssd_scan_8", "ssd_scan_16",
         "ssd_scan_32"),
+    unit!("ssd_chunked.cu": "ssd_scores", "ssd_chunked_4", "ssd_chunked_8", "ssd_keep"),
     unit!("s4d_scan.cu": "s4d_scan"),
     unit!("mamba3_scan.cu": "mamba3_scan"),
     unit!("attention.cu": "rope", "kv_write", "attention", "attention_sum"),

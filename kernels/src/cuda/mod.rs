@@ -19,6 +19,7 @@ mod locate;
 mod matmul;
 mod rows;
 mod sequences;
+mod ssd_chunked;
 mod transfer;
 
 use std::path::PathBuf;
