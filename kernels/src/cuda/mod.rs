@@ -5,8 +5,8 @@
 //! stream in the order of the calls, and only reading waits for it.
 //!
 //! Sums are f32. A row's result depends on the rows beside it in its last bits: single rows and large
-//! batches are multiplied in different orders. `tolerance` says how far that may go. Scans, norms and
-//! convolutions are the same bits for any cut of a sequence, as on the CPU.
+//! batches are multiplied in different orders. `tolerance` says how far that may go. Scans, by
+//! chunks too, norms and convolutions are the same bits for any cut of a sequence, as on the CPU.
 
 mod attention;
 mod blocks;
