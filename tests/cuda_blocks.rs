@@ -100,7 +100,7 @@ fn cuda_products_with_blocks() {
                 for act in [BF16, F32] {
                     let expected = run(&Reference, &x, &w, act, &bias);
                     let found = run(gpu(), &x, &w, act, &bias);
-                    let allowed = if act == BF16 && t > 16 {
+                    let allowed = if act == BF16 && t > 8 {
                         AS_BF16
                     } else {
                         BY_BLOCKS

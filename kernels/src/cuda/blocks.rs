@@ -2,7 +2,7 @@
 //! threads read is side by side and aligned; the bytes stay as many.
 //!
 //! With BF16 activations inputs become 8-bit integers, as [`rounded`](crate::rounded) has it. Up to
-//! sixteen rows are multiplied straight from the blocks, by integer products; blocks are summed in another
+//! eight rows are multiplied straight from the blocks, by integer products; blocks are summed in another
 //! order than there. More rows go through matrix units: both sides are widened and rounded to BF16, the
 //! inputs after their rounding to integers, so that one row and many see the same inputs but for half a
 //! unit of BF16. With F32 activations nothing is rounded: rows of the matrix are widened to f32.
@@ -20,15 +20,15 @@ use crate::matrix::Matrix;
 use crate::ops::{Embed, Linear};
 use crate::tensor::DType;
 
-/// Rows that are multiplied straight from the blocks, in parts of eight.
-const FEW: usize = 16;
+/// Rows that are multiplied straight from the blocks.
+const FEW: usize = 8;
 /// Warps of a block of `few`, and outputs that a team of them takes at a time.
 const WARPS: usize = 8;
 const OUTPUTS: usize = 2;
 /// Blocks of `few` on a processor.
 const RESIDENT: usize = 3;
 /// Warps a processor that are enough to read at full speed.
-const BUSY: usize = 8;
+const BUSY: usize = 16;
 /// Bytes that a widened part of a matrix takes at most.
 const WIDENED: usize = 64 << 20;
 /// Bytes of blocks that are uploaded at a time.
@@ -266,30 +266,26 @@ impl State {
         let (x, y) = (Rows::of(op.x)?, Rows::of(op.y)?);
         let block = op.w.format().block().elements;
         let (split, grid) = self.teams(n, k);
-        for first in (0..rows).step_by(8) {
-            let part = (rows - first).min(8);
-            let few = Few {
-                x: x.from_row(first),
-                w: address(op.w.data())?,
-                blocks: blocks(op.w) as i64,
-                bias: optional(op.bias)?,
-                y: y.from_row(first),
-                rows: part as i32,
-                k: k as i32,
-                n: n as i32,
-                split: split as i32,
-                wide: i32::from(x.wide()),
-                row_bytes: (k / block * kernels.fields[0].1) as i32,
-            };
-            let (kernel, of) = match part {
-                1 => (kernels.few[0], 1),
-                2..=4 => (kernels.few[1], 4),
-                _ => (kernels.few[2], 8),
-            };
-            let shared = room(op.w.format(), k, of);
-            launch!(self, kernel, (grid, 1, 1), 32 * WARPS, shared; few)?;
-        }
-        Ok(())
+        let few = Few {
+            x,
+            w: address(op.w.data())?,
+            blocks: blocks(op.w) as i64,
+            bias: optional(op.bias)?,
+            y,
+            rows: rows as i32,
+            k: k as i32,
+            n: n as i32,
+            split: split as i32,
+            wide: i32::from(x.wide()),
+            row_bytes: (k / block * kernels.fields[0].1) as i32,
+        };
+        let (kernel, of) = match rows {
+            1 => (kernels.few[0], 1),
+            2..=4 => (kernels.few[1], 4),
+            _ => (kernels.few[2], 8),
+        };
+        let shared = room(op.w.format(), k, of);
+        launch!(self, kernel, (grid, 1, 1), 32 * WARPS, shared; few)
     }
 
     /// Rows of `w` as numbers, side by side at `to`.

@@ -187,14 +187,6 @@ impl Rows {
         )
     }
 
-    /// The rows from `first` on.
-    fn from_row(self, first: usize) -> Self {
-        Rows {
-            pointer: self.pointer + (4 * first as i64 * self.stride) as u64,
-            ..self
-        }
-    }
-
     /// Whether four neighbours can be read at once.
     fn wide(&self) -> bool {
         self.pointer.is_multiple_of(16) && self.stride % 4 == 0
@@ -274,8 +266,9 @@ impl Backend for Cuda {
     fn tolerance(&self, activations: DType) -> f32 {
         match activations {
             // An input of a product may round to the other side: tiny models without a router moved by
-            // up to 0.22. Where there is one, it may choose another of two experts nearly as good.
-            DType::BF16 => 0.4,
+            // up to 0.22, and by up to 0.48 where weights in blocks make integers of the inputs. Where
+            // there is a router, it may choose another of two experts nearly as good.
+            DType::BF16 => 0.6,
             _ => 1e-3,
         }
     }
