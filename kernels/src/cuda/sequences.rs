@@ -256,10 +256,8 @@ impl State {
                 return Err(unsupported("ssd_scan", why));
             }
         };
-        // Lanes that share the states of a channel: `LANES` in ssd_scan.cu.
-        let lanes = if states <= 32 { 8 } else { 16 };
         let grid = (heads * width.div_ceil(CHANNELS), op.ragged.spans.len(), 1);
-        launch!(self, kernel, grid, CHANNELS * lanes, 0; scan)
+        launch!(self, kernel, grid, 128, 0; scan)
     }
 
     pub fn s4d_scan(&mut self, op: S4dScan<'_>) -> Result<()> {

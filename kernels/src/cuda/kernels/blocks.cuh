@@ -382,16 +382,10 @@ __device__ __forceinline__ void few(In x, i64 x0, int rows, const u8* w, i64 blo
     }
 }
 
-// The codes that a block of `few` begins with, of two turns, on their way while the kernel before this one ends.
+// The first codes of a team of `few`, on their way while the kernel before this one ends. More of them were slower.
 __device__ __forceinline__ void ahead(const u8* w, i64 row, int n, int split, int R) {
-    const int teams = 8 / split, lanes = 32 * split;
-#pragma unroll 1
-    for (int turn = 0; turn < 2; turn++) {
-        i64 first = ((i64)(blockIdx.x + turn * gridDim.x) * teams + threadIdx.x / lanes) * R * row;
-        i64 end = min(first + R * row, n * row);
-        for (i64 at = first + threadIdx.x % lanes * 128; at < end; at += lanes * 128)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(w + at));
-    }
+    i64 first = (i64)(blockIdx.x * (8 / split) + threadIdx.x / 32 / split) * R * row, at = first + threadIdx.x % (32 * split) * 128;
+    if (at < min(first + R * row, n * row)) asm volatile("prefetch.global.L2 [%0];" ::"l"(w + at));
 }
 
 struct Few {

@@ -7,13 +7,13 @@
 
 // Number of the state that a lane keeps in place `s` of S: neighbours in fours, so that eight lanes
 // read 128 bytes at once.
-template <int S, int LANES = 8>
+template <int S>
 __device__ __forceinline__ int state_of(int lane, int s) {
-    return S < 4 ? lane * S + s : s / 4 * 4 * LANES + lane * 4 + s % 4;
+    return S < 4 ? lane * S + s : s / 4 * 32 + lane * 4 + s % 4;
 }
 
 // S numbers of a row in shared memory that belong to a lane.
-template <int S, int LANES = 8>
+template <int S>
 __device__ __forceinline__ void take(const float* row, int lane, float* to) {
     if (S == 1) {
         to[0] = row[lane];
@@ -23,7 +23,7 @@ __device__ __forceinline__ void take(const float* row, int lane, float* to) {
     } else {
 #pragma unroll
         for (int s = 0; s < S; s += 4) {
-            float4 v = *(const float4*)(row + s * LANES + 4 * lane);
+            float4 v = *(const float4*)(row + s * 8 + 4 * lane);
             to[s] = v.x, to[(s + 1) % S] = v.y, to[(s + 2) % S] = v.z, to[(s + 3) % S] = v.w;
         }
     }

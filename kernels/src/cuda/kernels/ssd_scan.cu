@@ -1,5 +1,4 @@
-// The scan of Mamba-2, token by token with states in registers: one decay a head. Where states are many,
-// sixteen lanes share those of a channel, so that a processor has twice the warps.
+// The scan of Mamba-2, token by token with states in registers: one decay a head.
 
 #include "common.cuh"
 #include "scan.cuh"
@@ -15,14 +14,14 @@ struct SsdScan {
     int heads, width, states, group_heads, scale_input;
 };
 
-template <int S, int LANES>
+template <int S>
 __device__ __forceinline__ void scan(const SsdScan& p) {
-    const int N = LANES * S, TOKENS = N <= 64 ? 32 : 2048 / N, THREADS = CHANNELS * LANES;
+    const int N = 8 * S, TOKENS = S <= 8 ? 32 : 256 / S;
     __shared__ __align__(16) float xs[2][TOKENS][CHANNELS], bs[2][TOKENS][N], cs[2][TOKENS][N];
     __shared__ __align__(16) float ys[TOKENS][CHANNELS + 4];
     __shared__ float steps[2][TOKENS], inputs[TOKENS], decays[TOKENS];
     const Span span = p.spans[blockIdx.y];
-    const int tid = threadIdx.x, lane = tid % LANES, ch = tid / LANES;
+    const int tid = threadIdx.x, lane = tid % 8, ch = tid / 8;
     const int parts = (p.width + CHANNELS - 1) / CHANNELS;
     const int head = blockIdx.x / parts, p0 = blockIdx.x % parts * CHANNELS, channel = p0 + ch;
     const int c0 = head * p.width + p0, left_of_head = p.width - p0;
@@ -38,7 +37,7 @@ __device__ __forceinline__ void scan(const SsdScan& p) {
             bool ok = t < span.len;
             copy_four(&xs[to][my_t][my_c], p.x.row(span.start + (ok ? t : 0)) + c0, my_c, left_of_head, ok, wide);
         }
-        for (int i = tid; i < TOKENS * N / 4; i += THREADS) {
+        for (int i = tid; i < TOKENS * N / 4; i += 128) {
             int r = i / (N / 4), n = i % (N / 4) * 4, t = tile * TOKENS + r;
             bool ok = t < span.len;
             i64 row = span.start + (ok ? t : 0);
@@ -58,7 +57,7 @@ __device__ __forceinline__ void scan(const SsdScan& p) {
     float h[S];
 #pragma unroll
     for (int s = 0; s < S; s++) {
-        int n = state_of<S, LANES>(lane, s);
+        int n = state_of<S>(lane, s);
         h[s] = here && n < p.states ? state[(i64)n * p.width] : 0.0f;
     }
 
@@ -90,8 +89,8 @@ __device__ __forceinline__ void scan(const SsdScan& p) {
                 for (int s = 0; s < S; s += 4) {
                     const int R = S < 4 ? S : 4;
                     float b[R], c[R];
-                    take<R, LANES>(bs[at][t] + s * LANES, lane, b);
-                    take<R, LANES>(cs[at][t] + s * LANES, lane, c);
+                    take<R>(bs[at][t] + s * 8, lane, b);
+                    take<R>(cs[at][t] + s * 8, lane, c);
 #pragma unroll
                     for (int e = 0; e < R; e++) {
                         h[s + e] = fmaf(decay, h[s + e], u * b[e]);
@@ -101,8 +100,7 @@ __device__ __forceinline__ void scan(const SsdScan& p) {
                 v[j] = sum;
             }
             float sum = sum_scattered(v, lane);
-            if (LANES == 16) sum += __shfl_xor_sync(FULL, sum, 8);
-            if (lane < 8) ys[t0 + lane][ch] = sum;
+            ys[t0 + lane][ch] = sum;
         }
         __syncthreads();
         if (my_t < left) {
@@ -114,17 +112,16 @@ __device__ __forceinline__ void scan(const SsdScan& p) {
     }
 #pragma unroll
     for (int s = 0; s < S; s++) {
-        int n = state_of<S, LANES>(lane, s);
+        int n = state_of<S>(lane, s);
         if (here && n < p.states) state[(i64)n * p.width] = h[s];
     }
 }
 
-// For up to 8, 16 … 256 states.
-#define OF_STATES(NAME, S, LANES) \
-    KERNEL __launch_bounds__(16 * LANES, 2) ssd_scan_##NAME(ARGS(SsdScan) p) { BEGIN(); scan<S, LANES>(p); }
-OF_STATES(1, 1, 8)
-OF_STATES(2, 2, 8)
-OF_STATES(4, 4, 8)
-OF_STATES(8, 4, 16)
-OF_STATES(16, 8, 16)
-OF_STATES(32, 16, 16)
+#define OF_STATES(S) \
+    KERNEL __launch_bounds__(128, 2) ssd_scan_##S(ARGS(SsdScan) p) { BEGIN(); scan<S>(p); }
+OF_STATES(1)
+OF_STATES(2)
+OF_STATES(4)
+OF_STATES(8)
+OF_STATES(16)
+OF_STATES(32)
