@@ -267,8 +267,8 @@ impl Backend for Cuda {
         match activations {
             // An input of a product may round to the other side: tiny models without a router moved by
             // up to 0.22, and by up to 0.48 where weights in blocks make integers of the inputs (q8_0; of
-            // q4_k_m by 0.82 in one of its checks). Where
-            // there is a router, it may choose another of two experts nearly as good.
+            // q4_k_m by 0.82 in one of its checks). Where there is a router, it may choose another of two
+            // experts nearly as good.
             DType::BF16 => 0.6,
             _ => 1e-3,
         }
