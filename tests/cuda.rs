@@ -21,6 +21,9 @@ use strata_kernels::cuda::{Cuda, CudaOptions};
 
 use super::*;
 
+#[path = "cuda_blocks.rs"]
+mod blocks;
+
 /// The GPU. One for all tests: making it takes a second.
 pub(super) fn gpu() -> &'static Cuda {
     static GPU: OnceLock<Cuda> = OnceLock::new();
@@ -428,6 +431,29 @@ fn cuda_ssd_and_s4d_scan() {
     for shape in [(1, 1), (5, 3), (16, 32), (260, 6)] {
         let case = S4dCase::new(&mut rng, &[50, 1, 2, 81], shape);
         scan(&case, &mut rng, &format!("{shape:?}"), 4e-6);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn cuda_ssd_scan_by_chunks() {
+    let mut rng = Rng(17 << 20);
+    for (shape, size) in [
+        ((1, 1, 1, 1), 1),
+        ((2, 1, 3, 5), 3),
+        ((6, 3, 7, 16), 16),
+        ((4, 4, 16, 9), 5),
+        ((3, 1, 31, 64), 64),
+        ((4, 2, 32, 96), 32),
+        ((5, 1, 64, 128), 17),
+        ((2, 2, 80, 64), 256),
+        ((2, 1, 128, 256), 50),
+        ((1, 1, 200, 33), 81),
+        ((24, 1, 8, 4), 20),
+    ] {
+        let case = SsdCase::new(&mut rng, &[50, 1, 2, 181], shape).chunked(size);
+        // As on the CPU.
+        scan(&case, &mut rng, &format!("{shape:?} by {size}"), 2e-5);
     }
 }
 

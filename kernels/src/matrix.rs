@@ -50,7 +50,8 @@ impl Matrix {
         self.data.bytes()
     }
 
-    /// The elements, or the bytes of the blocks: (rows, bytes of a row).
+    /// The elements, or the bytes of the blocks: (rows, bytes of a row). A device may lay those out in an
+    /// order of its own.
     pub fn data(&self) -> &Tensor {
         &self.data
     }

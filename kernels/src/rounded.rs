@@ -9,8 +9,9 @@
 //!   `y −= (Σ over runs of n · Σ q) · m) · dx`,
 //!
 //! where sums of integers are exact, and each f32 operation is rounded alone, in the order written. This is
-//! the definition to the bit, for every backend: `formats::unpack::Form` says what c, d, m, s and n are.
-//! The error is that of x: at most half of dx in each element.
+//! the definition to the bit for every path of the CPU: `formats::unpack::Form` says what c, d, m, s and n
+//! are. A GPU has the same integers and sums blocks in another order; of many rows it takes integers and
+//! weights as BF16. The error is that of x: at most half of dx in each element.
 
 use half::f16;
 

@@ -175,6 +175,11 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     let weights = planned.graph.weights();
     let footprint = Footprint::of(planned.graph()?)?;
     let threads = cpu.as_ref().map_or(1, |c| c.threads());
+    // What a device does not compute, this machine prepares with all it has.
+    let preparing = match &cpu {
+        Some(_) => threads,
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
     let storage = Storage {
         format: stored.dtype().map_or(stored, |_| dtype.into()),
         recipe: options.quantize.clone(),
@@ -220,7 +225,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         Weights::Random(seed) => {
             fits_memory(weights_bytes)?;
             let drawn = RandomWeights::new(*seed, std, dtype, backend.clone());
-            let drawn = drawn.with_formats(formats, threads);
+            let drawn = drawn.with_formats(formats, preparing);
             Network::build(planned.graph, &drawn, backend, activations)?
         }
         Weights::Checkpoint(mapping) => {
@@ -233,8 +238,15 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             let total = mapping.rows().iter().map(|r| r.bytes as u64).sum();
             progress.start("loading", total);
             let drawn = RandomWeights::new(NEW_SEED, std, matrices, backend.clone());
-            let drawn = drawn.with_formats(formats.clone(), threads);
-            let source = Stored::new(mapping, formats, threads, drawn, backend.clone(), progress);
+            let drawn = drawn.with_formats(formats.clone(), preparing);
+            let source = Stored::new(
+                mapping,
+                formats,
+                preparing,
+                drawn,
+                backend.clone(),
+                progress,
+            );
             let network = Network::build(planned.graph, &source, backend, activations)?;
             source.finish();
             network

@@ -37,7 +37,7 @@ macro_rules! unit {
 }
 
 /// All files of kernels.
-pub const UNITS: [Unit; 13] = [
+pub const UNITS: [Unit; 18] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
     unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
@@ -46,6 +46,10 @@ pub const UNITS: [Unit; 13] = [
         "row_gated_4"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
         "expert_tiles_f16", "expert_tiles_bf16", "sort_choices"),
+    unit!("blocks_narrow.cu": "few_q8_0_1", "few_q8_0_4", "few_q8_0_8", "few_q8_0_chosen", "widen_q8_0", "few_q4_0_1", "few_q4_0_4", "few_q4_0_8", "few_q4_0_chosen", "widen_q4_0", "few_iq4_nl_1", "few_iq4_nl_4", "few_iq4_nl_8", "few_iq4_nl_chosen", "widen_iq4_nl", "round_blocks_32", "arrange"),
+    unit!("blocks_fifths.cu": "few_q5_1_1", "few_q5_1_4", "few_q5_1_8", "few_q5_1_chosen", "widen_q5_1", "few_q5_0_1", "few_q5_0_4", "few_q5_0_8", "few_q5_0_chosen", "widen_q5_0", "few_q4_1_1", "few_q4_1_4", "few_q4_1_8", "few_q4_1_chosen", "widen_q4_1"),
+    unit!("blocks_wide.cu": "few_q6_k_1", "few_q6_k_4", "few_q6_k_8", "few_q6_k_chosen", "widen_q6_k", "few_q5_k_1", "few_q5_k_4", "few_q5_k_8", "few_q5_k_chosen", "widen_q5_k", "few_q4_k_1", "few_q4_k_4", "few_q4_k_8", "few_q4_k_chosen", "widen_q4_k", "round_blocks_256"),
+    unit!("blocks_rare.cu": "few_iq4_xs_1", "few_iq4_xs_4", "few_iq4_xs_8", "few_iq4_xs_chosen", "widen_iq4_xs", "few_q3_k_1", "few_q3_k_4", "few_q3_k_8", "few_q3_k_chosen", "widen_q3_k", "few_q2_k_1", "few_q2_k_4", "few_q2_k_8", "few_q2_k_chosen", "widen_q2_k"),
     unit!("conv1d.cu": "conv1d_step", "conv1d_rows", "conv1d_state"),
     unit!("selective_scan.cu": "selective_scan_1", "selective_scan_2", "selective_scan_4",
         "selective_scan_8", "selective_scan_groups_1", "selective_scan_groups_2",
@@ -54,6 +58,7 @@ pub const UNITS: [Unit; 13] = [
     unit!("ssd_scan.cu": "ssd_scan_1", "ssd_scan_2", "ssd_scan_4", "ssd_scan_8", "ssd_scan_16",
         "ssd_scan_32", "ssd_scan_step_1", "ssd_scan_step_2", "ssd_scan_step_4", "ssd_scan_step_8",
         "ssd_scan_step_16", "ssd_scan_step_32"),
+    unit!("ssd_chunked.cu": "ssd_scores", "ssd_chunked_4", "ssd_chunked_8", "ssd_keep"),
     unit!("s4d_scan.cu": "s4d_scan"),
     unit!("mamba3_scan.cu": "mamba3_scan"),
     unit!("attention.cu": "rope", "kv_write", "attention", "attention_sum"),
@@ -63,8 +68,9 @@ pub const UNITS: [Unit; 13] = [
 ];
 
 /// What the files include: name and text.
-const HEADERS: [(&CStr, &str); 4] = [
+const HEADERS: [(&CStr, &str); 5] = [
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
+    (c"blocks.cuh", include_str!("kernels/blocks.cuh")),
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"products.cuh", include_str!("kernels/products.cuh")),
     (c"scan.cuh", include_str!("kernels/scan.cuh")),

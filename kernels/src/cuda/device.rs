@@ -60,6 +60,8 @@ const LARGE: [&str; 7] = [
     "mamba3_scan",
     "route",
 ];
+/// The same, by how their names begin.
+const LARGE_KINDS: [&str; 2] = ["few_", "ssd_chunked_"];
 const OWN_SHARED: usize = 4096;
 
 impl Device {
@@ -155,7 +157,7 @@ impl Device {
                 // SAFETY: the module stays loaded for as long as the context.
                 let function = unsafe { result::module::get_function(module, name) };
                 let function = function.map_err(failed(kernel))?;
-                if LARGE.contains(kernel) {
+                if LARGE.contains(kernel) || LARGE_KINDS.iter().any(|k| kernel.starts_with(k)) {
                     let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                     let most = self.shared_memory as i32;
                     // SAFETY: the function was just found.

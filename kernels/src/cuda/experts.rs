@@ -6,7 +6,7 @@ use cudarc::driver::result;
 
 use super::device::{Allocation, Param, failed, launch};
 use super::linear::{in_chunks, of_type};
-use super::{Rows, State, address, dense};
+use super::{Rows, State, address, blocks, dense};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::ops::ExpertLinear;
@@ -16,6 +16,8 @@ use crate::tensor::DType;
 const ONE_BY_ONE: usize = 16;
 const TILE: usize = 64;
 const WARPS: usize = 8;
+/// Bytes that widened rows of all experts take at most, beyond a tile of each.
+const WIDENED: usize = 256 << 20;
 
 /// `ExpertProduct` in experts.cu.
 #[repr(C)]
@@ -34,6 +36,26 @@ struct ExpertProduct {
 
 // SAFETY: laid out as there.
 unsafe impl Param for ExpertProduct {}
+
+/// `Chosen` in blocks.cuh.
+#[repr(C)]
+struct Chosen {
+    x: Rows,
+    w: u64,
+    experts: u64,
+    experts_stride: i64,
+    blocks: i64,
+    y: Rows,
+    k: i32,
+    n: i32,
+    split: i32,
+    wide: i32,
+    x_div: i32,
+    choices: i32,
+}
+
+// SAFETY: laid out as there.
+unsafe impl Param for Chosen {}
 
 /// `Sorted` in experts.cu.
 #[repr(C)]
@@ -76,9 +98,8 @@ impl State {
     }
 
     pub fn expert_linear(&mut self, op: ExpertLinear<'_>) -> Result<()> {
-        op.w.iter().try_for_each(|w| dense("expert_linear", w))?;
         let first = op.w[0].data();
-        if op.w.iter().any(|w| w.data().dtype() != first.dtype()) {
+        if op.w.iter().any(|w| w.format() != op.w[0].format()) {
             return Err(Error::Unsupported {
                 op: "expert_linear",
                 backend: "cuda",
@@ -100,6 +121,9 @@ impl State {
             x_div: if of_each { 1 } else { op.experts.cols() as i32 },
             choices: op.experts.cols() as i32,
         };
+        if op.w[0].format().dtype().is_none() {
+            return self.expert_blocks(&op, product);
+        }
         let mut chunks = product.x.wide();
         for w in op.w {
             chunks &= in_chunks(w.data(), address(w.data())?);
@@ -109,20 +133,105 @@ impl State {
             let grid = (n.div_ceil(WARPS), choices, 1);
             return launch!(self, of_type(first.dtype(), names), grid, 32 * WARPS, 0; product);
         }
-        let experts = op.w.len();
-        let most = choices.div_ceil(TILE) + experts.min(choices);
-        let room = self.scratch(4 * (1 + choices + 3 * most + experts + 1))?;
+        let sorted = self.sort_choices(&product, choices, op.w.len(), 0)?.0;
+        let most = tiles(choices, op.w.len());
+        let names = ["expert_tiles_f32", "expert_tiles_f16", "expert_tiles_bf16"];
+        let grid = (n.div_ceil(TILE), most, 1);
+        launch!(self, of_type(first.dtype(), names), grid, 256, 0; product, sorted)
+    }
+
+    /// Sorts choices by expert, in memory that has `beside` bytes more at its beginning: where they are,
+    /// and where the other bytes begin.
+    fn sort_choices(
+        &mut self,
+        product: &ExpertProduct,
+        choices: usize,
+        experts: usize,
+        beside: usize,
+    ) -> Result<(Sorted, u64)> {
+        let (most, beside) = (tiles(choices, experts), beside.next_multiple_of(256));
+        let room = self.scratch(beside + 4 * (1 + choices + 3 * most + experts + 1))?;
+        let count = room + beside as u64;
         let sorted = Sorted {
-            count: room,
-            order: room + 4,
-            tiles: room + 4 * (1 + choices) as u64,
+            count,
+            order: count + 4,
+            tiles: count + 4 * (1 + choices) as u64,
         };
         let ends = sorted.tiles + 12 * most as u64;
         launch!(self, "sort_choices", (1, 1, 1), 1024, 0;
             product.experts, product.experts_stride, product.choices, choices as i32,
             experts as i32, ends, sorted)?;
-        let names = ["expert_tiles_f32", "expert_tiles_f16", "expert_tiles_bf16"];
-        let grid = (n.div_ceil(TILE), most, 1);
-        launch!(self, of_type(first.dtype(), names), grid, 256, 0; product, sorted)
+        Ok((sorted, room))
     }
+
+    /// Experts in blocks: few choices straight from them; for many, rows of all experts are widened, as
+    /// many at a time as fit a bounded memory.
+    fn expert_blocks(&mut self, op: &ExpertLinear<'_>, mut product: ExpertProduct) -> Result<()> {
+        let (format, experts) = (op.w[0].format(), op.w.len());
+        let Some(kernels) = blocks::kernels(format) else {
+            return dense("expert_linear", &op.w[0]);
+        };
+        let (choices, k, n) = (op.y.rows(), op.x.cols(), op.y.cols());
+        let of_matrix = blocks::blocks(&op.w[0]) as i64;
+        let rounded = op.activations == DType::BF16;
+        let shared = blocks::room(format, k, 1);
+        if rounded && choices <= ONE_BY_ONE && shared <= self.device.shared_memory {
+            let (split, grid) = self.teams(n * choices, k);
+            let chosen = Chosen {
+                x: product.x,
+                w: product.w,
+                experts: product.experts,
+                experts_stride: product.experts_stride,
+                blocks: of_matrix,
+                y: product.y,
+                k: product.k,
+                n: product.n,
+                split: split as i32,
+                wide: i32::from(product.x.wide()),
+                x_div: product.x_div,
+                choices: product.choices,
+            };
+            let grid = (grid.div_ceil(choices), choices, 1);
+            return launch!(self, kernels.chosen, grid, 32 * WARPS, shared; chosen);
+        }
+        let each = (WIDENED / (4 * k * experts)).max(1);
+        let each = each.next_multiple_of(TILE).min(n);
+        let of_x = if rounded { 4 * op.x.rows() * k } else { 0 };
+        let of_w = 4 * each * k * experts;
+        let (sorted, room) =
+            self.sort_choices(&product, choices, experts, of_x + of_w + 8 * experts)?;
+        let (widened, table) = (room + of_x as u64, room + (of_x + of_w) as u64);
+        if rounded {
+            product.x = self.round_blocks(op.x, format, room, DType::F32)?;
+        }
+        (product.round, product.n) = (0, n as i32);
+        let list = std::mem::replace(&mut product.w, table);
+        for first in (0..n).step_by(each) {
+            let part = each.min(n - first);
+            let widen = blocks::Widen {
+                w: 0,
+                list,
+                table,
+                blocks: of_matrix,
+                ids: 0,
+                first: first as i32,
+                k: k as i32,
+                to: widened,
+                stride: k as i64,
+                dtype: 0,
+                wide: 1,
+            };
+            let grid = (part, (k / 32).div_ceil(128), experts);
+            launch!(self, kernels.widen, grid, 128, 0; widen)?;
+            (product.y, product.n) = (blocks::after(op.y, first)?, part as i32);
+            let grid = (part.div_ceil(TILE), tiles(choices, experts), 1);
+            launch!(self, "expert_tiles_f32", grid, 256, 0; product, sorted)?;
+        }
+        Ok(())
+    }
+}
+
+/// The most tiles that choices are cut into.
+fn tiles(choices: usize, experts: usize) -> usize {
+    choices.div_ceil(TILE) + experts.min(choices)
 }

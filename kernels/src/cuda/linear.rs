@@ -3,13 +3,13 @@
 
 use super::device::{Param, launch};
 use super::matmul::{Matmul, Shape, alignment};
-use super::{Rows, State, address, dense, optional, rows};
+use super::{Rows, State, address, optional, rows};
 use crate::error::Result;
 use crate::ops::Linear;
 use crate::tensor::{DType, Tensor};
 
 /// Rows and outputs of a tile: `TILE` in products.cuh.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 /// Warps of a block of `one_row`.
 const WARPS: usize = 8;
 
@@ -25,15 +25,15 @@ const ONE_ROW: [[&str; 3]; 4] = [
 
 /// `Product` in products.cu.
 #[repr(C)]
-struct Product {
-    x: Rows,
-    w: u64,
-    bias: u64,
-    y: Rows,
-    rows: i32,
-    k: i32,
-    n: i32,
-    round: i32,
+pub(super) struct Product {
+    pub x: Rows,
+    pub w: u64,
+    pub bias: u64,
+    pub y: Rows,
+    pub rows: i32,
+    pub k: i32,
+    pub n: i32,
+    pub round: i32,
 }
 
 // SAFETY: laid out as there.
@@ -64,8 +64,11 @@ pub(super) fn of_type(dtype: DType, names: [&'static str; 3]) -> &'static str {
 
 impl State {
     pub fn linear(&mut self, op: Linear<'_>) -> Result<()> {
-        dense("linear", op.w)?;
         let rounded = self.rounded.take();
+        if op.w.format().dtype().is_none() {
+            self.flush()?;
+            return self.linear_blocks(&op);
+        }
         let (w, rows, k, n) = (op.w.data(), op.x.rows(), op.x.cols(), op.w.rows());
         let product = Product {
             x: Rows::of(op.x)?,

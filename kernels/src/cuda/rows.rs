@@ -1,7 +1,7 @@
 //! Elementwise operations, lookups, norms, routes: each row by itself.
 
 use super::device::{Param, launch};
-use super::{Rows, State, address, code, dense, optional};
+use super::{Rows, State, address, code, optional};
 use crate::error::{Error, Result};
 use crate::ops::{
     Activate, Activation, Add, Combine, Embed, Gather, LayerNorm, RmsNorm, Route, Scale, Score,
@@ -140,7 +140,9 @@ impl State {
     }
 
     pub fn embed(&mut self, op: Embed<'_>) -> Result<()> {
-        dense("embed", op.table)?;
+        if op.table.format().dtype().is_none() {
+            return self.embed_blocks(op);
+        }
         let table = op.table.data();
         let (pointer, y, cols) = (address(table)?, Rows::of(op.y)?, table.cols());
         let ids = self.lists.ids(op.ids)?;

@@ -4,7 +4,7 @@
 use super::device::{Param, launch};
 use super::{Rows, State, address, optional, rows};
 use crate::error::{Error, Result};
-use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdChunked, SsdScan};
+use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdScan};
 use crate::tensor::Tensor;
 
 /// Channels that a block of a scan takes: `CHANNELS` in scan.cuh.
@@ -139,7 +139,7 @@ unsafe impl Param for S4d {}
 // SAFETY: as above.
 unsafe impl Param for Mamba3 {}
 
-fn unsupported(op: &'static str, why: String) -> Error {
+pub(super) fn unsupported(op: &'static str, why: String) -> Error {
     Error::Unsupported {
         op,
         backend: "cuda",
@@ -148,7 +148,7 @@ fn unsupported(op: &'static str, why: String) -> Error {
 }
 
 /// Address and row stride of a state.
-fn state(of: &Tensor) -> Result<(u64, i64)> {
+pub(super) fn state(of: &Tensor) -> Result<(u64, i64)> {
     Ok((address(of)?, of.stride() as i64))
 }
 
@@ -281,14 +281,6 @@ impl State {
         };
         let grid = (heads * width.div_ceil(channels), op.ragged.spans.len(), 1);
         launch!(self, kernel, grid, threads, 0; scan)
-    }
-
-    pub fn ssd_chunked(&mut self, op: SsdChunked<'_>) -> Result<()> {
-        let why = format!(
-            "it has no scan by chunks; leave `chunk_size: {}` out of the plan and the recurrence runs, or use --device cpu",
-            op.chunk_size
-        );
-        Err(unsupported("ssd_chunked", why))
     }
 
     pub fn s4d_scan(&mut self, op: S4dScan<'_>) -> Result<()> {

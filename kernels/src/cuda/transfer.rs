@@ -47,6 +47,10 @@ impl State {
             None => (DType::U8, format.row_bytes(cols).unwrap_or(0)),
         };
         size_of("upload", bytes.len(), rows * cols * dtype.size())?;
+        if super::blocks::kernels(format).is_some() {
+            let memory = self.upload_blocks(format, bytes)?;
+            return Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols));
+        }
         let memory = Allocation::new(&self.device, bytes.len())?;
         if !bytes.is_empty() {
             // SAFETY: there is room for the bytes, which the driver has taken over when this returns.
