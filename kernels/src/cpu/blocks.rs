@@ -8,10 +8,11 @@
 use std::ops::Range;
 
 use super::Cpu;
-use super::direct::{Direct, FEW_ROWS};
+use super::bytes::TILE;
+use super::direct::{Direct, few_rows};
 use super::dot::{Place, Rows};
 use super::scratch::Scratch;
-use super::simd::{Isa, Kernel, Simd};
+use super::simd::{Kernel, Simd};
 use crate::format::Format;
 use crate::formats::unpack::{CHUNK, Form, RAW, WORDS, expand, unpack};
 use crate::rounded::round_block;
@@ -152,7 +153,11 @@ impl Cpu {
 
     /// A product, in parts of the columns and of the rows.
     pub(super) fn block_products(&self, dot: &BlockDot<'_>) {
-        let unit = self.panel_columns();
+        let unit = if dot.rows <= few_rows(self.isa(), dot.format) {
+            TILE
+        } else {
+            self.panel_columns()
+        };
         let columns = if dot.rows > 8 {
             unit
         } else {
@@ -185,7 +190,7 @@ impl Cpu {
 
     /// One part, on one thread.
     pub(super) fn block_dot(&self, dot: &BlockDot<'_>, scratch: &mut Scratch) {
-        if dot.rows <= FEW_ROWS && self.isa() != Isa::Portable {
+        if dot.rows <= few_rows(self.isa(), dot.format) {
             return self.isa().launch(Direct(dot));
         }
         let (lanes, unit) = (self.isa().lanes(), self.panel_columns());

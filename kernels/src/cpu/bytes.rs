@@ -305,3 +305,114 @@ impl Bytes for Plain32 {
         x
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::{Isa, Kernel, Simd};
+    use super::*;
+
+    /// Bytes that look random; those of x are at least -127.
+    fn bytes(seed: usize) -> [u8; 128] {
+        std::array::from_fn(|i| {
+            let x = crate::random::uniform(seed as u64, i as u64) * 256.0;
+            if x as u8 == 128 { 127 } else { x as u8 }
+        })
+    }
+
+    /// What all operations make of some bytes.
+    #[derive(Debug, Default, PartialEq)]
+    struct Found(Vec<i32>, Vec<u32>, Vec<u8>);
+
+    fn all<V: Bytes>(v: V, from: &[u8; 128]) -> Found {
+        let mut found = Found::default();
+        let p = |at: usize| from[at..].as_ptr();
+        // SAFETY: 128 bytes are there, and reads begin at 96 at most.
+        unsafe {
+            let (a, x, low) = (v.load(p(0)), v.load(p(32)), v.splat_byte(0x7f));
+            let u = v.and(a, low);
+            let word = u32::from_le_bytes([from[0], from[1], from[2], from[3]]);
+            // Saturating sums of words would differ: codes of formats stay below 64 there.
+            let small = v.and(a, v.splat_byte(0x3f));
+            let vectors = [
+                v.zero(),
+                v.splat_lane(word.cast_signed()),
+                v.load_twice(p(5)),
+                v.load_words(p(7)),
+                v.nibbles(p(9)),
+                v.fifths(word),
+                v.or(a, x),
+                v.right::<3>(a),
+                v.left::<2>(a),
+                v.left_lanes::<5>(a),
+                v.sub_bytes(a, x),
+                v.add_lanes(a, x),
+                v.sub_lanes(a, x),
+                v.lookup(a, v.load(p(64))),
+                v.first_twice(a),
+                v.second_twice(a),
+                v.pairs(small, x),
+                v.pairs_signed(a, x),
+                v.fours(u, x),
+                v.fours_signed(a, x),
+                v.add_words(a, x, v.load(p(64))),
+            ];
+            let places: [*const u8; TILE] = std::array::from_fn(|c| p(11 * c));
+            let across = v.across(places);
+            let mut eight = [a; TILE];
+            eight[..4].copy_from_slice(&across);
+            eight[6] = x;
+            let sums = [v.sums(eight), v.lanes(places)];
+            // Lanes by products with 1 and 65536, so that nothing else is needed to read them.
+            for vector in vectors.into_iter().chain(across).chain(sums) {
+                for shift in 0..4 {
+                    let byte = v.and(shifted(v, vector, shift), v.splat_lane(255));
+                    let lanes = v.to_array(v.to_f32(byte));
+                    found.0.extend(lanes.map(|lane| lane as i32));
+                }
+            }
+            let floats = [
+                v.halves(places),
+                v.low_halves(a),
+                v.high_halves(a),
+                v.to_f32(a),
+                v.mul(v.sub(v.to_f32(x), v.to_f32(a)), v.splat(0.3)),
+                v.add(v.to_f32(x), v.to_f32(a)),
+            ];
+            for float in floats {
+                let not_nan = |x: f32| if x.is_nan() { 1 } else { x.to_bits() };
+                found.1.extend(v.to_array(float).map(not_nan));
+            }
+            found.2 = v.along(across).concat();
+        }
+        found
+    }
+
+    /// Byte `at` of each lane at its lower end.
+    fn shifted<V: Bytes>(v: V, x: V::B, at: usize) -> V::B {
+        let index: [u8; 32] = std::array::from_fn(|i| (i % 16 / 4 * 4 + (i % 4 + at) % 4) as u8);
+        // SAFETY: the array has 32 bytes.
+        v.lookup(x, unsafe { v.load(index.as_ptr()) })
+    }
+
+    struct All<'a>(&'a [u8; 128]);
+
+    impl Kernel for All<'_> {
+        type Out = Found;
+        const BF16_DOT: bool = true;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Found {
+            all(s.bytes(), self.0)
+        }
+    }
+
+    #[test]
+    fn every_path_has_the_operations_of_plain_rust() {
+        for seed in 0..200 {
+            let from = bytes(seed);
+            let plain = all(Plain32, &from);
+            for isa in Isa::available() {
+                assert_eq!(isa.launch(All(&from)), plain, "{isa:?}");
+            }
+        }
+    }
+}

@@ -18,6 +18,7 @@ mod blocks;
 mod bytes;
 mod conv1d;
 mod direct;
+mod direct_codes;
 mod dot;
 mod elementwise;
 mod embed;
