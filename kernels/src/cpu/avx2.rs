@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use super::portable::{HALF_ROOT, first};
 use super::simd::Simd;
+use super::ymm::Ymm;
 
 /// A token that AVX2, FMA and F16C are there.
 #[derive(Clone, Copy)]
@@ -127,6 +128,11 @@ impl Simd for Avx2 {
         fn store_f16_n(p: *mut f16, n: usize, x: V) {
             store_words(p, n, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))
         }
+    }
+    type Bytes = Ymm<false>;
+    #[inline(always)]
+    fn bytes(self) -> Ymm<false> {
+        Ymm
     }
     #[inline(always)]
     unsafe fn load_i(self, p: *const i32) -> __m256i {

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use super::avx2::{sum128, sums128};
 use super::portable::HALF_ROOT;
 use super::simd::Simd;
+use super::ymm::Ymm;
 
 /// A token that AVX-512 F, BW, DQ and VL are there, and BF16 if it says so.
 #[derive(Clone, Copy)]
@@ -133,6 +134,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         fn load_pairs_n(p: *const bf16, n: usize) -> __m512i {
             _mm512_maskz_loadu_epi16(((1u64 << n) - 1) as __mmask32, p.cast())
         }
+    }
+    type Bytes = Ymm<BF16>;
+    #[inline(always)]
+    fn bytes(self) -> Ymm<BF16> {
+        Ymm
     }
     #[inline(always)]
     unsafe fn load_i(self, p: *const i32) -> __m512i {

@@ -1,13 +1,15 @@
 //! Products with weights in blocks, of inputs rounded to bytes: `rounded` defines them to the bit.
 //!
-//! One row or many, the work is the same: some rows of the weight are taken apart for a chunk of K
-//! (`Unpack`) and laid out so that a vector holds the same four bytes of as many columns, then all rows of
-//! x take their products from there (`Multiply`). Integer sums are exact, and f32 sums go block by block
-//! for each column alone.
+//! A few rows read the weight where it lies (`direct`). For many, some rows of the weight are taken apart
+//! for a chunk of K (`Unpack`) and laid out so that a vector holds the same four bytes of as many columns,
+//! then all rows of x take their products from there (`Multiply`). Either way integer sums are exact, and f32
+//! sums go block by block for each column alone.
 
 use std::ops::Range;
 
 use super::Cpu;
+use super::bytes::TILE;
+use super::direct::{Direct, few_rows};
 use super::dot::{Place, Rows};
 use super::scratch::Scratch;
 use super::simd::{Kernel, Simd};
@@ -38,8 +40,8 @@ pub(super) struct Rounded {
     form: Form,
     k: usize,
     codes: Rows<i8>,
-    /// For each row: the scales of its blocks, as bits; for each run, what its sum begins with; and for
-    /// minima the scaled sums of blocks of 32, as bits, or the sums of runs, two in a word.
+    /// For each row: the scales of its blocks, as bits; for each run, what its sum begins with; and the
+    /// scaled sums of blocks of 32 for minima, as bits, or the sums of runs of larger blocks, two in a word.
     words: Rows<i32>,
 }
 
@@ -52,9 +54,14 @@ impl Rounded {
         self.k / self.form.run
     }
 
+    /// Elements of a row.
+    pub(super) fn k(&self) -> usize {
+        self.k
+    }
+
     /// Row `r` from element `start` on.
     #[inline(always)]
-    fn at(&self, r: usize, start: usize) -> XRow {
+    pub(super) fn at(&self, r: usize, start: usize) -> XRow {
         let words = self.words.pointer.wrapping_add(r * self.words.pitch);
         let extra = words.wrapping_add(self.blocks() + self.runs());
         XRow {
@@ -83,11 +90,11 @@ impl Rounded {
 
 /// A row of x from the start of a chunk on.
 #[derive(Clone, Copy)]
-struct XRow {
-    codes: *const i8,
-    scales: *const i32,
-    begins: *const i32,
-    extra: *const i32,
+pub(super) struct XRow {
+    pub(super) codes: *const i8,
+    pub(super) scales: *const i32,
+    pub(super) begins: *const i32,
+    pub(super) extra: *const i32,
 }
 
 /// The products of some rows of x with rows `columns` of a weight.
@@ -146,7 +153,11 @@ impl Cpu {
 
     /// A product, in parts of the columns and of the rows.
     pub(super) fn block_products(&self, dot: &BlockDot<'_>) {
-        let unit = self.panel_columns();
+        let unit = if dot.rows <= few_rows(self.isa(), dot.format) {
+            TILE
+        } else {
+            self.panel_columns()
+        };
         let columns = if dot.rows > 8 {
             unit
         } else {
@@ -179,6 +190,9 @@ impl Cpu {
 
     /// One part, on one thread.
     pub(super) fn block_dot(&self, dot: &BlockDot<'_>, scratch: &mut Scratch) {
+        if dot.rows <= few_rows(self.isa(), dot.format) {
+            return self.isa().launch(Direct(dot));
+        }
         let (lanes, unit) = (self.isa().lanes(), self.panel_columns());
         let k = dot.x.k;
         let rows = dot.rows.min(MOST_ROWS);
@@ -275,7 +289,7 @@ impl Kernel for RoundX {
                     let scaled = f32::from_bits(scales[i].cast_unsigned()) * begins[i] as f32;
                     *extra = scaled.to_bits().cast_signed();
                 }
-            } else if form.minima {
+            } else if form.block > 32 {
                 for (i, extra) in extra[..runs / 2].iter_mut().enumerate() {
                     *extra = begins[2 * i] & 0xffff | begins[2 * i + 1] << 16;
                 }

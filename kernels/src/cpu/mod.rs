@@ -15,7 +15,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+mod bytes;
 mod conv1d;
+mod direct;
+mod direct_codes;
 mod dot;
 mod elementwise;
 mod embed;
@@ -41,6 +44,8 @@ mod simd;
 mod ssd_chunked;
 mod ssd_scan;
 mod ssd_tiles;
+#[cfg(target_arch = "x86_64")]
+mod ymm;
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::bytes::Plain32;
 use super::simd::Simd;
 
 /// Eight lanes of plain Rust.
@@ -25,6 +26,12 @@ impl Simd for Portable {
     const LANES: usize = LANES;
     const ROWS: usize = 2;
 
+    const BYTES: bool = false;
+    type Bytes = Plain32;
+    #[inline(always)]
+    fn bytes(self) -> Plain32 {
+        Plain32
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> V {
         [x; LANES]

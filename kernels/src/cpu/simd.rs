@@ -5,6 +5,7 @@
 
 use half::{bf16, f16};
 
+use super::bytes::Bytes;
 use crate::tensor::{DType, Element};
 
 /// A fast path, from the plainest to the widest.
@@ -233,6 +234,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             }
         }
     }
+
+    /// Whether products of few rows are faster with those.
+    const BYTES: bool = true;
+    /// The vectors of 32 bytes that go with it.
+    type Bytes: Bytes;
+    fn bytes(self) -> Self::Bytes;
 
     /// Asks for the cache line at `p`, soon to be read. Any address is allowed.
     #[inline(always)]
