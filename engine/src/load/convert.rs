@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use strata_converters::checkpoint::TensorInfo;
 use strata_converters::mapping::Mapping;
-use strata_converters::published::{self, Assembled};
+use strata_converters::published::{self, Assembled, Run, Step};
 use strata_converters::tensor_map::Source;
-use strata_converters::write::{self, Content, Folder, Target, safetensors};
+use strata_converters::write::{self, Content, Folder, Part, Target, safetensors};
 use strata_converters::{Card, Config, ModelFiles, Origin};
 use strata_kernels::{DType, Format};
 use strata_layers::plan::{self, Place};
@@ -96,7 +96,11 @@ pub fn convert(
                 "a GGUF file goes to a folder first; a plan of one's own is applied to that".into(),
             ));
         }
-        from_gguf(&planned, gguf, &mapping, options.dtype)?
+        let (targets, config) = from_gguf(&planned, gguf, &mapping, options.dtype)?;
+        if let Some(config) = config {
+            texts.insert("config.json".into(), config.into_bytes());
+        }
+        targets
     } else if planned.origin == Origin::Edited {
         let new_plan = renumbered(&planned.plan);
         let targets = edited(
@@ -364,11 +368,14 @@ fn assembled(
     format: Format,
     weight: impl Fn(usize) -> Result<strata_kernels::HostTensor>,
 ) -> Result<Target> {
-    let runs = made
-        .runs
-        .iter()
-        .map(|run| Ok((weight(run.weight)?, run.elements.clone())));
-    let runs: Vec<_> = runs.collect::<Result<_>>()?;
+    let part = |run: &Run| {
+        Ok(Part {
+            tensor: weight(run.weight)?,
+            elements: run.elements.clone(),
+            change: Step::times(run.times),
+        })
+    };
+    let runs: Vec<Part> = made.runs.iter().map(part).collect::<Result<_>>()?;
     let undo = made.undo.clone();
     Ok(Target::made(name, made.shape.clone(), format, move || {
         Ok(Content::Made {
@@ -392,7 +399,7 @@ fn mean(mapping: &Mapping, tensors: &[String], name: &str) -> Result<Target> {
         let mean = source.load(&checkpoint)?;
         let elements = 0..mean.len();
         Ok(Content::Made {
-            runs: vec![(mean, elements)],
+            runs: vec![(mean, elements).into()],
             undo: Vec::new(),
         })
     }))
@@ -430,7 +437,7 @@ fn retype(targets: &mut [Target], graph: &Graph, mapping: &Mapping, dtype: DType
                 let tensor = checkpoint.tensor(&name)?;
                 let elements = 0..tensor.len();
                 Ok(Content::Made {
-                    runs: vec![(tensor, elements)],
+                    runs: vec![(tensor, elements).into()],
                     undo: Vec::new(),
                 })
             }
