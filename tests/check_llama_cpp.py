@@ -17,6 +17,7 @@ converter needs torch and transformers.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,26 +29,24 @@ ROOT = Path(__file__).resolve().parent
 DEMO = ROOT.parent / "model-cards" / "demo"
 COUNT = 16
 
-# Goldens that llama.cpp can run, by the name of their folders.
-CASES = [
-    "demo",
-    "jamba/moe-shards",
-    "jamba/dense-tied-bf16",
-    "jamba/fused-experts",
-    "jamba/published-config",
-    "mamba/tied",
-    "falcon-mamba/eps",
-    "mamba2/tied",
-    "granite-moe-hybrid/dense-nope",
-    "granite-moe-hybrid/attention-only",
-    "nemotron-h/dense",
-    "nemotron-h/moe-groups-shards",
-    "nemotron-h/latent-experts",
-    "nemotron-h/puzzle",
-    "falcon-h1/norm-groups-shards",
-    "falcon-h1/rope-linear",
-    "plamo2/step4-untied",
-]
+# Goldens that llama.cpp can run, by the name of their folders, and the keys of config.json that are changed.
+CASES = {
+    "demo": {},
+    "jamba/moe-shards": {},
+    "jamba/dense-tied-bf16": {},
+    "jamba/fused-experts": {},
+    "jamba/published-config": {},
+    "mamba/tied": {},
+    "mamba2/tied": {},
+    "mamba2/groups-infinity": {},
+    "granite-moe-hybrid/dense-nope": {},
+    "nemotron-h/moe-groups-shards": {},
+    "falcon-h1/norm-groups-shards": {},
+    "falcon-h1/rope-linear": {},
+    # llama.cpp knows no window.
+    "plamo2/step4-untied": {"attention_window_size": 1048576},
+    "plamo2/window": {"attention_window_size": 1048576},
+}
 QUANTISED = ["q8_0", "q4_k_m"]
 
 # llama.cpp rounds keys and values to F16, the inputs of BF16 products to BF16, and those of blocks to blocks
@@ -78,30 +77,26 @@ def run(path, ids):
     tokens = [int(logits.argmax())]
     while len(tokens) < COUNT:
         model.eval(tokens[-1:])
-        tokens.append(int(np.array(model.scores[len(ids) + len(tokens) - 2]).argmax()))
+        tokens.append(int(np.array(model.scores[len(ids) + len(tokens) - 1]).argmax()))
     print()
     print(json.dumps([logits.tolist(), tokens]))
 
 
 def strata(args, model, ids, *flags):
-    """The same of strata; and the logits of every greedy token."""
+    """The same of strata: the logits before every greedy token, and the tokens."""
     from safetensors.numpy import load_file
 
+    def call(command, ids, *more):
+        text = ",".join(map(str, ids))
+        line = [args.strata, command, str(model), "--token-ids", text, *more, *flags]
+        return subprocess.run(line, check=True, capture_output=True).stdout
+
+    greedy = ["--temperature", "0", "--max-tokens", str(COUNT), "--ignore-eos", "--json"]
+    tokens = json.loads(call("generate", ids, *greedy))["token_ids"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits.safetensors"
-
-        def logits(ids):
-            text = ",".join(map(str, ids))
-            command = [args.strata, "logits", str(model), "--token-ids", text, "--output", str(out), "--quiet"]
-            subprocess.run([*command, *flags], check=True, capture_output=True)
-            return load_file(out)["logits"]
-
-        # All at once is what a token at a time says, bit for bit.
-        tokens, rows = [], []
-        for _ in range(COUNT):
-            rows.append(logits(ids + tokens)[-1])
-            tokens.append(int(rows[-1].argmax()))
-    return rows, tokens
+        call("logits", ids + tokens, "--output", str(out))
+        return load_file(out)["logits"][len(ids) - 1 :], tokens
 
 
 def prompt(folder):
@@ -137,8 +132,18 @@ def check(args, name, folder, path, tolerance, *flags, model=None):
     return compare(name, rows, ours, logits, theirs, TOLERANCE[tolerance])
 
 
+def changed(folder, keys, room):
+    if not keys:
+        return folder
+    copy = room / "-".join(folder.parts[-2:])
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **keys}))
+    return copy
+
+
 def written(args, folder, out, *flags):
-    command = [args.strata, "convert", str(folder), str(out), "--force", "--quiet", *flags]
+    command = [args.strata, "convert", str(folder), str(out), "--force", *flags]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
         return done.stderr.decode().strip().splitlines()[-1]
@@ -158,7 +163,7 @@ def main():
     with tempfile.TemporaryDirectory() as room:
         room = Path(room)
         for name in args.names or CASES:
-            folder = DEMO if name == "demo" else ROOT / "golden" / name
+            folder = DEMO if name == "demo" else changed(ROOT / "golden" / name, CASES.get(name), room)
             out = room / f"{name.replace('/', '-')}.gguf"
             flags = [] if name == "demo" else ["--dtype", "f32"]
             why = written(args, folder, out, *flags)
