@@ -323,7 +323,11 @@ fn multiplied(of: Assembled, rows: Range<usize>, factor: f64) -> Assembled {
             runs.push(Run {
                 weight: run.weight,
                 elements: at + (cut[0] - start)..at + (cut[1] - start),
-                times: if i == 1 { run.times * factor } else { run.times },
+                times: if i == 1 {
+                    run.times * factor
+                } else {
+                    run.times
+                },
             });
         }
     }

@@ -10,8 +10,8 @@ use strata_converters::tensor_map::Source;
 use strata_converters::write::{Content, Part, Progress, Target};
 use strata_converters::{Gguf, ModelFiles};
 use strata_kernels::{DType, Format, HostTensor};
-use strata_layers::{Graph, Role};
 use strata_layers::graph::GraphWeight;
+use strata_layers::{Graph, Role};
 
 use super::convert::{ConvertOptions, Converted, check_space};
 use super::locate::Planned;
