@@ -89,6 +89,32 @@ fn perplexity_in_windows_is_that_of_transformers() {
 }
 
 #[test]
+fn a_quantised_model_is_compared_with_what_it_was() {
+    let (folder, (file, _)) = (Folder::new("quantised"), expected());
+    let written = run(
+        &["convert", "demo", "small.gguf", "--quantize", "q4_0"],
+        &folder.0,
+    );
+    assert_eq!(written.status, 0, "{written:?}");
+    let compare = |model: &[&str]| {
+        let args = ["perplexity", "--compare", "demo", "--file", &file, "--json"];
+        object(&run(&[&args[..], model].concat(), &folder.0))
+    };
+    let found = compare(&["demo", "--quantize", "q4_0"]);
+    assert_eq!(found["model"], "demo as q4_0");
+    assert_eq!(found["compared_with"], "demo");
+    let kl = number(&found, "/compared/kl_divergence/mean");
+    assert!(kl > 1e-4 && kl < 0.5, "{found}");
+    // While loading or in a file, it is the same model.
+    let filed = compare(&["small.gguf"]);
+    assert_eq!(found["nll"], filed["nll"]);
+    assert_eq!(
+        found["compared"]["kl_divergence"],
+        filed["compared"]["kl_divergence"]
+    );
+}
+
+#[test]
 fn two_forms_are_compared_token_by_token() {
     let (folder, (file, golden)) = (Folder::new("compare"), expected());
     let plan = run(&["plan", "show", "demo"], &folder.0).out;

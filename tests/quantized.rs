@@ -6,7 +6,11 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
+use strata::load::{ConvertOptions, LoadOptions, Row, Silent, convert, inspect, load};
+use strata::session::{Engine, EngineConfig, Request};
+use strata_converters::write::Quiet;
 use strata_converters::{Checkpoint, ModelFiles};
+use strata_kernels::DType;
 
 fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("quantized");
@@ -202,4 +206,154 @@ fn scales_that_are_missing_or_misshapen_are_named() {
     // Whole numbers without scales are somebody else's.
     check("{}", &[("steps", I8, &[6])], "steps");
     std::fs::remove_dir_all(own).ok();
+}
+
+/// The value of an FP8 number (1 sign, 4 exponent and 3 mantissa bits).
+fn e4m3(bits: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
+    let size = match exponent {
+        0 => mantissa * 2f32.powi(-9),
+        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+    };
+    if bits & 0x80 == 0 { size } else { -size }
+}
+
+fn options(model: &Path, dtype: Option<DType>) -> LoadOptions {
+    LoadOptions {
+        model: Some(model.display().to_string()),
+        device: "cpu".into(),
+        dtype,
+        threads: Some(1),
+        ..LoadOptions::default()
+    }
+}
+
+/// The logits of a few tokens, as bits.
+fn logits(model: &Path, dtype: Option<DType>) -> Vec<u32> {
+    let model = load(&options(model, dtype), &mut Silent::default()).unwrap();
+    let config = EngineConfig::new(64, 1, DType::F32);
+    let mut engine = Engine::new(model.network.clone(), config).unwrap();
+    let request = Request {
+        prompt: vec![1, 5, 28, 3, 3, 17, 0, 9],
+        prompt_logits: true,
+        ..Request::default()
+    };
+    engine.submit(request).unwrap();
+    let mut found = Vec::new();
+    let mut keep = |_, _, logits: &[f32]| found.extend(logits.iter().map(|l| l.to_bits()));
+    while engine.step(&mut keep).unwrap() {}
+    assert!(found.len() >= 8 * 29);
+    found
+}
+
+/// A model of the goldens with its projections in FP8 and a scale a row, beside a twin that holds what
+/// they stand for: the release runs, and what is converted from it does, as the twin.
+#[test]
+fn a_release_in_fp8_runs_as_what_it_stands_for() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let own = std::env::temp_dir().join(format!("strata-fp8-{}", std::process::id()));
+    for family in [
+        "jamba/dense-tied-bf16",
+        "nemotron-h/dense",
+        "granite-moe-hybrid/dense-nope",
+    ] {
+        let from = golden.join(family);
+        let folders = ["fp8", "twin", "twin-f32"].map(|f| own.join(family).join(f));
+        for folder in &folders {
+            std::fs::create_dir_all(folder).unwrap();
+            std::fs::copy(from.join("config.json"), folder.join("config.json")).unwrap();
+        }
+        let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
+        let source = SafeTensors::deserialize(&bytes).unwrap();
+        let checkpoint = open(&from).unwrap();
+        type Tensors = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
+        let mut files: [Tensors; 3] = Default::default();
+        let mut projections = 0;
+        for (name, view) in source.tensors() {
+            let shape = view.shape().to_vec();
+            if !name.ends_with("proj.weight") || shape.len() != 2 {
+                let kept = (name, view.dtype(), shape, view.data().to_vec());
+                files.iter_mut().for_each(|f| f.push(kept.clone()));
+                continue;
+            }
+            projections += 1;
+            let values = checkpoint.tensor(&name).unwrap().to_f32();
+            let (mut numbers, mut scales, mut wide) = (Vec::new(), Vec::new(), Vec::new());
+            for row in values.chunks_exact(shape[1]) {
+                let scale = row.iter().fold(0f32, |m, v| m.max(v.abs())) / 448.0;
+                scales.extend(scale.to_le_bytes());
+                for v in row {
+                    let finite = (0..=255u8).filter(|b| b & 0x7f != 0x7f);
+                    let far = |b: &u8| (e4m3(*b) * scale - v).abs();
+                    let near = finite.min_by(|a, b| far(a).total_cmp(&far(b))).unwrap();
+                    numbers.push(near);
+                    wide.push(e4m3(near) * scale);
+                }
+            }
+            let rows = shape[0];
+            let words = |v: &[f32]| v.iter().flat_map(|v| v.to_le_bytes()).collect();
+            // To the nearest of 16 bits, ties to even.
+            let half = |v: &f32| {
+                let bits = v.to_bits();
+                (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16).to_le_bytes()
+            };
+            files[0].push((name.clone(), Dtype::F8_E4M3, shape.clone(), numbers));
+            files[0].push((format!("{name}_scale"), Dtype::F32, vec![rows, 1], scales));
+            files[1].push((
+                name.clone(),
+                Dtype::BF16,
+                shape.clone(),
+                wide.iter().flat_map(half).collect(),
+            ));
+            files[2].push((name, Dtype::F32, shape, words(&wide)));
+        }
+        assert!(projections >= 4, "{family}");
+        for (folder, tensors) in folders.iter().zip(&files) {
+            let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+                (
+                    name.clone(),
+                    TensorView::new(*dtype, shape.clone(), bytes).unwrap(),
+                )
+            });
+            std::fs::write(
+                folder.join("model.safetensors"),
+                serialize(views, None).unwrap(),
+            )
+            .unwrap();
+        }
+        let [release, twin, twin_f32] = &folders;
+        let rows = inspect(&options(release, None), &mut Silent::default())
+            .unwrap()
+            .rows;
+        let small: Vec<_> = rows.iter().filter(|r| r.dtype == "FP8 as BF16").collect();
+        let one_each = |r: &&Row| r.bytes == r.shape.iter().product::<usize>() as u64;
+        assert!(
+            small.len() >= projections && small.iter().any(one_each),
+            "{rows:?}"
+        );
+        let expected = logits(twin, Some(DType::BF16));
+        assert!(logits(release, Some(DType::BF16)) == expected, "{family}");
+        assert!(
+            logits(release, Some(DType::F32)) == logits(twin_f32, Some(DType::F32)),
+            "{family} in F32"
+        );
+        let converted = own.join(family).join("converted");
+        let conversion = ConvertOptions {
+            from: options(release, None),
+            to: converted.clone(),
+            gguf: false,
+            quantize: None,
+            dtype: None,
+            shard_bytes: 1 << 30,
+            force: true,
+            threads: 2,
+            seed: 0,
+        };
+        convert(&conversion, &mut Silent::default(), &mut Quiet).unwrap();
+        assert!(
+            logits(&converted, Some(DType::BF16)) == expected,
+            "{family} converted"
+        );
+    }
+    std::fs::remove_dir_all(&own).unwrap();
 }

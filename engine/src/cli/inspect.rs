@@ -45,9 +45,10 @@ impl Inspect {
             return Ok(());
         }
         let width = |f: fn(&load::Row) -> usize| inspected.rows.iter().map(f).max().unwrap_or(0);
-        let (names, tensors) = (
+        let (names, tensors, types) = (
             width(|r| r.weight.as_ref().map_or(1, String::len)),
             width(|r| r.tensor.len()),
+            width(|r| r.dtype.len()).max(5),
         );
         for row in &inspected.rows {
             let weight = row.weight.as_deref().unwrap_or("-");
@@ -57,7 +58,7 @@ impl Inspect {
                 .map_or(String::new(), |how| format!("  {how}"));
             writeln!(
                 out,
-                "{weight:<names$}  {:<tensors$}  {:<5} {:<16} {:>10}  {}{how}",
+                "{weight:<names$}  {:<tensors$}  {:<types$} {:<16} {:>10}  {}{how}",
                 row.tensor,
                 row.dtype,
                 format!("{:?}", row.shape),

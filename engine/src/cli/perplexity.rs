@@ -14,6 +14,7 @@ use super::{Common, Environment, read_text};
 use crate::load::{LoadOptions, Model};
 use crate::perplexity::{Comparison, Mean, Scored, Scorer, Summary, comparing, score, windows};
 use crate::plot::{self, Line, Panel};
+use crate::recipe::Recipe;
 use crate::session::Engine;
 
 const AFTER: &str = "\
@@ -179,7 +180,7 @@ impl Perplexity {
         let all = Summary::of(&scored).context("no token was scored")?;
         let text_bytes = self.file.as_ref().map(|_| content.len());
         let found = Found {
-            names: names(&model, second.as_ref()),
+            names: names(&model, self.common.quantize.as_ref(), second.as_ref()),
             read: list.iter().map(|w| w.end - w.start - 1).sum(),
             bytes: scored_bytes(&model, text_bytes, &tokens, &scored),
             tokens: tokens.len(),
@@ -302,8 +303,15 @@ fn scored_bytes(
 }
 
 /// What the two models are called; a number tells namesakes apart.
-fn names(model: &Model, second: Option<&Model>) -> (String, Option<String>) {
-    let first = model.name.clone();
+fn names(
+    model: &Model,
+    recipe: Option<&Recipe>,
+    second: Option<&Model>,
+) -> (String, Option<String>) {
+    let first = match recipe {
+        Some(recipe) => format!("{} as {}", model.name, recipe.name),
+        None => model.name.clone(),
+    };
     let second = second.map(|s| match s.name == first {
         true => format!("{} (2)", s.name),
         false => s.name.clone(),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use strata_converters::Checkpoint;
+use strata_converters::checkpoint::TensorInfo;
 
 use super::locate::{Located, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
@@ -16,7 +17,7 @@ pub struct Row {
     pub tensor: String,
     /// What is done to it, if anything.
     pub how: Option<String>,
-    /// Element type in the file.
+    /// Element type in the file; `FP8 as BF16` where numbers with scales are widened.
     pub dtype: String,
     /// Shape in the file.
     pub shape: Vec<usize>,
@@ -62,9 +63,9 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
             rows.push(Row {
                 weight: Some(row.path.clone()),
                 how: (expression != tensor).then_some(expression),
-                dtype: info.map_or(String::new(), |i| i.dtype.clone()),
+                dtype: info.map_or(String::new(), dtype),
                 shape: info.map_or(Vec::new(), |i| i.shape.clone()),
-                bytes: row.bytes as u64,
+                bytes: info.map_or(0, |i| bytes(i, row.bytes)),
                 shard: row.shard.clone(),
                 tensor,
             });
@@ -78,7 +79,7 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
             weight: None,
             tensor: name.to_string(),
             how: None,
-            dtype: info.dtype.clone(),
+            dtype: dtype(info),
             shape: info.shape.clone(),
             bytes: info.range.len() as u64,
             shard: info.shard.clone(),
@@ -89,4 +90,23 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
         (Ok(_), Ok(_)) => None,
     };
     Ok(Inspected { rows, notes, fault })
+}
+
+fn dtype(info: &TensorInfo) -> String {
+    match &info.wide {
+        Some(wide) => format!("{} as {}", wide.stored, info.dtype),
+        None => info.dtype.clone(),
+    }
+}
+
+/// What a weight of `wide` bytes in memory takes in the file, scales not counted.
+fn bytes(info: &TensorInfo, wide: usize) -> u64 {
+    let elements: usize = info.shape.iter().product();
+    match (&info.wide, info.runs_as()) {
+        (Some(_), Ok(format)) => {
+            let all = format.row_bytes(elements).unwrap_or(0).max(1);
+            (wide as u128 * info.range.len() as u128 / all as u128) as u64
+        }
+        _ => wide as u64,
+    }
 }
