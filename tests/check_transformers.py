@@ -56,7 +56,7 @@ def difference(args, folder, room):
     lost = {k: sorted(v) for k, v in lost.items() if v}
     for module in model.modules():
         # Bounds of dt that transformers sets to prompts of Nemotron-H, and training did not.
-        if hasattr(module, "time_step_limit") and "time_step_limit" not in config:
+        if hasattr(module, "time_step_limit") and config["model_type"] == "nemotron_h":
             module.time_step_limit = (0.0, float("inf"))
     with torch.no_grad():
         theirs = model.eval()(torch.tensor([IDS]), use_cache=False).logits[0]
