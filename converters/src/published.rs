@@ -334,10 +334,13 @@ fn multiplied(of: Assembled, rows: Range<usize>, factor: f64) -> Assembled {
     Assembled { runs, ..of }
 }
 
+/// Runs of elements, and the factor of each.
+pub type Factors = Vec<(Range<usize>, f64)>;
+
 /// Of a weight in the shape `shape` with this source: the source without the factors that the tensor holds,
 /// and the runs of its elements with the factor of each. None if it holds none, or if rows are
 /// rearranged on the way.
-pub fn factors(source: &Source, shape: &[usize]) -> Option<(Source, Vec<(Range<usize>, f64)>)> {
+pub fn factors(source: &Source, shape: &[usize]) -> Option<(Source, Factors)> {
     let mut bare = source;
     let mut found = Vec::new();
     while let Source::Call(transform, inner, numbers) = bare {
