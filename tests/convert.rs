@@ -144,6 +144,14 @@ fn a_gguf_file_and_back_gives_the_same_bytes() {
         golden("jamba/dense-tied-bf16"),
         golden("mamba2/tied"),
         golden("granite-moe-hybrid/moe-rope-shards"),
+        // A bias that only the file has.
+        golden("mamba2/groups-infinity"),
+        // Multipliers that the file's weights hold: in F32, BF16 and F16.
+        golden("falcon-h1/norm-groups-shards"),
+        golden("falcon-h1/plain-gate"),
+        golden("falcon-h1/rope-linear"),
+        golden("plamo2/window"),
+        golden("plamo2/step4-untied"),
     ]
     .into_iter()
     .enumerate()
@@ -168,6 +176,19 @@ fn a_gguf_file_and_back_gives_the_same_bytes() {
             |of: &[(String, Vec<u8>)]| -> Vec<String> { of.iter().map(|t| t.0.clone()).collect() };
         assert_eq!(names(&found), names(&expected), "{source}");
         assert!(found == expected, "{source}: other bytes");
+        let config = |folder: &Path| std::fs::read_to_string(folder.join("config.json")).unwrap();
+        assert_eq!(config(&back), config(Path::new(&source)));
+        // It runs as it is, though a factor may lie in the weights.
+        let of = |model: &Path| {
+            logits(&LoadOptions {
+                dtype: Some(DType::F32),
+                ..from(&model.display().to_string(), None)
+            })
+        };
+        let (ours, theirs) = (of(&file), of(Path::new(&source)));
+        let far = |(a, b): (&f32, &f32)| (a - b).abs();
+        let worst = ours.iter().zip(&theirs).map(far).fold(0.0, f32::max);
+        assert!(worst < 1e-3, "{source}: off by {worst}");
     }
 }
 
@@ -224,6 +245,69 @@ fn what_is_there_stays_unless_forced() {
     assert!(bytes(&to).iter().any(|(n, _)| n.contains("A_log F32")));
     let config = std::fs::read_to_string(to.join("config.json")).unwrap();
     assert!(!config.contains("float32"), "{config}");
+}
+
+/// Converts a golden by a plan whose stack has been edited. The config.json of the result, and whether there
+/// is a plan.yaml.
+fn edited(room: &Room, name: &str, edit: impl Fn(&mut Vec<String>)) -> (serde_json::Value, bool) {
+    let source = golden(name);
+    let planned = strata::load::plan(&from(&source, None), &mut Silent::default()).unwrap();
+    let text = planned.plan.print();
+    let (before, rest) = text.split_once("stack:\n").unwrap();
+    let places = rest.lines().take_while(|l| l.starts_with("  - "));
+    let mut places: Vec<String> = places.map(ToString::to_string).collect();
+    let after: Vec<&str> = rest.lines().skip(places.len()).collect();
+    edit(&mut places);
+    let plan = format!(
+        "{before}stack:\n{}\n{}\n",
+        places.join("\n"),
+        after.join("\n")
+    );
+    let file = room.path("edited.yaml");
+    std::fs::write(&file, plan).unwrap();
+    let to = room.path("edited");
+    let _ = std::fs::remove_dir_all(&to);
+    let given = from(&source, Some(file));
+    convert(
+        &options(given.clone(), to.clone()),
+        &mut Silent::default(),
+        &mut Quiet,
+    )
+    .unwrap_or_else(|e| panic!("{e}"));
+    let found = logits(&from(&to.display().to_string(), None));
+    assert!(found == logits(&given), "{name}: another model");
+    let config = std::fs::read_to_string(to.join("config.json")).unwrap();
+    let plan = to.join("plan.yaml").exists();
+    (serde_json::from_str(&config).unwrap(), plan)
+}
+
+#[test]
+fn the_config_says_an_edited_stack_where_it_can() {
+    let room = Room::new("convert-solve");
+    let (config, plan) = edited(&room, "jamba/moe-shards", |s| drop(s.remove(0)));
+    assert!(!plan);
+    let keys = [
+        "num_hidden_layers",
+        "attn_layer_offset",
+        "expert_layer_offset",
+        "expert_layer_period",
+    ];
+    let found: Vec<i64> = keys.iter().map(|k| config[k].as_i64().unwrap()).collect();
+    assert_eq!(found, [4, 1, 0, 2]);
+    let (config, plan) = edited(&room, "nemotron-h/dense", |s| s.reverse());
+    assert!(!plan);
+    assert_eq!(config["hybrid_override_pattern"], "-M*-MM-*M-M");
+    let (config, plan) = edited(&room, "granite-moe-hybrid/dense-nope", |s| s.swap(0, 2));
+    assert!(!plan);
+    let words = ["attention", "mamba", "mamba", "mamba", "attention"];
+    assert_eq!(config["layer_types"], serde_json::json!(words));
+    let (config, plan) = edited(&room, "bamba/half-rotary-shards", |s| s.swap(0, 1));
+    assert!(!plan);
+    assert_eq!(config["attn_layer_indices"], serde_json::json!([0, 4]));
+    // Two attention layers in a row have no period.
+    let (config, plan) = edited(&room, "jamba/moe-shards", |s| s.insert(2, s[2].clone()));
+    assert!(plan);
+    assert_eq!(config["num_hidden_layers"], 5, "it stays as it was");
 }
 
 #[test]

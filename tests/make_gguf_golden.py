@@ -132,21 +132,23 @@ def case(args, name):
     (OUT / f"{name}.json").write_text(json.dumps(told) + "\n")
 
 
-# Of each tensor of the mixed file, the format. Between them they have all that are run in blocks.
+# Of each tensor of the mixed file, the format. Between them they have all that are run in blocks; small
+# matrices have the larger ones, as rows of blocks of 256 make the smallest file large.
 MIXED = {
+    "token_embd": "q8_0",
     "blk.0.ssm_in": "q2_k",
-    "blk.0.ssm_out": "q3_k",
-    "blk.0.ssm_x": "q8_0",
+    "blk.0.ssm_out": "iq4_nl",
+    "blk.0.ssm_x": "q5_0",
     "blk.0.ffn_gate": "q4_k",
     "blk.0.ffn_up": "q5_k",
-    "blk.0.ffn_down": "q6_k",
-    "blk.1.attn_q": "q4_0",
-    "blk.1.attn_k": "q4_1",
-    "blk.1.attn_v": "q5_0",
-    "blk.1.attn_output": "q5_1",
-    "blk.1.ffn_gate_exps": "iq4_nl",
-    "blk.1.ffn_up_exps": "iq4_xs",
-    "blk.1.ffn_down_exps": "q4_k",
+    "blk.0.ffn_down": "q4_0",
+    "blk.1.attn_q": "iq4_xs",
+    "blk.1.attn_k": "q6_k",
+    "blk.1.attn_v": "q5_1",
+    "blk.1.attn_output": "q4_1",
+    "blk.1.ffn_gate_exps": "q2_k",
+    "blk.1.ffn_up_exps": "q3_k",
+    "blk.1.ffn_down_exps": "q2_k",
 }
 
 
@@ -160,9 +162,9 @@ def mixed(args):
     torch.manual_seed(5)
     config = JambaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+        num_attention_heads=4, num_key_value_heads=1, attn_layer_period=2, attn_layer_offset=1,
         expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1,
-        mamba_d_state=8, mamba_dt_rank=8, initializer_range=0.06, use_mamba_kernels=False,
+        mamba_d_state=8, mamba_dt_rank=8, mamba_expand=1, initializer_range=0.06, use_mamba_kernels=False,
         tie_word_embeddings=True,
     )  # fmt: skip
     model = JambaForCausalLM(config).eval()
@@ -188,7 +190,7 @@ def mixed(args):
                 tensors[name] = x
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         convert(args, folder, "f32", plain, without_vocabulary)
-    types = [word for name, kind in MIXED.items() for word in ("--tensor-type", f"{name}={kind}")]
+    types = [word for name, kind in MIXED.items() if name != "token_embd" for word in ("--tensor-type", f"{name}={kind}")]
     subprocess.run([args.quantize, *types, "--token-embedding-type", "q8_0", str(plain), str(out), "q8_0"], check=True)
     plain.unlink()
 

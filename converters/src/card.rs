@@ -47,6 +47,7 @@ pub struct Card {
     tensors: TensorMap,
     unused: Option<Node>,
     gguf: Option<Section>,
+    solved: Vec<Entry>,
     tiny: Config,
 }
 
@@ -165,6 +166,20 @@ impl Card {
         resolver.faults.or(unused)
     }
 
+    /// The keys of config.json that say which blocks there are, computed from the names of a plan's.
+    pub(crate) fn solved(&self) -> &[Entry] {
+        &self.solved
+    }
+
+    /// Its block that a plan's block was made from, by the name.
+    pub(crate) fn block_of<'a>(&self, name: &'a str) -> &'a str {
+        let known = |name: &str| self.blocks.iter().any(|b| b.key == name);
+        match name.rsplit_once('.') {
+            Some((first, _)) if !known(name) && known(first) => first,
+            _ => name,
+        }
+    }
+
     /// The keys of config.json that it knows.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         let entries = self.defaults.iter().chain(self.tiny.entries());
@@ -247,6 +262,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
     let defaults = mapping("defaults", faults);
     let blocks = mapping("blocks", faults);
     let tiny = mapping("tiny", faults);
+    let solved = mapping("solved", faults);
     let require = match fields.node("require") {
         None => Vec::new(),
         Some(Node {
@@ -301,6 +317,7 @@ fn read_card(node: &Node, file: &str, faults: &mut Faults) -> Option<Card> {
         tensors,
         unused,
         gguf,
+        solved: solved?,
         tiny: Config::from_node(tiny, file),
     })
 }

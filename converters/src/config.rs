@@ -120,18 +120,21 @@ impl Config {
     }
 }
 
-/// A value as JSON; numbers that JSON lacks as texts, which read as the numbers again.
+/// A value as JSON; numbers that JSON lacks as mappings that transformers reads as the numbers again.
 fn json_of(value: &Value) -> serde_json::Value {
     use serde_json::Value as Json;
     match value {
         Value::Null => Json::Null,
         Value::Bool(b) => Json::from(*b),
         Value::Int(i) => Json::from(*i),
-        Value::Float(f) if f.is_nan() => Json::from("NaN"),
-        Value::Float(f) if f.is_infinite() => Json::from(match *f > 0.0 {
-            true => "Infinity",
-            false => "-Infinity",
-        }),
+        Value::Float(f) if !f.is_finite() => {
+            let name = match () {
+                () if f.is_nan() => "NaN",
+                () if *f > 0.0 => "Infinity",
+                () => "-Infinity",
+            };
+            serde_json::json!({ "__float__": name })
+        }
         Value::Float(f) => Json::from(*f),
         Value::Text(t) => Json::from(t.as_str()),
         Value::List(list) => list.iter().map(|n| json_of(&n.value)).collect(),

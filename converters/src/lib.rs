@@ -25,6 +25,7 @@ mod quantized;
 mod report;
 mod safetensors;
 mod selection;
+pub mod solve;
 mod stack;
 pub mod tensor_map;
 mod torch_names;

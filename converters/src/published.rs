@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::tensor_map::Source;
-use crate::transforms::{Transform, Undo};
+use crate::transforms::{self, Transform, Undo};
 
 /// A tensor made from weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,12 +22,14 @@ pub struct Assembled {
 }
 
 /// Elements of a weight, in a row.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Run {
     /// The weight: its place in the list that was given.
     pub weight: usize,
     /// Which of its elements.
     pub elements: Range<usize>,
+    /// What each is multiplied by before anything else.
+    pub times: f64,
 }
 
 /// A change of each element.
@@ -39,6 +41,24 @@ pub struct Step {
 }
 
 impl Step {
+    /// Multiplies. None by 1.
+    pub fn times(factor: f64) -> Option<Step> {
+        (factor != 1.0).then_some(Step {
+            name: "times",
+            change: transforms::times,
+            number: factor,
+        })
+    }
+
+    /// Divides. None by 1.
+    pub fn over(factor: f64) -> Option<Step> {
+        (factor != 1.0).then_some(Step {
+            name: "over",
+            change: transforms::over,
+            number: factor,
+        })
+    }
+
     /// The element that the transform made `value` from.
     pub fn apply(&self, value: f32) -> f32 {
         (self.change)(value, self.number)
@@ -82,7 +102,11 @@ pub fn assemble(
         let elements = 0..shape.iter().product();
         let made = Assembled {
             shape: shape.clone(),
-            runs: vec![Run { weight, elements }],
+            runs: vec![Run {
+                weight,
+                elements,
+                times: 1.0,
+            }],
             undo: Vec::new(),
         };
         of.push(Piece { steps, made });
@@ -125,6 +149,17 @@ fn join(mut pieces: Vec<Piece<'_>>, known: Option<&[usize]>) -> Result<Assembled
                 number,
             });
             Ok(made)
+        }
+        Undo::Times(of) => {
+            if pieces.iter().any(|p| p.steps[0].1 != numbers) {
+                return Err("its weights have different factors".into());
+            }
+            let made = join(inner(pieces), known)?;
+            if !made.undo.is_empty() {
+                return Err(format!("{} comes after another change", first.name));
+            }
+            let (from, to, factor) = of(numbers);
+            Ok(multiplied(made, from..to, factor))
         }
         Undo::Shape(shape) => {
             let mut made = join(inner(pieces), None)?;
@@ -265,6 +300,76 @@ fn concatenated(made: Vec<Assembled>) -> Result<Assembled, String> {
     Ok(whole)
 }
 
+/// The same tensor with some rows multiplied.
+fn multiplied(of: Assembled, rows: Range<usize>, factor: f64) -> Assembled {
+    let width: usize = of.shape.iter().skip(1).product();
+    let (from, to) = (
+        rows.start.saturating_mul(width),
+        rows.end.saturating_mul(width),
+    );
+    let mut runs = Vec::with_capacity(of.runs.len());
+    let mut first = 0;
+    for run in of.runs {
+        let (start, end) = (first, first + run.elements.len());
+        first = end;
+        let cuts = [
+            start,
+            from.clamp(start, end),
+            to.clamp(start, end).max(from.clamp(start, end)),
+            end,
+        ];
+        for (i, cut) in cuts.windows(2).enumerate().filter(|(_, c)| c[0] < c[1]) {
+            let at = run.elements.start;
+            runs.push(Run {
+                weight: run.weight,
+                elements: at + (cut[0] - start)..at + (cut[1] - start),
+                times: if i == 1 {
+                    run.times * factor
+                } else {
+                    run.times
+                },
+            });
+        }
+    }
+    Assembled { runs, ..of }
+}
+
+/// Runs of elements, and the factor of each.
+pub type Factors = Vec<(Range<usize>, f64)>;
+
+/// Of a weight in the shape `shape` with this source: the source without the factors that the tensor holds,
+/// and the runs of its elements with the factor of each. None if it holds none, or if rows are
+/// rearranged on the way.
+pub fn factors(source: &Source, shape: &[usize]) -> Option<(Source, Factors)> {
+    let mut bare = source;
+    let mut found = Vec::new();
+    while let Source::Call(transform, inner, numbers) = bare {
+        let Undo::Times(of) = transform.undo else {
+            break;
+        };
+        found.push(of(numbers));
+        bare = inner;
+    }
+    if found.is_empty() {
+        return None;
+    }
+    let elements = 0..shape.iter().product();
+    let mut made = Assembled {
+        shape: shape.to_vec(),
+        runs: vec![Run {
+            weight: 0,
+            elements,
+            times: 1.0,
+        }],
+        undo: Vec::new(),
+    };
+    for (from, to, factor) in found {
+        made = multiplied(made, from..to, factor);
+    }
+    let runs = made.runs.into_iter().map(|r| (r.elements, r.times));
+    Some((bare.clone(), runs.collect()))
+}
+
 /// The same tensor with its rows in another order.
 fn rearrange(of: &Assembled, rows: &[Range<usize>]) -> Result<Assembled, String> {
     let [count, inner @ ..] = &of.shape[..] else {
@@ -291,12 +396,16 @@ fn rearrange(of: &Assembled, rows: &[Range<usize>]) -> Result<Assembled, String>
             let to = (from + (end - at)).min(run.elements.end);
             at += to - from;
             match runs.last_mut() {
-                Some(last) if last.weight == run.weight && last.elements.end == from => {
+                Some(last)
+                    if last.weight == run.weight
+                        && last.elements.end == from
+                        && last.times == run.times =>
+                {
                     last.elements.end = to;
                 }
                 _ => runs.push(Run {
-                    weight: run.weight,
                     elements: from..to,
+                    ..run.clone()
                 }),
             }
         }

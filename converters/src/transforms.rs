@@ -44,6 +44,8 @@ pub enum Undo {
     Shape(ShapeBack),
     /// The result is a piece: its place, and of how many or up to where, from the numbers.
     Place(fn(&[f64]) -> (usize, usize)),
+    /// Some rows hold a factor: the first of them, the end, and the factor, from the numbers.
+    Times(fn(&[f64]) -> (usize, usize, f64)),
     /// Runs of rows are dealt back.
     Piles,
     /// In each run of rows the two halves take turns again.
@@ -85,6 +87,44 @@ pub const TRANSFORMS: &[Transform] = &[
             Ok(HostTensor::from_f32(x.shape(), &values)?)
         },
         undo: Undo::Values(|y, amount| y - amount as f32),
+    },
+    // x / c: weights of a file that hold a factor which the plan has apart.
+    Transform {
+        name: "over",
+        numbers: &["factor"],
+        widens: true,
+        fractions: true,
+        shape: |shape, numbers| match numbers[0] {
+            0.0 => Err("nothing is a multiple of zero".into()),
+            _ => Ok(shape.to_vec()),
+        },
+        apply: |x, numbers| divided(x, 0..usize::MAX, numbers[0]),
+        undo: Undo::Times(|numbers| (0, usize::MAX, numbers[0])),
+    },
+    // The same of some rows only.
+    Transform {
+        name: "rows_over",
+        numbers: &["from", "to", "factor"],
+        widens: true,
+        fractions: true,
+        shape: |shape, numbers| {
+            let [from, to, _] = whole(numbers);
+            if from < to && shape.first().is_some_and(|rows| to <= *rows) && numbers[2] != 0.0 {
+                return Ok(shape.to_vec());
+            }
+            Err(format!(
+                "there are no rows {} to {} in {shape:?} that hold a factor of {}",
+                numbers[0], numbers[1], numbers[2]
+            ))
+        },
+        apply: |x, numbers| {
+            let [from, to, _] = whole(numbers);
+            divided(x, from..to, numbers[2])
+        },
+        undo: Undo::Times(|numbers| {
+            let [from, to, _] = whole(numbers);
+            (from, to, numbers[2])
+        }),
     },
     // Zeros in the shape of x: a weight that the family does without.
     Transform {
@@ -353,6 +393,28 @@ fn as_known(_: &[usize], _: &[f64], known: Option<&[usize]>) -> Shaped {
     Ok(known.to_vec())
 }
 
+/// x · c, rounded once.
+pub(crate) fn times(x: f32, factor: f64) -> f32 {
+    (f64::from(x) * factor) as f32
+}
+
+/// x / c, rounded once.
+pub(crate) fn over(x: f32, factor: f64) -> f32 {
+    (f64::from(x) / factor) as f32
+}
+
+/// Some rows divided by a factor.
+fn divided(x: &HostTensor, rows: std::ops::Range<usize>, factor: f64) -> Result<HostTensor> {
+    let mut values = x.to_f32();
+    let row = values.len() / rows_of(x).max(1);
+    for (i, some) in values.chunks_mut(row.max(1)).enumerate() {
+        if rows.contains(&i) {
+            some.iter_mut().for_each(|v| *v = over(*v, factor));
+        }
+    }
+    Ok(HostTensor::from_f32(x.shape(), &values)?)
+}
+
 fn rows_of(x: &HostTensor) -> usize {
     x.shape().first().copied().unwrap_or_default()
 }
@@ -483,6 +545,12 @@ mod tests {
         }
         assert_eq!(run("neg_exp", &[1], &[]).unwrap().to_f32(), [-1.0]);
         assert_eq!(run("plus", &[2], &[0.5]).unwrap().to_f32(), [0.5, 1.5]);
+        assert_eq!(run("over", &[2], &[0.25]).unwrap().to_f32(), [0.0, 4.0]);
+        let some = run("rows_over", &[4, 1], &[1.0, 3.0, 0.5]).unwrap();
+        assert_eq!(some.to_f32(), [0.0, 2.0, 4.0, 3.0]);
+        for bad in [[1.0, 5.0, 1.0], [2.0, 2.0, 1.0], [0.0, 1.0, 0.0]] {
+            assert!(run("rows_over", &[4, 1], &bad).is_err(), "{bad:?}");
+        }
         assert_eq!(run("zeros", &[2], &[]).unwrap().to_f32(), [0.0, 0.0]);
         assert_eq!(run("rows", &[4], &[1.0, 3.0]).unwrap().to_f32(), [1.0, 2.0]);
         for bad in [[1.0, 5.0], [2.0, 2.0]] {

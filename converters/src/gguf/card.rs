@@ -35,6 +35,10 @@ pub struct Section {
     metadata: Vec<Entry>,
     /// The names in a file that is written, where `tensors` has several: they may be computed.
     written: Option<Node>,
+    /// Keys of config.json whose meaning the weights of a file that is written hold, and what is left to say.
+    folded: Vec<Entry>,
+    /// What is worth knowing of a file that is written.
+    notes: Vec<Node>,
 }
 
 impl Section {
@@ -45,19 +49,19 @@ impl Section {
         let matches = fields.optional("match", Vec::new(), faults);
         let at = fields.at("match");
         let matches = matches.map(|list: Vec<String>| expressions(&list, at, faults));
-        let [lets, config, metadata] =
-            ["let", "config", "metadata"].map(|key| match fields.node(key) {
+        let [lets, config, metadata, folded] =
+            ["let", "config", "metadata", "folded"].map(|key| match fields.node(key) {
                 None => Some(Vec::new()),
                 Some(found) => mapping(found, key, faults),
             });
-        let require = match fields.node("require") {
+        let [require, notes] = ["require", "notes"].map(|key| match fields.node(key) {
             None => Vec::new(),
             Some(Node {
                 value: Value::List(list),
                 ..
             }) => list.clone(),
             Some(one) => vec![one.clone()],
-        };
+        });
         let numbers = fields.node("numbers").or(numbers);
         let (tensors, ignore) = (fields.node("tensors"), fields.node("ignore"));
         if tensors.is_none() {
@@ -74,6 +78,8 @@ impl Section {
             tensors: TensorMap::read(tensors?, numbers, ignore, faults),
             metadata: metadata?,
             written,
+            folded: folded?,
+            notes,
         })
     }
 
@@ -169,7 +175,7 @@ impl Card {
     }
 
     /// The card by which a GGUF file of a model with this config is written.
-    pub(crate) fn for_writing(&self, config: &Config) -> std::result::Result<Card, Faults> {
+    pub fn for_writing(&self, config: &Config) -> std::result::Result<Card, Faults> {
         let mut faults = Faults::new(self.file());
         let Some(section) = self.gguf().filter(|s| !s.metadata.is_empty()) else {
             let message = format!(
@@ -192,6 +198,45 @@ impl Card {
             return Err(faults);
         }
         self.with_tensors(tensors).bound(config)
+    }
+
+    /// What the config of a file that is written says: less than the model's where the weights hold what its
+    /// keys mean. None if it says the same.
+    pub(crate) fn folded(&self, config: &Config) -> std::result::Result<Option<Config>, Faults> {
+        let Some(section) = self.gguf().filter(|s| !s.folded.is_empty()) else {
+            return Ok(None);
+        };
+        let mut resolver = Resolver::new(self, config);
+        resolver.defaults();
+        let mut entries = config.entries().to_vec();
+        for entry in &section.folded {
+            let value = resolver.node(&entry.value);
+            entries.retain(|e| e.key != entry.key);
+            entries.push(super::entry(&entry.key, value));
+        }
+        let root = Value::Map(entries).into();
+        resolver
+            .faults
+            .or(Some(Some(Config::from_node(root, config.file()))))
+    }
+
+    /// What is worth knowing of a file that is written for this config.
+    pub(crate) fn notes(&self, config: &Config) -> std::result::Result<Vec<String>, Faults> {
+        let mut resolver = Resolver::new(self, config);
+        resolver.defaults();
+        let whole = Node {
+            value: Value::List(self.gguf().map(|s| s.notes.clone()).unwrap_or_default()),
+            at: Mark::default(),
+        };
+        let notes = match resolver.node(&whole).value {
+            Value::List(list) => list.into_iter().filter_map(|n| match n.value {
+                Value::Text(text) => Some(text),
+                _ => None,
+            }),
+            _ => return resolver.faults.or(None),
+        };
+        let notes = notes.collect();
+        resolver.faults.or(Some(notes))
     }
 
     /// Writes the keys of a model with this config. The architecture.

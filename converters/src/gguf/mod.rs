@@ -6,6 +6,7 @@
 
 mod builder;
 mod card;
+pub mod original;
 mod pre;
 mod read;
 mod tokenizer;

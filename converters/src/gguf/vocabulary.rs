@@ -30,7 +30,11 @@ pub(super) fn write(
     let Some(text) = files.text("tokenizer.json")? else {
         header.text("tokenizer.ggml.model", "none");
         ids(&generation, &Map::new(), &[], header);
-        return Ok(None);
+        let others = ["tokenizer.jsonl", "tokenizer.model", "vocab.json"];
+        let other = others.iter().find(|name| files.exists(name));
+        return Ok(other.map(|name| {
+            format!("the tokenizer is left out, as only tokenizer.json is written: {name} is all there is; the file takes token ids")
+        }));
     };
     let tokenizer = object("tokenizer.json")?;
     let config = object("tokenizer_config.json")?;

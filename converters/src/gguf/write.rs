@@ -5,11 +5,10 @@
 //! written the header is read again, and must give the same plan and a place for every weight: what
 //! GGUF cannot say is refused, not lost.
 //!
-//! What is computed on the way in and cannot be computed back exactly, as A_log from A, is kept beside:
-//! where an element would come out otherwise, its place and its bits. llama.cpp ignores such keys.
+//! Where such files have weights that hold what a config says apart, as factors, the card's `folded` says
+//! what the config of the file is, and it is that plan which must come out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 use std::path::Path;
 
 use strata_kernels::{Format, HostTensor};
@@ -18,21 +17,19 @@ use strata_layers::{Graph, Plan, Role};
 
 use super::Gguf;
 use super::builder::Builder;
+use super::original::{self, CONFIG};
 use super::vocabulary;
 use crate::card::Card;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
 use crate::mapping::{Mapping, Origin, Row};
-use crate::published;
+use crate::published::{self, Step};
 use crate::tensor_map::Source;
-use crate::transforms::Undo;
-use crate::write::{self, Content, Progress, Target};
+use crate::write::{self, Content, Part, Progress, Target};
 
 /// Tensors begin at multiples of so many bytes.
 const ALIGN: u64 = 32;
-/// Before our own keys.
-const OWN: &str = "strata";
 /// The key of the element types that small tensors had, by the names that the family publishes: JSON.
 pub const DTYPES: &str = "strata.dtypes";
 
@@ -92,11 +89,13 @@ pub fn write(
         ));
     }
     let fault = |why: String| Error::file(label.clone(), why);
-    let weights = Graph::lower(input.plan, input.card.file())?.weights();
+    let plan = &held(input)?;
+    let weights = Graph::lower(plan, input.card.file())?.weights();
     let theirs = input.card.for_writing(input.config)?;
-    let targets = targets(input, &theirs, &weights, options.choose)?;
+    let (targets, formats) = targets(input, &theirs, &weights, options.choose)?;
     let mut written = Written {
         tensors: targets.len(),
+        notes: input.card.notes(input.config)?,
         ..Written::default()
     };
 
@@ -109,9 +108,13 @@ pub fn write(
     if let Some(note) = vocabulary::write(input.files, vocab, &architecture, &mut header)? {
         written.notes.push(note);
     }
-    header.text(&format!("{OWN}.config"), &input.config.json());
-    header.text(DTYPES, &dtypes(input, &weights));
-    written.kept = keep(input, &mut header)?;
+    let text = match input.files.gguf() {
+        None => input.files.text("config.json")?,
+        Some(_) => None,
+    };
+    header.text(CONFIG, &text.unwrap_or_else(|| input.config.json()));
+    header.text(DTYPES, &dtypes(input, &weights, &formats));
+    written.kept = original::keep(input.mapping, &theirs, &formats, &mut header)?;
     for target in &targets {
         header.tensor(target, ALIGN)?;
     }
@@ -121,7 +124,7 @@ pub fn write(
         total += target.bytes()?.next_multiple_of(ALIGN);
     }
     written.bytes = total;
-    check(input, &weights, &header, total)
+    check(input, plan, &weights, &header, total)
         .map_err(|why| fault(format!("a GGUF file cannot say what this model is: {why}")))?;
 
     progress.begin(total);
@@ -149,13 +152,30 @@ fn fnv(bytes: &[u8], start: u64) -> u64 {
     bytes.iter().fold(start, step)
 }
 
-/// The tensors of the file, put together from weights.
+/// The plan of the file: the model's, without what the card says that the weights hold.
+fn held(input: &Input<'_>) -> Result<Plan> {
+    let Some(folded) = input.card.folded(input.config)? else {
+        return Ok(input.plan.clone());
+    };
+    let mut plan = input.card.plan(&folded, &input.plan.name)?;
+    // The checkpoint may have said so.
+    plan.head.tie &= input.plan.head.tie;
+    Ok(plan)
+}
+
+/// Whether products with it are exact.
+fn is_power_of_two(factor: f64) -> bool {
+    factor.is_normal() && factor.to_bits() & ((1 << 52) - 1) == 0
+}
+
+/// The tensors of the file, put together from weights, and what each weight is stored as.
 fn targets(
     input: &Input<'_>,
     theirs: &Card,
     weights: &[GraphWeight],
     choose: &Choose<'_>,
-) -> Result<Vec<Target>> {
+) -> Result<(Vec<Target>, BTreeMap<String, Format>)> {
+    let mut formats = BTreeMap::new();
     let mut sources: Vec<(Source, Vec<usize>)> = Vec::new();
     for weight in weights {
         let found = theirs
@@ -185,14 +205,34 @@ fn targets(
         for run in &made.runs {
             let weight = &weights[run.weight];
             small |= weight.spec.role == Role::Vector || weight.path.ends_with(".router");
-            let row = rows.get(weight.path.as_str()).ok_or_else(|| {
-                Error::file(theirs.file(), format!("{} has no tensor", weight.path))
-            })?;
+            // A head of its own may be needed where it was the embedding.
+            let row = rows.get(weight.path.as_str());
+            let tied = || rows.get("embed").filter(|_| weight.path == "head");
+            let Some(row) = row.or_else(tied) else {
+                // What the card says that a file must have: a bias that adds nothing.
+                if !weight.path.ends_with(".bias") {
+                    let why = format!("{} has no tensor", weight.path);
+                    return Err(Error::file(theirs.file(), why));
+                }
+                runs.push((None, run.elements.clone(), None));
+                continue;
+            };
             let same = stored.is_none_or(|s| s == row.format);
             stored = Some(if same { row.format } else { Format::F32 });
-            runs.push((row.source.clone(), run.elements.clone()));
+            runs.push((
+                Some(row.source.clone()),
+                run.elements.clone(),
+                Step::times(run.times),
+            ));
         }
-        let stored = stored.unwrap_or(Format::F32);
+        let mut stored = stored.unwrap_or(Format::F32);
+        // Products of BF16 with powers of two are BF16; others need more.
+        let each = |run: &published::Run| is_power_of_two(run.times);
+        if runs.iter().any(|r| r.2.is_some())
+            && !(stored == Format::BF16 && made.runs.iter().all(each))
+        {
+            stored = Format::F32;
+        }
         let wanted = if small {
             Format::F32
         } else {
@@ -206,11 +246,19 @@ fn targets(
             (false, Some(_)) => stored,
             (false, None) => Format::F32,
         };
+        for run in &made.runs {
+            formats.insert(weights[run.weight].path.clone(), format);
+        }
         let (checkpoint, undo) = (input.mapping.checkpoint().clone(), made.undo);
         targets.push(Target::made(name, made.shape, format, move || {
-            let mut opened: Vec<(HostTensor, Range<usize>)> = Vec::new();
+            let mut opened: Vec<Part> = Vec::new();
             let mut last: Option<(String, HostTensor)> = None;
-            for (source, elements) in &runs {
+            for (source, elements, change) in &runs {
+                let Some(source) = source else {
+                    let zeros = HostTensor::from_f32(&[elements.end], &vec![0.0; elements.end])?;
+                    opened.push((zeros, elements.clone()).into());
+                    continue;
+                };
                 // Rows in another order are many runs of one tensor.
                 let shown = source.to_string();
                 let tensor = match &last {
@@ -218,13 +266,17 @@ fn targets(
                     _ => source.load(&checkpoint)?,
                 };
                 last = Some((shown, tensor.clone()));
-                opened.push((tensor, elements.clone()));
+                opened.push(Part {
+                    tensor,
+                    elements: elements.clone(),
+                    change: *change,
+                });
             }
             let undo = undo.clone();
             Ok(Content::Made { runs: opened, undo })
         }));
     }
-    Ok(targets)
+    Ok((targets, formats))
 }
 
 /// The number by which files say what most of their matrices are.
@@ -260,6 +312,7 @@ fn file_type(targets: &[Target]) -> u32 {
 /// tensor.
 fn check(
     input: &Input<'_>,
+    wanted: &Plan,
     weights: &[GraphWeight],
     header: &[u8],
     total: u64,
@@ -269,16 +322,16 @@ fn check(
     let config = input.card.config_of(&gguf).map_err(|e| e.to_string())?;
     let plan = input
         .card
-        .plan(&config, &input.plan.name)
+        .plan(&config, &wanted.name)
         .map_err(|e| e.to_string())?;
     // What no file says, and nothing runs by.
     let plan = Plan {
-        init_std: input.plan.init_std,
-        context: input.plan.context,
+        init_std: wanted.init_std,
+        context: wanted.context,
         ..plan
     };
-    if plan != *input.plan {
-        let (ours, theirs) = (input.plan.print(), plan.print());
+    if plan != *wanted {
+        let (ours, theirs) = (wanted.print(), plan.print());
         let differs = ours.lines().zip(theirs.lines()).find(|(a, b)| a != b);
         let (ours, theirs) = differs.unwrap_or_default();
         return Err(format!(
@@ -299,11 +352,18 @@ fn check(
     Ok(())
 }
 
-/// The element types of tensors that become F32.
-fn dtypes(input: &Input<'_>, weights: &[GraphWeight]) -> String {
+/// The element types of tensors that become F32 without anybody's wish.
+fn dtypes(
+    input: &Input<'_>,
+    weights: &[GraphWeight],
+    formats: &BTreeMap<String, Format>,
+) -> String {
     let is_small = |w: &&GraphWeight| w.spec.role == Role::Vector || w.path.ends_with(".router");
     let small = weights.iter().filter(is_small);
-    let small: BTreeSet<&str> = small.map(|w| w.path.as_str()).collect();
+    let mut small: BTreeSet<&str> = small.map(|w| w.path.as_str()).collect();
+    // Matrices become F32 for a factor's sake, or because it was asked for: either way no bit is lost.
+    let wide = formats.iter().filter(|(_, f)| **f == Format::F32);
+    small.extend(wide.map(|(path, _)| path.as_str()));
     let mut found = serde_json::Map::new();
     for row in input
         .mapping
@@ -319,97 +379,4 @@ fn dtypes(input: &Input<'_>, weights: &[GraphWeight]) -> String {
         }
     }
     serde_json::Value::Object(found).to_string()
-}
-
-/// Where an element that was computed cannot be computed back, its place and its bits. Their number.
-fn keep(input: &Input<'_>, header: &mut Builder) -> Result<usize> {
-    let mut kept = 0;
-    for row in input.mapping.rows() {
-        let Some((original, back)) = computed_back(input.mapping, &row.path, &row.source)? else {
-            continue;
-        };
-        let original = original.to_f32();
-        let each = original.iter().zip(&back).enumerate();
-        let wrong: Vec<u32> = each
-            .filter(|(_, (a, b))| a.to_bits() != b.to_bits())
-            .flat_map(|(i, (a, _))| [i as u32, a.to_bits()])
-            .collect();
-        kept += wrong.len() / 2;
-        if !wrong.is_empty() {
-            header.uints(&format!("{OWN}.kept.{}", row.path), &wrong);
-        }
-    }
-    Ok(kept)
-}
-
-/// Of a weight that is computed from a tensor: the tensor, and what comes of computing back.
-fn computed_back(
-    mapping: &Mapping,
-    path: &str,
-    source: &Source,
-) -> Result<Option<(HostTensor, Vec<f32>)>> {
-    let mut steps = Vec::new();
-    let mut at = source;
-    while let Source::Call(transform, inner, numbers) = at {
-        match transform.undo {
-            Undo::Values(undo) => steps.push((undo, numbers.first().copied().unwrap_or(0.0))),
-            // Another order of the elements would be another place.
-            Undo::Shape(_) => {}
-            _ => return Ok(None),
-        }
-        at = inner;
-    }
-    if steps.is_empty() {
-        return Ok(None);
-    }
-    let original = at.load(mapping.checkpoint())?;
-    let back = undone(&mapping.load(path)?, &steps, original.format());
-    Ok(Some((original, back)))
-}
-
-/// One step back: what it does, and its number.
-type Back = (fn(f32, f64) -> f32, f64);
-
-/// The values before some steps, rounded to the format they had.
-fn undone(weight: &HostTensor, steps: &[Back], format: Format) -> Vec<f32> {
-    let round = |x: f32| match format {
-        Format::F16 => half::f16::from_f32(x).to_f32(),
-        Format::BF16 => half::bf16::from_f32(x).to_f32(),
-        _ => x,
-    };
-    let back = |x: &f32| round(steps.iter().fold(*x, |x, (undo, number)| undo(x, *number)));
-    weight.to_f32().iter().map(back).collect()
-}
-
-/// The tensor that a weight of a GGUF file was computed from when the file was written: `source` says how,
-/// `format` what it had. The same bits as the original's, as what differs is kept in the file.
-pub fn original(
-    gguf: &Gguf,
-    path: &str,
-    weight: &HostTensor,
-    source: &Source,
-    format: Format,
-) -> Vec<f32> {
-    let mut steps = Vec::new();
-    let mut at = source;
-    while let Source::Call(transform, inner, numbers) = at {
-        if let Undo::Values(undo) = transform.undo {
-            steps.push((undo, numbers.first().copied().unwrap_or(0.0)));
-        }
-        at = inner;
-    }
-    let mut values = undone(weight, &steps, format);
-    let Some((_, mut items)) = gguf.items(&format!("{OWN}.kept.{path}")) else {
-        return values;
-    };
-    let mut next = || match items.next() {
-        Some(super::Value::Int(n)) => u32::try_from(n).ok(),
-        _ => None,
-    };
-    while let (Some(place), Some(bits)) = (next(), next()) {
-        if let Some(value) = values.get_mut(place as usize) {
-            *value = f32::from_bits(bits);
-        }
-    }
-    values
 }

@@ -59,10 +59,31 @@ pub enum Content {
     /// Elements of tensors, one run after the other.
     Made {
         /// The runs.
-        runs: Vec<(HostTensor, Range<usize>)>,
+        runs: Vec<Part>,
         /// What is done to each element on the way, the last first.
         undo: Vec<Step>,
     },
+}
+
+/// Elements of a tensor, in a row.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// The tensor.
+    pub tensor: HostTensor,
+    /// Which of its elements.
+    pub elements: Range<usize>,
+    /// What is done to each before anything else.
+    pub change: Option<Step>,
+}
+
+impl From<(HostTensor, Range<usize>)> for Part {
+    fn from((tensor, elements): (HostTensor, Range<usize>)) -> Self {
+        Part {
+            tensor,
+            elements,
+            change: None,
+        }
+    }
 }
 
 /// Elements made at a time: whole blocks of every format.
@@ -198,15 +219,17 @@ impl Target {
         &self,
         piece: usize,
         format: Format,
-        runs: &[(HostTensor, Range<usize>)],
+        runs: &[Part],
         undo: &[Step],
         to: &mut Vec<u8>,
     ) -> Result<()> {
         let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
-        let same = runs.iter().all(|(tensor, _)| tensor.format() == format);
+        let as_is = |run: &Part| run.tensor.format() == format && run.change.is_none();
+        let same = runs.iter().all(as_is);
         let mut first = 0;
         let mut values = Vec::new();
-        for (tensor, range) in runs {
+        for run in runs {
+            let (tensor, range) = (&run.tensor, &run.elements);
             let (start, end) = (first, first + range.len());
             first = end;
             let part = wanted.start.max(start)..wanted.end.min(end);
@@ -221,6 +244,9 @@ impl Target {
                 _ => {
                     values.resize(done + from.len(), 0.0);
                     tensor.widen(from.clone(), &mut values[done..])?;
+                    if let Some(step) = &run.change {
+                        values[done..].iter_mut().for_each(|v| *v = step.apply(*v));
+                    }
                 }
             }
             tensor.forget(from);
@@ -258,7 +284,7 @@ mod tests {
     fn made(format: Format, runs: Vec<(HostTensor, Range<usize>)>, shape: &[usize]) -> Vec<u8> {
         let open = move || {
             Ok(Content::Made {
-                runs: runs.clone(),
+                runs: runs.iter().cloned().map(Part::from).collect(),
                 undo: Vec::new(),
             })
         };

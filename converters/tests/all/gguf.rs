@@ -324,7 +324,8 @@ mod written {
     use std::path::Path;
     use std::sync::Arc;
 
-    use strata_converters::gguf::write::{Input, Options, Written, original, write};
+    use strata_converters::gguf::original;
+    use strata_converters::gguf::write::{Input, Options, Written, write};
     use strata_converters::tensor_map::Source;
     use strata_converters::write::Quiet;
     use strata_converters::{Card, Checkpoint, Config, Gguf, Mapping, ModelFiles, Origin, cards};
@@ -417,7 +418,7 @@ mod written {
                     && transform.name == "neg_exp"
                 {
                     let was = inner.load(before.checkpoint()).unwrap();
-                    let found = original(&gguf, &row.path, &b, &row.source, was.format());
+                    let found = original::values(&gguf, &row.path, &b, &row.source, was.format());
                     let found: Vec<u32> = found.iter().map(|v| v.to_bits()).collect();
                     assert_eq!(bits(&was), found, "{name}: {}", row.path);
                 }

@@ -36,7 +36,7 @@ fn targets() -> Vec<Target> {
         Target::made("halves", vec![3000, 1000], Format::BF16, move || {
             let (a, b) = (1_000_000..3_000_000, 0..1_000_000);
             Ok(Content::Made {
-                runs: vec![(tensor.clone(), a), (tensor.clone(), b)],
+                runs: vec![(tensor.clone(), a).into(), (tensor.clone(), b).into()],
                 undo: Vec::new(),
             })
         }),

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use strata_converters::checkpoint::TensorInfo;
 use strata_converters::mapping::Mapping;
-use strata_converters::published::{self, Assembled};
+use strata_converters::published::{self, Assembled, Run, Step};
 use strata_converters::tensor_map::Source;
-use strata_converters::write::{self, Content, Folder, Target, safetensors};
-use strata_converters::{Card, Config, ModelFiles, Origin};
+use strata_converters::write::{self, Content, Folder, Part, Target, safetensors};
+use strata_converters::{ModelFiles, Origin};
 use strata_kernels::{DType, Format};
 use strata_layers::plan::{self, Place};
 use strata_layers::{Graph, Plan, Role};
@@ -20,6 +20,9 @@ use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
 use crate::random_weights;
 use crate::recipe::Recipe;
+
+/// What other programs know a model by.
+const CONFIG: &str = "config.json";
 
 /// What to write, and how.
 #[derive(Debug, Clone)]
@@ -96,7 +99,11 @@ pub fn convert(
                 "a GGUF file goes to a folder first; a plan of one's own is applied to that".into(),
             ));
         }
-        from_gguf(&planned, gguf, &mapping, options.dtype)?
+        let (targets, config) = from_gguf(&planned, gguf, &mapping, options.dtype)?;
+        if let Some(config) = config {
+            texts.insert(CONFIG.into(), config.into_bytes());
+        }
+        targets
     } else if planned.origin == Origin::Edited {
         let new_plan = renumbered(&planned.plan);
         let targets = edited(
@@ -106,10 +113,23 @@ pub fn convert(
             options.seed,
             &mut converted.notes,
         )?;
-        match planned.config.as_ref().zip(planned.card.as_ref()) {
-            // Whoever reads config.json alone sees the same model where it can say so.
-            Some((config, card)) if same_plan(card, config, &new_plan) => {}
+        // Whoever reads config.json alone sees the same model where it can say so.
+        let known = planned.config.as_ref().zip(planned.card.as_ref());
+        let solved = known.and_then(|(config, card)| card.solve(config, &new_plan));
+        match solved {
+            Some(solved) if solved.changed.is_empty() => {}
+            Some(solved) if texts.contains_key(CONFIG) => {
+                let keys = solved.changed.join(", ");
+                converted
+                    .notes
+                    .push(format!("config.json has new values of {keys}"));
+                texts.insert(CONFIG.into(), solved.config.json().into_bytes());
+            }
             _ => {
+                if texts.contains_key(CONFIG) {
+                    let note = "config.json cannot say this stack and stays as it was; plan.yaml says it, which other programs do not read";
+                    converted.notes.push(note.into());
+                }
                 texts.insert(PLAN.into(), new_plan.print().into_bytes());
             }
         }
@@ -121,7 +141,7 @@ pub fn convert(
         if files.gguf().is_none() {
             retype(&mut targets, &planned.graph, &mapping, dtype);
         }
-        if let Some(config) = texts.get_mut("config.json") {
+        if let Some(config) = texts.get_mut(CONFIG) {
             set_dtype(config, dtype);
         }
     }
@@ -318,12 +338,6 @@ fn edited(
     Ok(targets)
 }
 
-/// Whether a card makes this very plan of a config.
-fn same_plan(card: &Card, config: &Config, plan: &Plan) -> bool {
-    let made = card.plan(config, &plan.name);
-    made.is_ok_and(|made| made == *plan)
-}
-
 /// The path that the weight at `path` of a renumbered plan has in the plan before.
 fn old_path(path: &str, plan: &Plan) -> String {
     let parts = path.strip_prefix("blocks.").and_then(|p| p.split_once('.'));
@@ -365,11 +379,14 @@ fn assembled(
     format: Format,
     weight: impl Fn(usize) -> Result<strata_kernels::HostTensor>,
 ) -> Result<Target> {
-    let runs = made
-        .runs
-        .iter()
-        .map(|run| Ok((weight(run.weight)?, run.elements.clone())));
-    let runs: Vec<_> = runs.collect::<Result<_>>()?;
+    let part = |run: &Run| {
+        Ok(Part {
+            tensor: weight(run.weight)?,
+            elements: run.elements.clone(),
+            change: Step::times(run.times),
+        })
+    };
+    let runs: Vec<Part> = made.runs.iter().map(part).collect::<Result<_>>()?;
     let undo = made.undo.clone();
     Ok(Target::made(name, made.shape.clone(), format, move || {
         Ok(Content::Made {
@@ -393,7 +410,7 @@ fn mean(mapping: &Mapping, tensors: &[String], name: &str) -> Result<Target> {
         let mean = source.load(&checkpoint)?;
         let elements = 0..mean.len();
         Ok(Content::Made {
-            runs: vec![(mean, elements)],
+            runs: vec![(mean, elements).into()],
             undo: Vec::new(),
         })
     }))
@@ -431,7 +448,7 @@ fn retype(targets: &mut [Target], graph: &Graph, mapping: &Mapping, dtype: DType
                 let tensor = checkpoint.tensor(&name)?;
                 let elements = 0..tensor.len();
                 Ok(Content::Made {
-                    runs: vec![(tensor, elements)],
+                    runs: vec![(tensor, elements).into()],
                     undo: Vec::new(),
                 })
             }

@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use strata_converters::gguf::original;
 use strata_converters::gguf::write::{self as gguf_write, Input};
 use strata_converters::mapping::Mapping;
-use strata_converters::published;
+use strata_converters::published::{self, Step};
 use strata_converters::tensor_map::Source;
-use strata_converters::write::{Content, Progress, Target};
+use strata_converters::write::{Content, Part, Progress, Target};
 use strata_converters::{Gguf, ModelFiles};
 use strata_kernels::{DType, Format, HostTensor};
-use strata_layers::Role;
 use strata_layers::graph::GraphWeight;
+use strata_layers::{Graph, Role};
 
 use super::convert::{ConvertOptions, Converted, check_space};
 use super::locate::Planned;
@@ -68,17 +69,27 @@ pub(super) fn to_gguf(
     Ok(converted)
 }
 
-/// The tensors of a GGUF file under the names that the family publishes, in the types that they had before.
+/// The tensors of a GGUF file under the names that the family publishes, in the types that they had before;
+/// and the config.json that the file keeps.
 pub(super) fn from_gguf(
     planned: &Planned,
     gguf: &Gguf,
     mapping: &Mapping,
     dtype: Option<DType>,
-) -> Result<Vec<Target>> {
-    let card = planned.published.as_ref().ok_or_else(|| {
-        Error::Input("the file's family has no card, which would name its tensors".into())
-    })?;
-    let weights = planned.graph.weights();
+) -> Result<(Vec<Target>, Option<String>)> {
+    let (Some(family), Some(file)) = (&planned.published, &planned.card) else {
+        return Err(Error::Input(
+            "the file's family has no card, which would name its tensors".into(),
+        ));
+    };
+    let original = original::of(gguf, family, &planned.plan.name);
+    let (weights, card, file) = match &original {
+        Some(o) => {
+            let graph = Graph::lower(&o.plan, &planned.label)?;
+            (graph.weights(), &o.published, &o.written)
+        }
+        None => (planned.graph.weights(), family, file),
+    };
     let mut sources: Vec<(Source, Vec<usize>)> = Vec::new();
     for weight in &weights {
         let found = card.tensors().find(&weight.path).sources.into_iter().next();
@@ -86,6 +97,16 @@ pub(super) fn from_gguf(
             .ok_or_else(|| Error::Input(format!("{}: the card has no name for it", weight.path)))?;
         sources.push((source, weight.spec.shape.clone()));
     }
+    let checkpoint = mapping.checkpoint();
+    // What a weight is in the file.
+    let stored = |path: &str| {
+        let found = file.tensors().find(path).sources;
+        let there = |s: &Source| checkpoint.get(s.tensor()).is_some();
+        found
+            .into_iter()
+            .find(there)
+            .ok_or_else(|| Error::Input(format!("{path}: the file has no tensor for it")))
+    };
     let before: BTreeMap<String, String> = gguf
         .text(gguf_write::DTYPES)
         .and_then(|text| serde_json::from_str(text).ok())
@@ -96,11 +117,14 @@ pub(super) fn from_gguf(
         let was = before
             .get(&name)
             .and_then(|d| Format::named(&d.to_lowercase()));
-        let mut runs: Vec<(HostTensor, std::ops::Range<usize>)> = Vec::new();
+        let mut runs: Vec<Part> = Vec::new();
         let mut format = was;
         for run in &made.runs {
             let weight = &weights[run.weight];
-            let tensor = mapping.load(&weight.path)?;
+            let found = stored(&weight.path)?;
+            let factors = published::factors(&found, &weight.spec.shape);
+            let bare = factors.as_ref().map_or(&found, |f| &f.0);
+            let tensor = bare.load(checkpoint)?;
             let matrix = weight.spec.role != Role::Vector;
             let in_blocks = tensor.format().dtype().is_none();
             let chosen = match (matrix, dtype) {
@@ -109,15 +133,27 @@ pub(super) fn from_gguf(
                 _ => was.unwrap_or(tensor.format()),
             };
             format = Some(chosen);
-            let tensor = if made.undo.is_empty() {
-                tensor
-            } else {
+            if !made.undo.is_empty() || original::has_kept(gguf, &weight.path) {
                 // What cannot be computed back lies in the file.
                 let source = &sources[run.weight].0;
-                let values = gguf_write::original(gguf, &weight.path, &tensor, source, chosen);
-                HostTensor::from_f32(&weight.spec.shape, &values)?
-            };
-            runs.push((tensor, run.elements.clone()));
+                let tensor = found.load(checkpoint)?;
+                let values = original::values(gguf, &weight.path, &tensor, source, chosen);
+                let tensor = HostTensor::from_f32(&weight.spec.shape, &values)?;
+                runs.push((tensor, run.elements.clone()).into());
+                continue;
+            }
+            let whole = vec![(run.elements.clone(), 1.0)];
+            for (range, factor) in factors.map_or(whole, |f| f.1) {
+                let from = range.start.max(run.elements.start);
+                let to = range.end.min(run.elements.end);
+                if from < to {
+                    runs.push(Part {
+                        tensor: tensor.clone(),
+                        elements: from..to,
+                        change: Step::over(factor),
+                    });
+                }
+            }
         }
         let format = format.unwrap_or(Format::F32);
         targets.push(Target::made(name, made.shape, format, move || {
@@ -127,5 +163,5 @@ pub(super) fn from_gguf(
             })
         }));
     }
-    Ok(targets)
+    Ok((targets, original.map(|o| o.text)))
 }
