@@ -13,6 +13,7 @@ pub mod generation_config;
 pub mod hub;
 pub mod ids;
 pub mod image;
+pub mod importance;
 pub mod load;
 pub mod pages;
 pub mod perplexity;

@@ -4,12 +4,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use strata_kernels::{Format, HostTensor, Result};
 
-/// A matrix of `rows` × `cols` in `format`. `read` gives a row; it is asked for each once, by any of
+/// A matrix of (rows, columns) in `format`; `importance` says how much each column counts. `read` gives a row; it is asked for each once, by any of
 /// `threads` threads. Fails where a row is no whole blocks or holds what the format cannot.
 pub fn quantize(
     format: Format,
-    rows: usize,
-    cols: usize,
+    (rows, cols): (usize, usize),
+    importance: Option<&[f32]>,
     threads: usize,
     read: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
 ) -> Result<HostTensor> {
@@ -24,7 +24,7 @@ pub fn quantize(
                 let mut values = vec![0.0; cols];
                 for (r, to) in bytes.chunks_mut(row.max(1)).enumerate() {
                     let done = read(part * each + r, &mut values)
-                        .and_then(|()| format.quantize(&values, None, to));
+                        .and_then(|()| format.quantize(&values, importance, to));
                     if let Err(error) = done {
                         let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
                         failed.get_or_insert(error);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use strata_kernels::{Backend, DType, Format, Matrix, Result, random};
 use strata_layers::{Init, Role, WeightSource, WeightSpec};
 
+use crate::importance::Importance;
 use crate::quantize::quantize;
 
 /// Draws weights by a seed. A weight depends on the seed and its path only, so the same seed gives the
@@ -19,6 +20,7 @@ pub struct RandomWeights {
     /// Other formats than `dtype`, by path.
     formats: HashMap<String, Format>,
     threads: usize,
+    importance: Option<Arc<Importance>>,
     backend: Arc<dyn Backend>,
     drawn: RefCell<HashMap<String, Matrix>>,
 }
@@ -33,16 +35,24 @@ impl RandomWeights {
             dtype,
             formats: HashMap::new(),
             threads: 1,
+            importance: None,
             backend,
             drawn: RefCell::default(),
         }
     }
 
-    /// The same, with the matrices at these paths in these formats, and `threads` threads to quantise them.
-    pub fn with_formats(self, formats: HashMap<String, Format>, threads: usize) -> Self {
+    /// The same, with the matrices at these paths in these formats, `threads` threads to quantise them, and
+    /// perhaps how much their columns count.
+    pub fn with_formats(
+        self,
+        formats: HashMap<String, Format>,
+        threads: usize,
+        importance: Option<Arc<Importance>>,
+    ) -> Self {
         RandomWeights {
             formats,
             threads,
+            importance,
             ..self
         }
     }
@@ -129,7 +139,9 @@ impl WeightSource for RandomWeights {
                 Init::Normal => Vec::new(),
                 _ => self.values(path, spec),
             };
-            let host = quantize(format, rows, cols, self.threads, |r, to| {
+            let weights = self.importance.as_ref().and_then(|i| i.of(path));
+            let shape = (rows, cols);
+            let host = quantize(format, shape, weights.as_deref(), self.threads, |r, to| {
                 match spec.init {
                     Init::Normal => {
                         to.copy_from_slice(&random::normal_row(seed, r, cols, init_std));

@@ -24,12 +24,17 @@ pub struct Network {
     pub activations: DType,
     /// Bytes of all weights in the form they run in, those of mapped files among them.
     pub weight_bytes: u64,
+    /// The paths of the weights that lie at each place of memory.
+    paths: Arc<BTreeMap<Place, Vec<String>>>,
     /// By node; none where a node is no layer.
     layers: Arc<Vec<Option<Box<dyn Layer>>>>,
     input: Input,
     head: Matrix,
     head_bias: Option<Tensor>,
 }
+
+/// What tells matrices apart: see [`Matrix::place`].
+pub(crate) type Place = (usize, usize, usize);
 
 /// Where the first value comes from.
 #[derive(Clone)]
@@ -59,6 +64,7 @@ impl Network {
         let source = &Counting {
             source,
             counted: RefCell::default(),
+            paths: RefCell::default(),
         };
         let table =
             |path: &str, rows| source.matrix(path, &WeightSpec::matrix("", rows, graph.d_model));
@@ -119,6 +125,7 @@ impl Network {
             backend,
             activations,
             weight_bytes: source.counted.borrow().values().sum(),
+            paths: Arc::new(source.paths.take()),
             layers,
             input,
             head,
@@ -127,17 +134,26 @@ impl Network {
     }
 }
 
-/// Hands weights on, and counts the bytes of each once.
+/// Hands weights on, counts the bytes of each once, and notes where it lies.
 struct Counting<'a> {
     source: &'a dyn WeightSource,
     counted: RefCell<BTreeMap<String, u64>>,
+    paths: RefCell<BTreeMap<Place, Vec<String>>>,
 }
 
 impl WeightSource for Counting<'_> {
     fn matrix(&self, path: &str, spec: &WeightSpec) -> Result<Matrix> {
         let matrix = self.source.matrix(path, spec)?;
         let bytes = matrix.bytes() as u64;
-        self.counted.borrow_mut().insert(path.into(), bytes);
+        if self
+            .counted
+            .borrow_mut()
+            .insert(path.into(), bytes)
+            .is_none()
+        {
+            let mut paths = self.paths.borrow_mut();
+            paths.entry(matrix.place()).or_default().push(path.into());
+        }
         Ok(matrix)
     }
 
@@ -150,6 +166,11 @@ impl WeightSource for Counting<'_> {
 }
 
 impl Network {
+    /// The paths of the weights that lie at each place of memory: several where weights share it.
+    pub(crate) fn paths(&self) -> &Arc<BTreeMap<Place, Vec<String>>> {
+        &self.paths
+    }
+
     /// The same weights under another set of kernels of the same device.
     pub fn on(&self, backend: Arc<dyn Backend>) -> Self {
         Network {

@@ -56,6 +56,11 @@ impl Matrix {
         &self.data
     }
 
+    /// What tells it from other matrices while both live: where its elements begin, and its shape.
+    pub fn place(&self) -> (usize, usize, usize) {
+        (self.data.place(), self.rows(), self.cols)
+    }
+
     /// Row `r`, widened: the plain way.
     pub(crate) fn read_row(&self, r: usize, to: &mut [f32]) {
         if self.format.dtype().is_some() {

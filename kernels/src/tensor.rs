@@ -473,6 +473,11 @@ impl Tensor {
         true
     }
 
+    /// The number of the address where it begins.
+    pub(crate) fn place(&self) -> usize {
+        self.address().addr()
+    }
+
     fn address(&self) -> *mut u8 {
         let base = match &self.memory {
             Memory::Owned(memory) => memory.pointer,

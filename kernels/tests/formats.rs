@@ -62,6 +62,31 @@ fn rows_quantise_to_the_bits_of_ggml() {
 }
 
 #[test]
+fn rows_err_less_where_columns_count_more() {
+    let rows = f32s(&file("rows"));
+    let importance = &rows[ROWS * COLUMNS..];
+    // Formats whose scale is the largest element's do not ask.
+    for format in in_blocks().filter(|f| *f != Format::Q8_0) {
+        let error = |given: Option<&[f32]>| -> f64 {
+            let mut sum = 0.0;
+            for row in rows.chunks_exact(COLUMNS).take(ROWS) {
+                let mut to = vec![0; format.row_bytes(COLUMNS).unwrap()];
+                format.quantize(row, given, &mut to).unwrap();
+                let mut back = vec![0.0; COLUMNS];
+                format.dequantize(&to, &mut back);
+                let each = row.iter().zip(&back).zip(importance);
+                sum += each
+                    .map(|((x, y), w)| f64::from(w * (x - y).powi(2)))
+                    .sum::<f64>();
+            }
+            sum
+        };
+        let (without, with) = (error(None), error(Some(importance)));
+        assert!(with < without, "{format}: {with} with, {without} without");
+    }
+}
+
+#[test]
 fn what_blocks_cannot_hold_is_an_error_that_says_where() {
     for format in Format::ALL {
         let row = vec![0.5; 256];

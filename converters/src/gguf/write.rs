@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use strata_kernels::{Format, HostTensor};
 use strata_layers::graph::GraphWeight;
@@ -50,10 +51,15 @@ pub struct Input<'a> {
 /// The format of a weight's tensor; none keeps what it has.
 pub type Choose<'a> = dyn Fn(&GraphWeight) -> Option<Format> + 'a;
 
+/// How much the columns of a weight count when it is quantised, by its path.
+pub type Weigh<'a> = dyn Fn(&str) -> Option<Arc<[f32]>> + 'a;
+
 /// How it is written.
 pub struct Options<'a> {
     /// The formats of matrices. A tensor of several weights has that of the first.
     pub choose: &'a Choose<'a>,
+    /// How much columns count.
+    pub weigh: &'a Weigh<'a>,
     /// Threads that make tensors.
     pub threads: usize,
     /// Replaces a file that is there.
@@ -92,7 +98,7 @@ pub fn write(
     let plan = &held(input)?;
     let weights = Graph::lower(plan, input.card.file())?.weights();
     let theirs = input.card.for_writing(input.config)?;
-    let (targets, formats) = targets(input, &theirs, &weights, options.choose)?;
+    let (targets, formats) = targets(input, &theirs, &weights, options)?;
     let mut written = Written {
         tensors: targets.len(),
         notes: input.card.notes(input.config)?,
@@ -136,6 +142,11 @@ pub fn write(
         align: ALIGN,
     };
     let mut identity = fnv(&header, 0xcbf2_9ce4_8422_2325);
+    for target in &targets {
+        identity = target
+            .importance()
+            .fold(identity, |hash, w| fnv(&w.to_le_bytes(), hash));
+    }
     for (_, info) in input.mapping.checkpoint().tensors() {
         if let Ok((bytes, changed)) = input.files.stamp(&info.shard) {
             identity = fnv(&bytes.to_le_bytes(), identity);
@@ -173,9 +184,14 @@ fn targets(
     input: &Input<'_>,
     theirs: &Card,
     weights: &[GraphWeight],
-    choose: &Choose<'_>,
+    options: &Options<'_>,
 ) -> Result<(Vec<Target>, BTreeMap<String, Format>)> {
     let mut formats = BTreeMap::new();
+    // Of each weight once, however many runs it has.
+    let importance: Vec<Option<Arc<[f32]>>> = weights
+        .iter()
+        .map(|weight| (options.weigh)(&weight.path))
+        .collect();
     let mut sources: Vec<(Source, Vec<usize>)> = Vec::new();
     for weight in weights {
         let found = theirs
@@ -237,7 +253,7 @@ fn targets(
             Format::F32
         } else {
             let first = made.runs.first().map(|run| &weights[run.weight]);
-            first.and_then(choose).unwrap_or(stored)
+            first.and_then(options.choose).unwrap_or(stored)
         };
         // Rows that are no whole blocks stay as they are, which is never coarser.
         let fits = wanted.bytes_of(&made.shape).is_some();
@@ -249,8 +265,10 @@ fn targets(
         for run in &made.runs {
             formats.insert(weights[run.weight].path.clone(), format);
         }
+        let columns = made.runs.iter().map(|run| importance[run.weight].clone());
+        let columns: Vec<_> = columns.collect();
         let (checkpoint, undo) = (input.mapping.checkpoint().clone(), made.undo);
-        targets.push(Target::made(name, made.shape, format, move || {
+        let target = Target::made(name, made.shape, format, move || {
             let mut opened: Vec<Part> = Vec::new();
             let mut last: Option<(String, HostTensor)> = None;
             for (source, elements, change) in &runs {
@@ -274,7 +292,8 @@ fn targets(
             }
             let undo = undo.clone();
             Ok(Content::Made { runs: opened, undo })
-        }));
+        });
+        targets.push(target.weighing(columns));
     }
     Ok((targets, formats))
 }

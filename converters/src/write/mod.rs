@@ -27,6 +27,8 @@ pub struct Target {
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
     encoding: Encoding,
+    /// How much the columns of each run's weight count; empty if all count alike.
+    importance: Vec<Option<Arc<[f32]>>>,
     open: Box<Open>,
     held: Mutex<Held>,
 }
@@ -102,6 +104,7 @@ impl Target {
             name: name.into(),
             shape,
             encoding: Encoding::Stored(dtype.into(), bytes),
+            importance: Vec::new(),
             open: Box::new(move || Ok(Content::Stored(open()?))),
             held: Mutex::default(),
         }
@@ -119,9 +122,27 @@ impl Target {
             name: name.into(),
             shape,
             encoding: Encoding::Made(format),
+            importance: Vec::new(),
             open: Box::new(open),
             held: Mutex::default(),
         }
+    }
+
+    /// The same, quantised row by row: of each run of elements, how much the columns of the weight that they are
+    /// from count. Formats without blocks do not ask.
+    pub fn weighing(self, importance: Vec<Option<Arc<[f32]>>>) -> Self {
+        let in_blocks = self.format().is_some_and(|f| f.dtype().is_none());
+        let asks = in_blocks && importance.iter().any(Option::is_some);
+        let importance = if asks { importance } else { Vec::new() };
+        Target { importance, ..self }
+    }
+
+    /// All numbers that say how much columns count.
+    pub(crate) fn importance(&self) -> impl Iterator<Item = f32> {
+        self.importance
+            .iter()
+            .flatten()
+            .flat_map(|w| w.iter().copied())
     }
 
     /// The bytes it takes in the file.
@@ -167,7 +188,17 @@ impl Target {
     fn pieces(&self) -> usize {
         match &self.encoding {
             Encoding::Stored(_, bytes) => bytes.div_ceil(4 * PIECE as u64) as usize,
-            Encoding::Made(_) => self.elements().div_ceil(PIECE),
+            Encoding::Made(_) => self.elements().div_ceil(self.piece_elements()),
+        }
+    }
+
+    /// Elements of a piece: whole rows where rows are quantised as such.
+    fn piece_elements(&self) -> usize {
+        match self.shape.last() {
+            Some(&columns) if !self.importance.is_empty() => {
+                (PIECE / columns.max(1)).max(1) * columns.max(1)
+            }
+            _ => PIECE,
         }
     }
 
@@ -223,7 +254,8 @@ impl Target {
         undo: &[Step],
         to: &mut Vec<u8>,
     ) -> Result<()> {
-        let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
+        let each = self.piece_elements();
+        let wanted = piece * each..((piece + 1) * each).min(self.elements());
         let as_is = |run: &Part| run.tensor.format() == format && run.change.is_none();
         let same = runs.iter().all(as_is);
         let mut first = 0;
@@ -254,12 +286,64 @@ impl Target {
         for value in &mut values {
             *value = undo.iter().rev().fold(*value, |v, step| step.apply(v));
         }
-        encode(format, &values, to).map_err(|why| Error::file(&self.name, why))
+        let named = |why| Error::file(&self.name, why);
+        if self.importance.is_empty() || values.is_empty() {
+            return encode(format, &values, None, to).map_err(named);
+        }
+        let columns = self.shape.last().copied().unwrap_or(1);
+        let runs: Vec<&Range<usize>> = runs.iter().map(|run| &run.elements).collect();
+        let ends: Vec<usize> = runs
+            .iter()
+            .scan(0, |end, range| {
+                *end += range.len();
+                Some(*end)
+            })
+            .collect();
+        let mut weights = Vec::new();
+        for (row, values) in values.chunks(columns).enumerate() {
+            let start = wanted.start + row * columns;
+            let told = self.weigh(start..start + columns, &runs, &ends, &mut weights);
+            let weights = told.then_some(&weights[..]);
+            encode(format, values, weights, to).map_err(named)?;
+        }
+        Ok(())
+    }
+
+    /// How much the elements of a row count, of runs with these ends; false if nobody says.
+    fn weigh(
+        &self,
+        row: Range<usize>,
+        runs: &[&Range<usize>],
+        ends: &[usize],
+        weights: &mut Vec<f32>,
+    ) -> bool {
+        weights.clear();
+        let (mut at, mut told) = (row.start, false);
+        let first = ends.partition_point(|end| *end <= row.start);
+        for (run, (end, range)) in ends.iter().zip(runs).enumerate().skip(first) {
+            if at >= row.end {
+                break;
+            }
+            let importance = self.importance.get(run).and_then(Option::as_ref);
+            told |= importance.is_some();
+            // Rows of a weight follow each other.
+            let from = range.end - (end - at);
+            let part = at..row.end.min(*end);
+            let of = |i: usize| importance.map_or(1.0, |w| w[(from + i - at) % w.len()]);
+            weights.extend(part.clone().map(of));
+            at = part.end;
+        }
+        told
     }
 }
 
-/// Values in a format, appended: whole blocks.
-fn encode(format: Format, values: &[f32], to: &mut Vec<u8>) -> std::result::Result<(), String> {
+/// Values in a format, appended: whole blocks. With weights they are a row.
+fn encode(
+    format: Format,
+    values: &[f32],
+    weights: Option<&[f32]>,
+    to: &mut Vec<u8>,
+) -> std::result::Result<(), String> {
     let start = to.len();
     let bytes = format
         .row_bytes(values.len())
@@ -273,7 +357,7 @@ fn encode(format: Format, values: &[f32], to: &mut Vec<u8>) -> std::result::Resu
         return Ok(());
     }
     format
-        .quantize(values, None, to)
+        .quantize(values, weights, to)
         .map_err(|error| error.to_string())
 }
 

@@ -361,6 +361,7 @@ mod written {
         };
         let options = Options {
             choose: &|_| None,
+            weigh: &|_| None,
             threads: 2,
             force: false,
         };

@@ -10,8 +10,8 @@ use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::output::{Terminal, bytes};
-use super::{DTypeChoice, Environment, Source, catch_interrupts, interrupted};
-use crate::load::{self, ConvertOptions, WriteProgress};
+use super::{Calibrating, DTypeChoice, Environment, Source, catch_interrupts, interrupted};
+use crate::load::{self, ConvertOptions, LoadOptions, WriteProgress};
 use crate::recipe::Recipe;
 
 /// Write a checkpoint in another form
@@ -37,6 +37,8 @@ pub struct Convert {
     /// Quantise matrices: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, or a file of a recipe
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find)]
     quantize: Option<Recipe>,
+    #[command(flatten)]
+    calibrating: Calibrating,
     /// Largest file, such as 5GB or 500MB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
     shard_size: u64,
@@ -88,7 +90,10 @@ impl Convert {
         catch_interrupts()?;
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let options = ConvertOptions {
-            from: self.source.load_options(Some(&self.from), environment),
+            from: LoadOptions {
+                calibrate: self.calibrating.calibration(),
+                ..self.source.load_options(Some(&self.from), environment)
+            },
             to: self.to.clone(),
             gguf: match self.form {
                 Some(form) => form == Form::Gguf,

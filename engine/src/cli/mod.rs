@@ -22,7 +22,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_kernels::DType;
 
 use crate::hub::HubOptions;
-use crate::load::{self, CudaPlaces, LoadOptions, Model};
+use crate::load::{self, Calibration, CudaPlaces, LoadOptions, Model};
 use crate::recipe::Recipe;
 use crate::session::EngineConfig;
 use output::Terminal;
@@ -120,9 +120,42 @@ pub struct Common {
     /// file of a recipe
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find, help_heading = "Computing")]
     quantize: Option<Recipe>,
+    #[command(flatten)]
+    calibrating: Calibrating,
     /// Threads to compute with [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_THREADS), help_heading = "Computing")]
     threads: Option<u16>,
+}
+
+/// How much columns count when matrices are quantised.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Computing")]
+struct Calibrating {
+    /// Quantise so that what this text lets the model compute changes least: a text, which is run first, or what
+    /// --save-importance wrote (.safetensors)
+    #[arg(long, value_name = "TEXT", requires = "quantize")]
+    calibrate: Option<PathBuf>,
+    /// Keep what --calibrate found, the mean square of each input column of each matrix
+    #[arg(long, value_name = "FILE", requires = "calibrate", value_parser = importance_file)]
+    save_importance: Option<PathBuf>,
+}
+
+/// A name that is known again as that of an importance matrix.
+fn importance_file(name: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(name);
+    match path.extension() {
+        Some(e) if e.eq_ignore_ascii_case("safetensors") => Ok(path),
+        _ => Err("the name should end with .safetensors, by which --calibrate knows it".into()),
+    }
+}
+
+impl Calibrating {
+    fn calibration(&self) -> Option<Calibration> {
+        self.calibrate.clone().map(|file| Calibration {
+            file,
+            save: self.save_importance.clone(),
+        })
+    }
 }
 
 /// Most threads: more than any machine has processors.
@@ -162,6 +195,7 @@ impl Source {
             device: "cpu".into(),
             dtype: None,
             quantize: None,
+            calibrate: None,
             threads: None,
             cuda: environment.cuda.clone(),
             hub,
@@ -175,6 +209,7 @@ impl Common {
             device: self.device.clone(),
             dtype: self.dtype.chosen(),
             quantize: self.quantize.clone(),
+            calibrate: self.calibrating.calibration(),
             threads: self.threads.map(usize::from),
             ..self.source.load_options(model, environment)
         }

@@ -28,7 +28,7 @@ for. The usual tool for GGUF files cuts the text into windows of 512 and scores 
 (often a beginning-of-text token), once.
 
 With --compare both models read the same tokens. KL is D(MODEL || MODEL2) in nats a token: how surprising
-MODEL2's predictions are to MODEL. --plan, --card, --random and --quantize are MODEL's alone. Standard errors
+MODEL2's predictions are to MODEL. --plan, --card, --random, --quantize and --calibrate are MODEL's alone. Standard errors
 take tokens as independent.
 
 Examples:
@@ -212,6 +212,7 @@ impl Perplexity {
             card: None,
             random: None,
             quantize: None,
+            calibrate: None,
             ..self.common.load_options(Some(name), environment)
         }
     }

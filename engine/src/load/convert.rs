@@ -14,6 +14,7 @@ use strata_layers::plan::{self, Place};
 use strata_layers::{Graph, Plan, Role};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::calibrate;
 use super::convert_gguf::{from_gguf, to_gguf};
 use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
@@ -78,19 +79,33 @@ pub fn convert(
         notes: mapping.notes().to_vec(),
         ..Converted::default()
     };
-    if options.gguf {
-        if planned.origin == Origin::Edited {
-            return Err(Error::Input(
-                "a plan of one's own goes to a folder first; its GGUF file is made from there"
-                    .into(),
-            ));
-        }
-        return to_gguf(options, &planned, &files, &mapping, converted, progress);
-    }
-    if options.quantize.is_some() {
+    if !options.gguf && options.quantize.is_some() {
         return Err(Error::Input(
             "safetensors has no block formats: write a GGUF file (--to gguf), or quantise while loading".into(),
         ));
+    }
+    if options.gguf && planned.origin == Origin::Edited {
+        return Err(Error::Input(
+            "a plan of one's own goes to a folder first; its GGUF file is made from there".into(),
+        ));
+    }
+    let sourced = LoadOptions {
+        device: "cpu".into(),
+        threads: Some(options.threads),
+        ..options.from.clone()
+    };
+    let importance = calibrate::importance(
+        &sourced,
+        options.quantize.as_ref(),
+        &planned.graph,
+        &mut converted.notes,
+        load,
+    )?;
+    if options.gguf {
+        let importance = importance.as_deref();
+        return to_gguf(
+            options, &planned, &files, &mapping, importance, converted, progress,
+        );
     }
     let mut texts = text_files(&files)?;
     let mut targets = if let Some(gguf) = files.gguf() {

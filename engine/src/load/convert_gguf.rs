@@ -16,6 +16,7 @@ use strata_layers::{Graph, Role};
 use super::convert::{ConvertOptions, Converted, check_space};
 use super::locate::Planned;
 use super::{Error, Result};
+use crate::importance::Importance;
 
 /// Writes a GGUF file.
 pub(super) fn to_gguf(
@@ -23,6 +24,7 @@ pub(super) fn to_gguf(
     planned: &Planned,
     files: &ModelFiles,
     mapping: &Mapping,
+    importance: Option<&Importance>,
     mut converted: Converted,
     progress: &mut dyn Progress,
 ) -> Result<Converted> {
@@ -55,8 +57,10 @@ pub(super) fn to_gguf(
             .unwrap_or(0) as u64
     };
     check_space(&options.to, planned.graph.weights().iter().map(bytes).sum())?;
+    let weigh = |path: &str| importance.and_then(|i| i.of(path));
     let how = gguf_write::Options {
         choose: &choose,
+        weigh: &weigh,
         threads: options.threads,
         force: options.force,
     };

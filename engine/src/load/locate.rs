@@ -96,7 +96,8 @@ pub(super) fn locate(options: &LoadOptions, progress: &mut dyn LoadProgress) -> 
     )))
 }
 
-fn read(path: &Path) -> Result<String> {
+/// The text of a file.
+pub(super) fn read(path: &Path) -> Result<String> {
     let io = |source| Error::Io {
         path: path.into(),
         source,

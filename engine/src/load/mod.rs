@@ -1,5 +1,6 @@
 //! From what a user named to a model that runs: the only user of the converters.
 
+mod calibrate;
 mod convert;
 mod convert_gguf;
 mod device;
@@ -30,6 +31,7 @@ use crate::text;
 
 pub use strata_converters::write::Progress as WriteProgress;
 
+pub use calibrate::Calibration;
 pub use convert::{ConvertOptions, Converted, convert};
 pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
@@ -63,6 +65,8 @@ pub struct LoadOptions {
     pub dtype: Option<DType>,
     /// Quantises matrices while loading.
     pub quantize: Option<Recipe>,
+    /// How much the columns of matrices count when they are quantised; none is alike.
+    pub calibrate: Option<Calibration>,
     /// Threads; none is as many as the process may use.
     pub threads: Option<usize>,
     /// Where the Hub is; none knows no Hub ids.
@@ -160,6 +164,8 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             )));
         }
     };
+    let recipe = options.quantize.as_ref();
+    let importance = calibrate::importance(options, recipe, &planned.graph, &mut notes, progress)?;
     // What weights in blocks are multiplied with is rounded to BF16, as it is for those in BF16.
     let auto = match options.quantize {
         Some(_) => DType::BF16,
@@ -225,7 +231,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         Weights::Random(seed) => {
             fits_memory(weights_bytes)?;
             let drawn = RandomWeights::new(*seed, std, dtype, backend.clone());
-            let drawn = drawn.with_formats(formats, preparing);
+            let drawn = drawn.with_formats(formats, preparing, importance);
             Network::build(planned.graph, &drawn, backend, activations)?
         }
         Weights::Checkpoint(mapping) => {
@@ -238,7 +244,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             let total = mapping.rows().iter().map(|r| r.bytes as u64).sum();
             progress.start("loading", total);
             let drawn = RandomWeights::new(NEW_SEED, std, matrices, backend.clone());
-            let drawn = drawn.with_formats(formats.clone(), preparing);
+            let drawn = drawn.with_formats(formats.clone(), preparing, importance.clone());
             let source = Stored::new(
                 mapping,
                 formats,
@@ -246,7 +252,8 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
                 drawn,
                 backend.clone(),
                 progress,
-            );
+            )
+            .weighing(importance);
             let network = Network::build(planned.graph, &source, backend, activations)?;
             source.finish();
             network

@@ -11,6 +11,7 @@ use strata_layers::plan::is_new;
 use strata_layers::{WeightSource, WeightSpec};
 
 use super::LoadProgress;
+use crate::importance::Importance;
 use crate::quantize::quantize;
 use crate::random_weights::RandomWeights;
 
@@ -69,6 +70,7 @@ pub(super) struct Stored<'a> {
     /// What each weight runs in.
     formats: HashMap<String, Format>,
     threads: usize,
+    importance: Option<Arc<Importance>>,
     /// Draws the weights of new blocks.
     drawn: RandomWeights,
     backend: Arc<dyn Backend>,
@@ -92,11 +94,17 @@ impl<'a> Stored<'a> {
             mapping,
             formats,
             threads,
+            importance: None,
             drawn,
             backend,
             ready,
             progress,
         }
+    }
+
+    /// The same, quantising by how much columns count.
+    pub(super) fn weighing(self, importance: Option<Arc<Importance>>) -> Self {
+        Stored { importance, ..self }
     }
 
     /// Everything that was wanted is loaded.
@@ -150,7 +158,9 @@ impl WeightSource for Stored<'_> {
                 Matrix::dense(data)
             }
             None => {
-                let host = quantize(wanted, rows, cols, self.threads, |r, to| {
+                let weights = self.importance.as_ref().and_then(|i| i.of(path));
+                let shape = (rows, cols);
+                let host = quantize(wanted, shape, weights.as_deref(), self.threads, |r, to| {
                     host.widen(r * cols..(r + 1) * cols, to)
                 })
                 .map_err(|error| strata_kernels::Error::Value {
