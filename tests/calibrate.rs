@@ -251,7 +251,9 @@ fn costs() {
     let (first, second) = halves();
     let all = first + &second;
     let tokens = plain.tokenizer().unwrap().encode(&all, true).unwrap();
-    for recipe in ["q8_0", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k", "q2_k"] {
+    for recipe in [
+        "int8", "q8_0", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k", "q2_k",
+    ] {
         let without = cost(&plain, &model(&options(Some(recipe), None, None)), &tokens);
         let with = cost(
             &plain,

@@ -223,6 +223,45 @@ fn a_quantised_gguf_file_runs_as_the_model_quantised_while_loading() {
 }
 
 #[test]
+fn int8_runs_close_to_what_it_is_made_from_and_is_no_gguf_file() {
+    let recipe = strata::recipe::Recipe::find("int8").unwrap();
+    let quantised = LoadOptions {
+        quantize: Some(recipe.clone()),
+        ..from("demo", None)
+    };
+    let (plain, found) = (logits(&from("demo", None)), logits(&quantised));
+    let square = |x: f32, y: f32| f64::from(x - y).powi(2);
+    let size: f64 = plain.iter().map(|x| square(*x, 0.0)).sum();
+    let error: f64 = plain.iter().zip(&found).map(|(x, y)| square(*x, *y)).sum();
+    let error = (error / size).sqrt();
+    assert!(error > 0.0 && error < 0.05, "{error}");
+    // Threads change nothing.
+    let alone = LoadOptions {
+        threads: Some(1),
+        ..quantised
+    };
+    assert!(logits(&alone) == found);
+
+    let room = Room::new("convert-int8");
+    let file = room.path("demo.gguf");
+    for gguf in [true, false] {
+        let there = ConvertOptions {
+            gguf,
+            quantize: Some(recipe.clone()),
+            ..options(from("demo", None), file.clone())
+        };
+        let error = convert(&there, &mut Silent::default(), &mut Quiet).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("int8") && error.contains("loading"),
+            "{error}"
+        );
+        assert!(!gguf || error.contains("q8_0"), "{error}");
+        assert!(!file.exists());
+    }
+}
+
+#[test]
 fn what_is_there_stays_unless_forced() {
     let room = Room::new("convert-force");
     let (source, to) = (golden("mamba/tied"), room.path("model"));

@@ -80,6 +80,11 @@ impl Recipe {
         }
     }
 
+    /// All formats that it may choose.
+    pub fn formats(&self) -> impl Iterator<Item = Format> {
+        self.rules.iter().flat_map(|r| r.formats.iter().copied())
+    }
+
     /// The format of a weight; none if it stays as it is.
     pub fn choose(&self, weight: &GraphWeight) -> Option<Format> {
         if weight.spec.role == Role::Vector {

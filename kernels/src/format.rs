@@ -1,11 +1,12 @@
 //! How the elements of a weight are stored: one by one, or in blocks along its rows.
 //!
-//! The block formats are those of GGUF files, bit for bit: [`Format::dequantize`] says what each holds.
+//! The block formats are those of GGUF files, bit for bit: [`Format::dequantize`] says what each holds. One format,
+//! int8, has a scale for each row instead.
 
 use std::fmt;
 
 use crate::error::{Error, Result};
-use crate::formats;
+use crate::formats::{self, int8};
 use crate::tensor::DType;
 
 /// The form of a stored weight.
@@ -15,6 +16,7 @@ pub enum Format {
     F32,
     F16,
     BF16,
+    Int8,
     Q8_0,
     Q6K,
     Q5K,
@@ -40,10 +42,11 @@ pub struct Block {
 
 impl Format {
     /// All of them; those in blocks from the finest to the coarsest.
-    pub const ALL: [Format; 15] = [
+    pub const ALL: [Format; 16] = [
         Format::F32,
         Format::F16,
         Format::BF16,
+        Format::Int8,
         Format::Q8_0,
         Format::Q6K,
         Format::Q5K,
@@ -64,6 +67,7 @@ impl Format {
             Format::F32 => "f32",
             Format::F16 => "f16",
             Format::BF16 => "bf16",
+            Format::Int8 => "int8",
             Format::Q8_0 => "q8_0",
             Format::Q6K => "q6_k",
             Format::Q5K => "q5_k",
@@ -94,11 +98,18 @@ impl Format {
         }
     }
 
-    /// The size of its blocks; of one element where it has none.
+    /// Whether a scale belongs to a whole row, which then is taken whole only.
+    pub fn scales_rows(self) -> bool {
+        self == Format::Int8
+    }
+
+    /// The size of its blocks; of one element where it has none. Rows with a scale have more bytes than these:
+    /// see [`Format::row_bytes`].
     pub fn block(self) -> Block {
         let (elements, bytes) = match self {
             Format::F32 => (1, 4),
             Format::F16 | Format::BF16 => (1, 2),
+            Format::Int8 => (1, 1),
             Format::Q8_0 => (32, 34),
             Format::Q6K => (256, 210),
             Format::Q5K => (256, 176),
@@ -116,6 +127,9 @@ impl Format {
 
     /// Bytes of a row of `cols` elements; none if they are no whole blocks, or too many.
     pub fn row_bytes(self, cols: usize) -> Option<usize> {
+        if self == Format::Int8 {
+            return int8::row_bytes(cols);
+        }
         let Block { elements, bytes } = self.block();
         if cols.is_multiple_of(elements) {
             (cols / elements).checked_mul(bytes)
@@ -137,8 +151,16 @@ impl Format {
     /// Widens whole blocks: exact for the formats without blocks; for the others the products of scale
     /// and code, each rounded to f32 as the reference implementation of GGUF (gguf-py) rounds them.
     ///
-    /// Panics unless `from` holds exactly the blocks of `to`.
+    /// Panics unless `from` holds exactly the blocks of `to`; of int8, one row.
     pub fn dequantize(self, from: &[u8], to: &mut [f32]) {
+        if self == Format::Int8 {
+            assert_eq!(
+                self.row_bytes(to.len()),
+                Some(from.len()),
+                "a row of {self}"
+            );
+            return int8::widen(from, to);
+        }
         let Block { elements, bytes } = self.block();
         assert!(
             to.len().is_multiple_of(elements) && from.len() == to.len() / elements * bytes,
@@ -152,8 +174,8 @@ impl Format {
     }
 
     /// Quantises a row to whole blocks, as GGML's reference functions do, bit for bit; formats without
-    /// blocks round to nearest even. `importance` says how much each column counts (numbers that are not
-    /// negative, as an importance matrix has them); q8_0 and formats without blocks do not ask.
+    /// blocks round to nearest even; of int8 the row is one, with codes to the nearest. `importance` says how much each column counts (numbers that are not
+    /// negative, as an importance matrix has them); q8_0, int8 and formats without blocks do not ask.
     ///
     /// Fails where the row is no whole blocks, where lengths differ, where a number is not finite or too
     /// large, and where a scale is too large for half precision; `to` is then left with anything.
@@ -176,7 +198,8 @@ impl Format {
                 row[i]
             )));
         }
-        let large = |x: &f32| elements > 1 && x.abs() > MOST;
+        let scaled = elements > 1 || self.scales_rows();
+        let large = |x: &f32| scaled && x.abs() > MOST;
         if let Some(i) = row.iter().position(large) {
             return Err(fault(format!(
                 "element {i} of the row is {}, too large for {self}: {MOST} is the most",
@@ -198,6 +221,10 @@ impl Format {
                     importance[i]
                 )));
             }
+        }
+        if self == Format::Int8 {
+            int8::quantize(row, to);
+            return Ok(());
         }
         formats::quantize(self, row, importance, to);
         match formats::first_not_finite(self, to) {
@@ -238,7 +265,14 @@ mod tests {
 
     #[test]
     fn every_format_has_a_name_and_rows_of_whole_blocks() {
-        for format in Format::ALL {
+        let rows = Format::ALL.into_iter().filter(|f| f.scales_rows());
+        for format in rows {
+            assert_eq!(Format::named(format.name()), Some(format));
+            let sizes = [0, 1, 4, 5, 1 << 17, (1 << 17) + 1].map(|k| format.row_bytes(k));
+            let long = Some((1 << 17) + 4);
+            assert_eq!(sizes, [Some(4), Some(8), Some(8), Some(12), long, None]);
+        }
+        for format in Format::ALL.into_iter().filter(|f| !f.scales_rows()) {
             assert_eq!(Format::named(format.name()), Some(format));
             let block = format.block();
             assert_eq!(format.row_bytes(3 * block.elements), Some(3 * block.bytes));

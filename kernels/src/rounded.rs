@@ -8,6 +8,8 @@
 //! - blocks of 256: `y += (Σ over runs of s · Σ q·(c − offset)) · d) · dx`, and with minima
 //!   `y −= (Σ over runs of n · Σ q) · m) · dx`,
 //!
+//! - rows of whole numbers with one scale s (int8), for which x is one block: `y = (Σ q·c · s) · dx`,
+//!
 //! where sums of integers are exact, and each f32 operation is rounded alone, in the order written. This is
 //! the definition to the bit for every path of the CPU: `formats::unpack::Form` says what c, d, m, s and n
 //! are. A GPU has the same integers and sums blocks in another order; of many rows it takes integers and
@@ -15,6 +17,8 @@
 
 use half::f16;
 
+use crate::format::Format;
+use crate::formats::int8;
 use crate::formats::unpack::{CHUNK, Form, RAW, WORDS, expand, unpack};
 use crate::matrix::Matrix;
 
@@ -51,16 +55,30 @@ pub(crate) struct RoundedRow {
 }
 
 impl RoundedRow {
-    /// As products with a weight of this form take it.
-    pub(crate) fn new(x: &[f32], form: Form) -> Self {
+    /// As products with a weight of this format take it.
+    pub(crate) fn new(x: &[f32], format: Format) -> Self {
         let mut codes = vec![0; x.len()];
-        let blocks = x.chunks(form.block).zip(codes.chunks_mut(form.block));
+        let block = match format.scales_rows() {
+            true => x.len().max(1),
+            false => Form::of(format).block,
+        };
+        let blocks = x.chunks(block).zip(codes.chunks_mut(block));
         let scales = blocks.map(|(x, codes)| round_block(x, codes)).collect();
         RoundedRow { codes, scales }
     }
 
     /// The product with row `n` of a weight in blocks: the plain loops.
     pub(crate) fn product(&self, w: &Matrix, n: usize) -> f32 {
+        if w.format().scales_rows() {
+            let row = w.data().view::<u8>();
+            let row = row.row(n);
+            let products = self.codes.iter().zip(row);
+            let sum: i32 = products
+                .map(|(x, c)| i32::from(*x) * i32::from(c.cast_signed()))
+                .sum();
+            let dx = self.scales.first().copied().unwrap_or(0.0);
+            return (sum as f32 * int8::scale(row)) * dx + 0.0;
+        }
         let form = Form::of(w.format());
         let (mut codes, mut raw, mut words) = ([0; CHUNK], [0; RAW], [0u32; WORDS]);
         let row = w.data().view::<u8>();

@@ -177,7 +177,7 @@ impl HostTensor {
     /// All elements, widened to f32.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.len()];
-        self.format.dequantize(self.bytes(), &mut values);
+        self.dequantize(self.bytes(), &mut values);
         values
     }
 
@@ -195,8 +195,23 @@ impl HostTensor {
             op: "host tensor",
             why: format!("elements {range:?} of {self:?} are no whole blocks"),
         })?;
-        self.format.dequantize(bytes, to);
+        self.dequantize(bytes, to);
         Ok(())
+    }
+
+    /// Widens whole blocks, or whole rows.
+    fn dequantize(&self, from: &[u8], to: &mut [f32]) {
+        let cols = self.columns();
+        if !self.format.scales_rows() {
+            return self.format.dequantize(from, to);
+        }
+        let row = self.format.row_bytes(cols).unwrap_or(0).max(1);
+        let rows = from.chunks_exact(row).zip(to.chunks_mut(cols.max(1)));
+        rows.for_each(|(from, to)| self.format.dequantize(from, to));
+    }
+
+    fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
     }
 
     /// Told that some elements will not be read again soon: see [`HostBytes::forget`].
@@ -209,8 +224,15 @@ impl HostTensor {
 
     /// Where elements are among the bytes.
     fn bytes_of(&self, range: Range<usize>) -> Option<Range<usize>> {
-        let start = self.format.row_bytes(range.start)?;
-        let bytes = start..self.format.row_bytes(range.end)?;
+        let at = |element: usize| {
+            if !self.format.scales_rows() {
+                return self.format.row_bytes(element);
+            }
+            let cols = self.columns();
+            let rows = element.is_multiple_of(cols).then(|| element / cols.max(1));
+            rows?.checked_mul(self.format.row_bytes(cols)?)
+        };
+        let bytes = at(range.start)?..at(range.end)?;
         (bytes.start <= bytes.end && bytes.end <= self.range.len()).then_some(bytes)
     }
 

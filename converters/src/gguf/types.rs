@@ -103,7 +103,8 @@ mod tests {
                 found += 1;
             }
         }
-        assert_eq!(found, Format::ALL.len());
+        let known = Format::ALL.into_iter().filter(|f| !f.scales_rows());
+        assert_eq!(found, known.count());
         assert_eq!(Type::numbered(4), None);
         let q8 = Type::numbered(8).unwrap();
         assert_eq!(q8.bytes_of(&[2, 64]), Some(2 * 2 * 34));

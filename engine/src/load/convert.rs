@@ -81,8 +81,14 @@ pub fn convert(
     };
     if !options.gguf && options.quantize.is_some() {
         return Err(Error::Input(
-            "safetensors has no block formats: write a GGUF file (--to gguf), or quantise while loading".into(),
+            "safetensors has no block formats, and int8 is not written to it: write a GGUF file (--to gguf) in blocks, or quantise while loading".into(),
         ));
+    }
+    let mut formats = options.quantize.iter().flat_map(Recipe::formats);
+    if let Some(format) = formats.find(|f| f.scales_rows()) {
+        return Err(Error::Input(format!(
+            "GGUF has no {format}: --quantize q8_0 is the nearest that it has, and --quantize {format} is for running a model, which is quantised while loading"
+        )));
     }
     if options.gguf && planned.origin == Origin::Edited {
         return Err(Error::Input(

@@ -10,6 +10,7 @@ use super::Cpu;
 use super::blocks::BlockDot;
 use super::dot::panel_len;
 use super::dot::{By, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
+use super::int8::Int8Dot;
 use super::linear::WIDENED_ROWS;
 use super::scratch::{Plain, Scratch};
 use super::simd::{Kernel, Simd, dots_bf16, with_float};
@@ -77,6 +78,28 @@ impl Cpu {
             return;
         }
         let x = op.x.view::<f32>();
+        if op.activations == DType::BF16 && format.scales_rows() {
+            let x = self.round_whole(x, shared);
+            let columns = y.cols().div_ceil(4 * self.threads()).next_multiple_of(8);
+            let columns = columns.min(32);
+            self.expert_parts(sorted, y.cols(), columns, |expert, columns, scratch| {
+                if op.w[expert].format() != format {
+                    return;
+                }
+                let choices = sorted.of(expert);
+                let dot = Int8Dot {
+                    x,
+                    rows: choices.len(),
+                    place: Place::Listed { choices, x_div },
+                    w: op.w[expert].data().view::<u8>(),
+                    columns,
+                    bias: None,
+                    y,
+                };
+                self.int8_dot(&dot, scratch);
+            });
+            return;
+        }
         if op.activations == DType::BF16 {
             let x = self.round_x(x, Form::of(format), shared);
             let unit = self.panel_columns();

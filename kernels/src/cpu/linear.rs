@@ -9,6 +9,7 @@ use super::Cpu;
 use super::blocks::BlockDot;
 use super::dot::{By, COLUMNS, CopyX, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
 use super::dot::{panel_len, x_pitch};
+use super::int8::Int8Dot;
 use super::scratch::{Plain, Scratch, SharedMut};
 use super::simd::{Float, Kernel, dots_bf16, with_float};
 use crate::formats::unpack::Form;
@@ -55,6 +56,18 @@ impl Cpu {
         let bias = op.bias.map(|b| b.view::<f32>());
         let y = op.y.view_mut::<f32>();
         let mut shared = self.shared();
+        if op.activations == DType::BF16 && w.format().scales_rows() {
+            let x = self.round_whole(x, &mut shared);
+            return self.int8_products(&Int8Dot {
+                x,
+                rows: y.rows(),
+                place: Place::Same,
+                w: w.data().view::<u8>(),
+                columns: 0..w.rows(),
+                bias,
+                y,
+            });
+        }
         if op.activations == DType::BF16 {
             let x = self.round_x(x, Form::of(w.format()), &mut shared);
             return self.block_products(&BlockDot {

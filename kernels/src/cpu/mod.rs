@@ -24,6 +24,7 @@ mod elementwise;
 mod embed;
 mod expert_linear;
 mod gather;
+mod int8;
 mod kv_write;
 mod layer_norm;
 mod limits;

@@ -20,6 +20,7 @@ impl Plain for bf16 {}
 impl Plain for u32 {}
 impl Plain for i32 {}
 impl Plain for i8 {}
+impl Plain for i16 {}
 impl Plain for u8 {}
 
 impl Scratch {

@@ -9,7 +9,6 @@ use super::{
     linear::{round, rounds_to_blocks, write_row},
 };
 use crate::error::Result;
-use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
 use crate::rounded::RoundedRow;
 use crate::tensor::{DType, Tensor};
@@ -66,7 +65,7 @@ impl ExpertLinear<'_> {
                 let x = self.x.view::<f32>();
                 let x = x.row(self.x_row(t, j));
                 let y: Vec<f32> = if rounds_to_blocks(expert, self.activations) {
-                    let x = RoundedRow::new(x, Form::of(expert.format()));
+                    let x = RoundedRow::new(x, expert.format());
                     (0..expert.rows()).map(|n| x.product(expert, n)).collect()
                 } else {
                     (0..expert.rows())

@@ -6,7 +6,6 @@
 
 use super::Check;
 use crate::error::Result;
-use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
 use crate::rounded::RoundedRow;
 use crate::tensor::{DType, Tensor};
@@ -46,7 +45,7 @@ impl Linear<'_> {
         let bias = self.bias.map(|b| b.view::<f32>());
         if rounds_to_blocks(self.w, self.activations) {
             for t in 0..x.rows() {
-                let x = RoundedRow::new(x.row(t), Form::of(self.w.format()));
+                let x = RoundedRow::new(x.row(t), self.w.format());
                 for n in 0..self.w.rows() {
                     let bias = bias.map_or(0.0, |b| b.row(0)[n]);
                     // SAFETY: one thread, one slice at a time.
