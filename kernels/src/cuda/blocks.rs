@@ -402,7 +402,7 @@ mod tests {
             for (at, size) in kernels.fields {
                 seen[*at..at + size].iter_mut().for_each(|s| *s += 1);
                 // Where a field of the last of one block, or of eight, begins.
-                let read = size.next_power_of_two().min(16) >> usize::from(*size == 12) * 2;
+                let read = size.next_power_of_two().min(16) >> (2 * usize::from(*size == 12));
                 assert!(before % read == 0, "{format}: {at}");
                 before += size;
             }
@@ -418,6 +418,6 @@ mod tests {
         assert_eq!(part(10_240, 2 * 2560), 10_240);
         assert_eq!(part(5, 64), 5);
         let each = part(65_536, 2 * 2560);
-        assert!(each * 2 * 2560 <= WIDENED + 2 * TILE * 2 * 2560 && each % 128 == 0);
+        assert!(each * 2 * 2560 <= WIDENED + 2 * TILE * 2 * 2560 && each.is_multiple_of(128));
     }
 }
