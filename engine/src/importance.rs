@@ -1,7 +1,7 @@
 //! How much each input column of a matrix counts: the mean of its squares over a text.
 //!
-//! The error of a product is Σₖ (Δw[n, k] · x[k])². Where columns are taken as independent, its mean over many
-//! inputs is Σₖ Δw[n, k]² · mean(x[k]²), so a quantiser that weighs the squared error of column k by mean(x[k]²)
+//! The error of a product is `Σₖ (Δw[n, k] · x[k])²`. Where columns are taken as independent, its mean over many
+//! inputs is `Σₖ Δw[n, k]² · mean(x[k]²)`, so a quantiser that weighs the squared error of column k by `mean(x[k]²)`
 //! loses least of what the model computes. llama.cpp's imatrix gathers the same.
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use crate::runner::{Network, Place};
 /// What was gathered for one matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Columns {
-    /// (K) The mean of x[k]² over the rows that the matrix multiplied; 0 of no rows.
+    /// (K) The mean of `x[k]²` over the rows that the matrix multiplied; 0 of no rows.
     pub mean_squares: Vec<f32>,
     /// Number of those rows.
     pub rows: u64,
