@@ -484,8 +484,15 @@ __device__ __forceinline__ void round_rows(In x, void* to, int type, int k, int 
     }
 }
 
+// Blocks of `few` for up to four rows that a processor holds at least: where all kernels keep within registers.
+#if __CUDA_ARCH__ == 900
+#define RESIDENT 3
+#else
+#define RESIDENT 2
+#endif
+
 #define OF_ROWS(F, NAME, T)                                                                                          \
-    KERNEL __launch_bounds__(256, T > 4 ? 2 : 3) few_##NAME##_##T(ARGS(Few) p) {                                       \
+    KERNEL __launch_bounds__(256, T > 4 ? 2 : RESIDENT) few_##NAME##_##T(ARGS(Few) p) {                                \
         ahead(p.w, p.row_bytes, p.n, p.split, 2);                                                                      \
         BEGIN();                                                                                                       \
         few<F, T, 2>(p.x, 0, p.rows, p.w, p.blocks, p.bias, p.y, 0, p.k, p.n, p.split, p.wide);                         \
@@ -494,5 +501,5 @@ __device__ __forceinline__ void round_rows(In x, void* to, int type, int k, int 
     OF_ROWS(F, NAME, 1)                                                                                                \
     OF_ROWS(F, NAME, 4)                                                                                                \
     OF_ROWS(F, NAME, 8)                                                                                                \
-    KERNEL __launch_bounds__(256) few_##NAME##_chosen(ARGS(Chosen) p) { BEGIN(); chosen<F>(p); }                       \
+    KERNEL __launch_bounds__(256, 2) few_##NAME##_chosen(ARGS(Chosen) p) { BEGIN(); chosen<F>(p); }                    \
     KERNEL __launch_bounds__(128) widen_##NAME(ARGS(Widen) p) { BEGIN(); widen<F>(p); }

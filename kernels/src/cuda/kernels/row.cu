@@ -39,7 +39,7 @@ __device__ __forceinline__ float add_products(u32 x, u32 w, float sum) {
 // Chunks of sixteen bytes that a lane has on their way, and blocks that a processor holds at least: where
 // registers allow, 2,560 outputs by two warps each run at once.
 #define HELD 4
-#if __CUDA_ARCH__ >= 1200
+#if __CUDA_ARCH__ >= 1000
 #define BLOCKS 4
 #else
 #define BLOCKS 5

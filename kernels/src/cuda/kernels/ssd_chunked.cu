@@ -190,8 +190,8 @@ __device__ __forceinline__ void chunks(const SsdChunked& p) {
         for (int n = r; n < p.states; n += 8) state[(i64)n * p.width] = S[n * PARTS + ch];
 }
 
-KERNEL __launch_bounds__(128) ssd_chunked_4(ARGS(SsdChunked) p) { BEGIN(); chunks<4>(p); }
-KERNEL __launch_bounds__(128) ssd_chunked_8(ARGS(SsdChunked) p) { BEGIN(); chunks<8>(p); }
+KERNEL __launch_bounds__(128, 1) ssd_chunked_4(ARGS(SsdChunked) p) { BEGIN(); chunks<4>(p); }
+KERNEL __launch_bounds__(128, 1) ssd_chunked_8(ARGS(SsdChunked) p) { BEGIN(); chunks<8>(p); }
 
 // What the last tokens leave for those to come: each place of a chunk has its latest token.
 KERNEL __launch_bounds__(128) ssd_keep(ARGS(SsdChunked) p) {
