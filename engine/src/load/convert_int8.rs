@@ -59,7 +59,7 @@ pub(super) fn int8(
     let mut count = 0;
     for target in targets {
         let of = readers.get(target.name.as_str()).map_or(&[][..], |of| of);
-        let asked = !of.is_empty() && of.iter().all(|w| wanted(w));
+        let asked = !of.is_empty() && of.iter().all(wanted);
         let module = target.name.strip_suffix(WEIGHT);
         let info = checkpoint.get(&target.name).filter(|info| is_float(info));
         let linear = of.iter().all(|w| w.spec.role == Role::Matrix);
