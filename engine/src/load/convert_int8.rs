@@ -104,13 +104,12 @@ pub(super) fn int8(
         "{count} matrices are written in int8, a scale a row"
     ));
     if kept > 0 {
-        let plural = if kept == 1 {
-            "tensor that is"
-        } else {
-            "tensors that are"
+        let (these, stay) = match kept {
+            1 => ("tensor that is", "stays as it is"),
+            _ => ("tensors that are", "stay as they are"),
         };
         notes.push(format!(
-            "{kept} {plural} no linear layer (a table, a stack of experts) stay as they are, where --quantize while loading takes them too"
+            "{kept} {these} no linear layer (a table, a stack of experts) {stay}, where --quantize while loading takes all"
         ));
     }
     Ok((made, ignored.into_iter().collect()))
