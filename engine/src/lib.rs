@@ -20,6 +20,7 @@ pub mod perplexity;
 pub mod plan_diff;
 pub mod plot;
 mod pools;
+pub mod prefix_cache;
 mod quantize;
 pub mod random_weights;
 pub mod recipe;

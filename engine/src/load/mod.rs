@@ -29,6 +29,7 @@ use crate::recipe::{Recipe, Storage};
 use crate::runner::Network;
 use crate::text;
 
+pub use strata_converters::files::map_file;
 pub use strata_converters::write::Progress as WriteProgress;
 
 pub use calibrate::Calibration;
