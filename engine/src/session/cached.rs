@@ -292,26 +292,26 @@ impl Engine {
                 || every.is_some_and(|every| at > 0 && at.is_multiple_of(every))
                 || ends && sequence.is_finished();
             if wanted && at > prefix && sequence.holds_state() {
-                self.keep_now(id);
+                self.keep_now(id, false);
             }
         }
         self.stay_within_budget();
     }
 
-    /// Keeps the state of a sequence as it is now, whatever the policy is.
-    pub fn keep_state(&mut self, id: SeqId) {
-        self.keep_now(id);
+    /// Keeps the state of a sequence as it is now, whatever the policy is. `marked` ones are given up last.
+    pub fn keep_state(&mut self, id: SeqId, marked: bool) {
+        self.keep_now(id, marked);
         self.stay_within_budget();
     }
 
     /// Keeps the state of a sequence that was ended, if the policy wants that.
     pub(super) fn keep_end(&mut self, id: SeqId) {
         if self.cache.as_ref().is_some_and(|c| c.policy.ends) {
-            self.keep_state(id);
+            self.keep_state(id, false);
         }
     }
 
-    fn keep_now(&mut self, id: SeqId) {
+    fn keep_now(&mut self, id: SeqId, marked: bool) {
         let (Some(cache), Some(sequence)) = (&mut self.cache, self.scheduler.sequence(id)) else {
             return;
         };
@@ -320,7 +320,7 @@ impl Engine {
             return;
         }
         let marks = cache.marks.get(&id);
-        let marked = marks.is_some_and(|m| m.iter().any(|m| m + graph.prefix == at));
+        let marked = marked || marks.is_some_and(|m| m.iter().any(|m| m + graph.prefix == at));
         let tokens: Vec<TokenId> = sequence.tokens[..at].to_vec();
         if cache.knows(&tokens, marked) {
             return;
