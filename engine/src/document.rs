@@ -32,7 +32,7 @@ const ANCHOR: usize = 256;
 /// What stands for a question where none was asked yet.
 const PROBE: &str = "Which";
 /// Questions that begin otherwise: what all of them leave alone belongs to the document.
-const PROBES: [&str; 4] = [PROBE, "7", "\"x", "étape"];
+const PROBES: [&str; 7] = [PROBE, "7", "1", "a", "\"x", "étape", "日本"];
 
 /// What can go wrong with a document.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +71,7 @@ pub trait Wording {
     /// Its tokens.
     fn encode(&self, text: &str) -> Result<Vec<TokenId>, Error>;
     /// The bytes of a token.
-    fn bytes(&self, token: TokenId) -> usize;
+    fn bytes(&self, token: TokenId) -> Vec<u8>;
 }
 
 /// A model's wording: under its chat template, or plain.
@@ -98,9 +98,9 @@ impl Wording for Worded<'_> {
         Ok(self.model.tokenizer()?.encode(text, !self.chat)?)
     }
 
-    fn bytes(&self, token: TokenId) -> usize {
+    fn bytes(&self, token: TokenId) -> Vec<u8> {
         let tokenizer = self.model.tokenizer.as_ref();
-        tokenizer.map_or(0, |t| t.token_bytes(token).len())
+        tokenizer.map_or(Vec::new(), |t| t.token_bytes(token))
     }
 }
 
@@ -117,6 +117,17 @@ pub struct Placed {
     pub ends: Vec<usize>,
 }
 
+/// Parts as one document.
+pub fn join(parts: &[&str]) -> String {
+    match parts {
+        [whole] => whole.to_string(),
+        parts => {
+            let parts: Vec<&str> = parts.iter().map(|p| p.trim_end()).collect();
+            parts.join("\n\n")
+        }
+    }
+}
+
 /// What stands before the question in a text, and the question and what follows.
 fn split<'a>(text: &'a str, question: &str) -> Result<(&'a str, &'a str), Error> {
     let at = text.rfind(question).ok_or(Error::Unsteady)?;
@@ -125,7 +136,7 @@ fn split<'a>(text: &'a str, question: &str) -> Result<(&'a str, &'a str), Error>
 
 /// Places a document of several parts, between which stands an empty line.
 pub fn place(wording: &dyn Wording, parts: &[&str]) -> Result<Placed, Error> {
-    let document = parts.join("\n\n");
+    let document = join(parts);
     let whole = wording.text(&document, PROBE)?;
     let (head, rest) = split(&whole, PROBE)?;
     let mut from = head.len().saturating_sub(ANCHOR);
@@ -142,7 +153,11 @@ pub fn place(wording: &dyn Wording, parts: &[&str]) -> Result<Placed, Error> {
         .collect::<Result<_, _>>()?;
     let first = &probed[0];
     let alike = |other: &Vec<TokenId>| first.iter().zip(other).take_while(|(a, b)| a == b).count();
-    let kept = probed[1..].iter().map(alike).min().unwrap_or(first.len());
+    let mut kept = probed[1..].iter().map(alike).min().unwrap_or(first.len());
+    // Many tokenizers join a space to what follows it.
+    while kept > 1 && wording.bytes(first[kept - 1]).trim_ascii().is_empty() {
+        kept -= 1;
+    }
     let full = wording.encode(&format!("{head}{rest}"))?;
     let tail = first.len() - kept;
     let near = kept.min(4);
@@ -191,7 +206,7 @@ fn ends(wording: &dyn Wording, tokens: &[TokenId], head: &str, parts: &[&str]) -
     }
     let (mut bytes, mut ends, mut places) = (0, Vec::new(), places.into_iter().peekable());
     for (i, token) in tokens.iter().enumerate() {
-        bytes += wording.bytes(*token);
+        bytes += wording.bytes(*token).len();
         while places.next_if(|at| *at <= bytes).is_some() {
             ends.push(i + 1);
         }
@@ -201,17 +216,30 @@ fn ends(wording: &dyn Wording, tokens: &[TokenId], head: &str, parts: &[&str]) -
 }
 
 impl Placed {
-    /// The tokens of a question behind this document.
-    pub fn question(&self, wording: &dyn Wording, question: &str) -> Result<Vec<TokenId>, Error> {
+    /// The tokens of this document and a question behind it. They begin with the document's, but for a question whose
+    /// first letters are cut together with the last before it.
+    pub fn prompt(&self, wording: &dyn Wording, question: &str) -> Result<Vec<TokenId>, Error> {
         let after = after(wording, question)?;
-        let tokens = wording.encode(&format!("{}{after}", self.anchor))?;
-        let near = self.anchor_tokens.min(4).min(self.tokens.len());
-        let tail = &self.tokens[self.tokens.len() - near..];
-        let kept = tokens.get(self.anchor_tokens - near..self.anchor_tokens);
-        if kept == Some(tail) && tokens.len() > self.anchor_tokens {
-            return Ok(tokens[self.anchor_tokens..].to_vec());
-        }
-        wording.encode(&after)
+        let cut = wording.encode(&format!("{}{after}", self.anchor))?;
+        let near = self.anchor_tokens.min(4);
+        // The last place before the question up to which both were cut alike.
+        let alike = |end: &usize| {
+            let back = self.anchor_tokens - end;
+            let known = self.tokens.len().checked_sub(back + near);
+            let known = known.map(|from| &self.tokens[from..from + near]);
+            *end < cut.len() && known.is_some() && cut.get(end - near..*end) == known
+        };
+        let end = (near..=self.anchor_tokens).rev().find(alike);
+        let (kept, more) = match end {
+            Some(end) if near > 0 => (
+                self.tokens.len() - (self.anchor_tokens - end),
+                cut[end..].to_vec(),
+            ),
+            _ => (self.tokens.len(), wording.encode(&after)?),
+        };
+        let mut prompt = self.tokens[..kept].to_vec();
+        prompt.extend(more);
+        Ok(prompt)
     }
 }
 

@@ -286,20 +286,18 @@ impl Cache {
         Some(state)
     }
 
-    /// Whether the state after these tokens is in memory. If it is, it counts as used now.
-    pub fn knows(&mut self, tokens: &[TokenId], marked: bool) -> bool {
+    /// The node of these tokens, if their state is in memory. If it is, it counts as used now.
+    pub fn knows(&mut self, tokens: &[TokenId], marked: bool) -> Option<NodeId> {
         let walk = self.tree.walk(tokens);
-        let last = *walk.path.last().expect("the root at least");
+        let last = *walk.path.last()?;
         if walk.matched < tokens.len() || walk.inside.is_some() {
-            return false;
+            return None;
         }
         let now = self.clock;
-        let Some(held) = self.tree.load_mut(last) else {
-            return false;
-        };
+        let held = self.tree.load_mut(last).as_mut()?;
         held.used = now;
         held.marked |= marked;
-        held.memory.is_some()
+        held.memory.is_some().then_some(last)
     }
 
     /// Forgets that states lie in a file.
@@ -377,10 +375,17 @@ impl Cache {
     /// prompt since it was last of use. So old paths go from their ends, and of the path that is in use every second
     /// state, then every second of the others: what is left stays evenly spread. States that somebody marked go last.
     /// Those that also lie in a file cost next to nothing. `frees` says which pages count, if only pages are wanted.
-    pub fn victim(&self, frees: Option<&dyn Fn(PageId) -> bool>) -> Option<NodeId> {
+    pub fn victim(
+        &self,
+        frees: Option<&dyn Fn(PageId) -> bool>,
+        but: Option<NodeId>,
+    ) -> Option<NodeId> {
         let mut best: Option<(NodeId, (bool, f64))> = None;
         for (node, held) in self.tree.loads() {
             let Some(state) = &held.memory else { continue };
+            if but == Some(node) {
+                continue;
+            }
             let pages = match frees {
                 None => self.own_pages(state).count(),
                 Some(frees) => match self.own_pages(state).filter(|p| frees(*p)).count() {

@@ -85,7 +85,8 @@ impl Engine {
                 }
             }
         }
-        if cache.is_over() {
+        // One may be beyond the budget: see `keep_state`.
+        if cache.is_over() && cache.told().states > 1 {
             faults.push(format!("{} bytes are kept", cache.bytes()));
         }
         faults
@@ -121,7 +122,7 @@ impl Engine {
             if pool.free() >= wanted {
                 return;
             }
-            let Some(node) = cache.victim(Some(&|page| pool.references(page) == 1)) else {
+            let Some(node) = cache.victim(Some(&|page| pool.references(page) == 1), None) else {
                 return;
             };
             self.evict(node);
@@ -295,13 +296,14 @@ impl Engine {
                 self.keep_now(id, false);
             }
         }
-        self.stay_within_budget();
+        self.stay_within_budget(None);
     }
 
-    /// Keeps the state of a sequence as it is now, whatever the policy is. `marked` ones are given up last.
+    /// Keeps the state of a sequence as it is now, whatever the policy is. A `marked` one is given up last, and not
+    /// now, were it beyond the budget.
     pub fn keep_state(&mut self, id: SeqId, marked: bool) {
-        self.keep_now(id, marked);
-        self.stay_within_budget();
+        let kept = self.keep_now(id, marked);
+        self.stay_within_budget(kept.filter(|_| marked));
     }
 
     /// Keeps the state of a sequence that was ended, if the policy wants that.
@@ -311,36 +313,41 @@ impl Engine {
         }
     }
 
-    fn keep_now(&mut self, id: SeqId, marked: bool) {
-        let (Some(cache), Some(sequence)) = (&mut self.cache, self.scheduler.sequence(id)) else {
-            return;
-        };
-        let (graph, at) = (&self.runner.network().graph, sequence.computed);
+    fn keep_now(&mut self, id: SeqId, marked: bool) -> Option<NodeId> {
+        let (cache, sequence) = (self.cache.as_mut()?, self.scheduler.sequence(id)?);
+        let (prefix, at) = (self.runner.network().graph.prefix, sequence.computed);
         if at == 0 {
-            return;
+            return None;
         }
         let marks = cache.marks.get(&id);
-        let marked = marked || marks.is_some_and(|m| m.iter().any(|m| m + graph.prefix == at));
+        let marked = marked || marks.is_some_and(|m| m.iter().any(|m| m + prefix == at));
         let tokens: Vec<TokenId> = sequence.tokens[..at].to_vec();
-        if cache.knows(&tokens, marked) {
-            return;
+        if let Some(node) = cache.knows(&tokens, marked) {
+            return Some(node);
         }
         let state = match self.state_of(id) {
             Ok(state) => state,
-            Err(error) => return self.trouble(error.to_string()),
+            Err(error) => {
+                self.trouble(error.to_string());
+                return None;
+            }
         };
-        let Some(cache) = &mut self.cache else { return };
-        if let Err(state) = cache.hold(&tokens, state, marked) {
-            self.release(&state.pages);
+        match self.cache.as_mut()?.hold(&tokens, state, marked) {
+            Ok(node) => Some(node),
+            Err(state) => {
+                self.release(&state.pages);
+                None
+            }
         }
     }
 
-    fn stay_within_budget(&mut self) {
+    /// Gives up states until no more bytes are kept than the policy allows, but not the one named.
+    fn stay_within_budget(&mut self, but: Option<NodeId>) {
         while let Some(cache) = &self.cache {
             if !cache.is_over() {
                 return;
             }
-            let Some(node) = cache.victim(None) else {
+            let Some(node) = cache.victim(None, but) else {
                 return;
             };
             self.evict(node);

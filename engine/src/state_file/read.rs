@@ -216,9 +216,9 @@ impl StateFile {
         Some(&pages.dtype)
     }
 
-    /// Whether `engine` can go on from these states, or why not.
-    pub fn fits(&self, engine: &Engine, fingerprint: &Fingerprint) -> Result<(), Error> {
-        let activations = engine.network().activations.to_string();
+    /// Whether these are states of a model, or of which they are.
+    pub fn belongs(&self, activations: DType, fingerprint: &Fingerprint) -> Result<(), Error> {
+        let activations = activations.to_string();
         for (key, what, expected) in [
             ("plan", "plan", &fingerprint.plan),
             ("weights", "set of weights", &fingerprint.weights),
@@ -234,6 +234,12 @@ impl StateFile {
                 });
             }
         }
+        Ok(())
+    }
+
+    /// Whether `engine` can go on from these states, or why not.
+    pub fn fits(&self, engine: &Engine, fingerprint: &Fingerprint) -> Result<(), Error> {
+        self.belongs(engine.network().activations, fingerprint)?;
         let graph = &engine.network().graph;
         let (context, prefix, tokens) = (engine.config().context, graph.prefix, self.len());
         if tokens > context.saturating_add(prefix) {

@@ -44,7 +44,7 @@ pub struct Ask {
     #[arg(long, value_name = "FILE")]
     questions: Option<PathBuf>,
     /// Where the answers of --questions go [default: standard output]
-    #[arg(short, long, value_name = "FILE", requires = "questions")]
+    #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Most questions that are answered at once
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -91,6 +91,9 @@ impl Ask {
         let mut options = self.common.load_options(self.model.as_deref(), environment);
         book.notes.source.fill(&mut options)?;
         let model = self.common.load_with(&options, terminal)?;
+        let fingerprint = model.fingerprint()?;
+        let activations = model.network.activations;
+        book.file.belongs(activations, &fingerprint)?;
         let placed = book.placed(model.network.graph.prefix)?;
         let wording = Worded {
             model: &model,
@@ -98,7 +101,7 @@ impl Ask {
         };
         let prompts = self.prompts(&placed, &wording, &questions, known.lines)?;
         let mut engine = self.engine(&model, &placed, &prompts)?;
-        engine.keep_states(Policy::default(), model.fingerprint()?);
+        engine.keep_states(Policy::default(), fingerprint);
         engine.attach(&book.file)?;
         let load_seconds = start.elapsed().as_secs_f64();
         catch_interrupts()?;
@@ -125,6 +128,11 @@ impl Ask {
             beside: Map::new(),
         };
         let Some(path) = &self.questions else {
+            if self.output.is_some() {
+                bail!(
+                    "--output is for the answers of --questions; redirect standard output instead"
+                );
+            }
             if self.question.iter().any(|q| q.trim().is_empty()) {
                 bail!("the question is empty");
             }
@@ -175,15 +183,15 @@ impl Ask {
         let mut prompts = Vec::new();
         let mut faults = Vec::new();
         for (i, question) in questions.iter().enumerate() {
-            let tokens = placed.question(wording, &question.text)?;
-            let prompt: Vec<TokenId> = placed.tokens.iter().chain(&tokens).copied().collect();
+            let prompt = placed.prompt(wording, &question.text)?;
+            let own = prompt.len().saturating_sub(placed.tokens.len());
             let total = prompt.len().saturating_add(self.max_tokens);
             if total > context {
                 faults.push(format!(
                     "question {}: {} tokens of the document, {} of the question and {} to generate do not fit the context of {} tokens; lower --max-tokens, or raise --context (the model was made for {})",
                     before + i + 1,
                     thousands(placed.tokens.len()),
-                    tokens.len(),
+                    own,
                     self.max_tokens,
                     thousands(context),
                     thousands(wording.model.plan.context)
@@ -202,7 +210,7 @@ impl Ask {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + self.max_tokens;
         let at_once = usize::from(self.parallel).min(prompts.len());
         let config: EngineConfig = self.common.engine_config(model, longest, at_once);
-        let own = longest - placed.tokens.len();
+        let own = longest.saturating_sub(placed.tokens.len());
         let prefix = model.network.graph.prefix;
         let shared = (longest + prefix).div_ceil(config.page_size) + 2;
         let pages = shared + at_once * (own.div_ceil(config.page_size) + 3);

@@ -97,7 +97,11 @@ impl Read {
         let most = placed.iter().map(|p| p.tokens.len()).max().unwrap_or(1);
         // One sequence runs; what is kept of the documents before it gives way.
         let config = self.common.engine_config(&model, most + 1, 1);
-        let mut engine = Engine::new(model.network.clone(), config)?;
+        // A state in the middle of a page costs one more.
+        let states = self.snapshots.every.map_or(0, |every| most / every);
+        let parts = placed.iter().map(|p| p.ends.len()).max().unwrap_or(0);
+        let pages = config.pages(model.network.graph.prefix) + states + parts + 2;
+        let mut engine = Engine::with_pages(model.network.clone(), config, pages)?;
         let fingerprint = model.fingerprint()?;
         let source = ModelSource::of(&options, &model);
         catch_interrupts()?;
