@@ -146,6 +146,7 @@ pub fn load(
 ) -> Result<SnapshotId, Error> {
     let file = StateFile::open(path)?;
     file.fits(engine, fingerprint)?;
+    file.is_short_enough(engine)?;
     let tokens = file.tokens();
     let state = file.restore(engine, file.snapshots().len() - 1)?;
     Ok(engine.keep(Snapshot { tokens, state }))

@@ -237,9 +237,17 @@ impl StateFile {
         Ok(())
     }
 
-    /// Whether `engine` can go on from these states, or why not.
+    /// Whether `engine` can go on from these states, or why not. There may be more tokens than its context has.
     pub fn fits(&self, engine: &Engine, fingerprint: &Fingerprint) -> Result<(), Error> {
         self.belongs(engine.network().activations, fingerprint)?;
+        self.check(engine).map_err(|why| Error::Damaged {
+            path: self.path.clone(),
+            why,
+        })
+    }
+
+    /// Whether a sequence of `engine` may have all these tokens.
+    pub fn is_short_enough(&self, engine: &Engine) -> Result<(), Error> {
         let graph = &engine.network().graph;
         let (context, prefix, tokens) = (engine.config().context, graph.prefix, self.len());
         if tokens > context.saturating_add(prefix) {
@@ -249,10 +257,7 @@ impl StateFile {
                 context,
             });
         }
-        self.check(engine).map_err(|why| Error::Damaged {
-            path: self.path.clone(),
-            why,
-        })
+        Ok(())
     }
 
     /// Whether there is every part, and nothing else.
