@@ -44,10 +44,7 @@ impl Scheduler {
     /// The rows a sequence takes when `left` are to be had.
     pub(super) fn piece(&self, sequence: &Sequence, left: usize) -> usize {
         let (computed, remaining) = (sequence.computed, sequence.remaining());
-        let to_cut = sequence
-            .cut
-            .and_then(|cut| cut.checked_sub(computed))
-            .filter(|&rows| rows > 0);
+        let to_cut = sequence.next_cut().map(|cut| cut - computed);
         let most = remaining.min(to_cut.unwrap_or(remaining));
         match self.config.chunk {
             Chunk::AtMost(rows) => most.min(rows).min(left),
