@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::ids::{SeqId, TokenId};
+use crate::lookup::Guessed;
 use crate::sampler::Sampled;
 use crate::sequence::Reason;
 use crate::session::{Engine, Error as EngineError, Output};
@@ -47,6 +48,8 @@ pub struct Generated {
     pub prefill: Duration,
     /// From the first token to the last.
     pub decode: Duration,
+    /// Tokens guessed ahead, and how many were right; those behind a stop string among them.
+    pub guessed: Guessed,
 }
 
 /// Something that ends a generation early.
@@ -125,6 +128,9 @@ pub fn generate(
                     watch.token(sampled, &passed.text)?;
                     tokens.push(sampled.clone());
                     stopped = passed.stop.is_some();
+                    if stopped {
+                        break; // tokens of the same step that follow were not asked for
+                    }
                 }
                 Output::Finished {
                     id: of,
@@ -163,5 +169,6 @@ pub fn generate(
         reason,
         prefill: first - start,
         decode,
+        guessed: engine.guessed(id),
     })
 }

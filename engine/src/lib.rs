@@ -15,6 +15,7 @@ pub mod ids;
 pub mod image;
 pub mod importance;
 pub mod load;
+pub mod lookup;
 pub mod pages;
 pub mod perplexity;
 pub mod plan_diff;

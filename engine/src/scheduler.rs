@@ -23,7 +23,7 @@ mod rows;
 
 pub use config::{BadConfig, Chunk, ForkRefused, Refused, SchedulerConfig};
 
-use crate::batch::{Batch, Logits};
+use crate::batch::{Batch, Logits, Span};
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
 use crate::pages::PagePool;
 use crate::pools::Pools;
@@ -225,6 +225,22 @@ impl Scheduler {
         Ok(fork)
     }
 
+    /// Tokens that may follow those of a running sequence, at most [`Scheduler::guesses`] of them. The coming step
+    /// computes them with the others as far as there is room, and keeps those that are what its logits choose.
+    pub fn guess(&mut self, id: SeqId, tokens: &[TokenId]) {
+        let most = self.guesses(id);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.guess.clear();
+            sequence.guess.extend(tokens.iter().take(most));
+        }
+    }
+
+    /// How many tokens may be guessed for a sequence in the coming step: none while its prompt is read, and no
+    /// more than it can still generate.
+    pub fn guesses(&self, id: SeqId) -> usize {
+        self.sequences.get(&id).map_or(0, Sequence::guesses)
+    }
+
     /// Fills the batch of the next step. After [`Step::Run`], call `done` or `failed` before calling it again.
     pub fn next(&mut self, batch: &mut Batch) -> Step {
         assert!(!self.in_flight, "the step before is not done");
@@ -258,19 +274,41 @@ impl Scheduler {
         Step::Run
     }
 
-    /// Takes note that the step is done. `sampled` has a token for each span with `sample`, in their order;
-    /// those of sequences that ended meanwhile may be left out. What happened is appended to `events`.
+    /// Takes note that the step is done. `sampled` has a token for each span with `sample`, in their order, and
+    /// behind it one for each guess of the span that was right; those of sequences that ended meanwhile may be left
+    /// out. What happened is appended to `events`.
+    ///
+    /// Where a guess was wrong, the slot of the span must be again what it was before the step
+    /// (see [`Scheduler::returns`]): its rows are then computed once more, without the wrong ones.
     pub fn done(&mut self, batch: &Batch, sampled: &[(SeqId, TokenId)], events: &mut Vec<Event>) {
         assert!(self.in_flight, "no step is under way");
         self.in_flight = false;
-        let mut sampled = sampled.iter().peekable();
+        let mut tokens = 0;
         for span in &batch.spans {
-            let token = sampled.next_if(|(id, _)| *id == span.seq && span.sample);
+            let first = tokens;
+            while tokens - first <= span.guessed
+                && sampled
+                    .get(tokens)
+                    .is_some_and(|(id, _)| *id == span.seq && span.sample)
+            {
+                tokens += 1;
+            }
+            let found = &sampled[first..tokens];
             let Some(sequence) = self.sequences.get_mut(&span.seq) else {
                 continue;
             };
+            sequence.guess.clear();
             // None scheduled: its state was taken back during the step.
-            sequence.computed += std::mem::take(&mut sequence.scheduled);
+            let scheduled = std::mem::take(&mut sequence.scheduled);
+            let wrong = span.guessed - found.len().saturating_sub(1);
+            if scheduled > 0 && wrong > 0 {
+                if !self.pools.keeps_slots() {
+                    sequence.computed += scheduled - wrong;
+                }
+                self.pools.shrink(sequence);
+            } else {
+                sequence.computed += scheduled;
+            }
             if sequence.status != Status::Running {
                 continue;
             }
@@ -279,9 +317,11 @@ impl Scheduler {
             }
             if span.sample {
                 let id = span.seq;
-                let &(_, token) = token.unwrap_or_else(|| panic!("no token for {id:?}"));
-                sequence.tokens.push(token);
-                events.push(Event::Token { id, token });
+                assert!(!found.is_empty(), "no token for {id:?}");
+                for &(_, token) in found {
+                    sequence.tokens.push(token);
+                    events.push(Event::Token { id, token });
+                }
             }
             let reason = if span.sample && sequence.ends_with_stop() {
                 Reason::Stop
@@ -297,9 +337,15 @@ impl Scheduler {
             });
         }
         assert!(
-            sampled.next().is_none(),
+            tokens == sampled.len(),
             "a token for a sequence that wants none, or out of order"
         );
+    }
+
+    /// Whether the slot of a span must be what it was before the step, when `right` of its guesses were: rows
+    /// that follow a wrong one have gone into it.
+    pub fn returns(&self, span: &Span, right: usize) -> Option<SlotId> {
+        span.slot.filter(|_| right < span.guessed)
     }
 
     /// Takes note that the step went wrong: its sequences end as [`Reason::Failed`], their state is given up.
@@ -618,6 +664,17 @@ impl Scheduler {
 }
 
 impl Sequence {
+    /// See [`Scheduler::guesses`]. A sequence that computes again what followed a wrong guess does that first,
+    /// unless it is little: so guesses never cost more than every second step.
+    fn guesses(&self) -> usize {
+        let reading = self.computed < self.prompt_len;
+        if self.status != Status::Running || reading || self.remaining() > MOST_AGAIN {
+            return 0;
+        }
+        let left = self.limits.max_tokens - self.generated().len();
+        left.saturating_sub(1)
+    }
+
     fn ends_with_stop(&self) -> bool {
         self.tokens
             .last()
@@ -634,6 +691,9 @@ impl Sequence {
         }
     }
 }
+
+/// Tokens that a step computes again beside new guesses.
+const MOST_AGAIN: usize = 4;
 
 /// Tokens whose state is ever needed: the last one sampled is not fed again.
 fn most_computed(prompt: usize, max_tokens: usize) -> usize {

@@ -88,6 +88,10 @@ pub struct Sequence {
     pub prompt_logits: bool,
     /// See [`SequenceRequest::cut`].
     pub cut: Option<usize>,
+    /// Tokens that may follow, to be computed with the others in the coming step: see [`Scheduler::guess`].
+    ///
+    /// [`Scheduler::guess`]: crate::scheduler::Scheduler::guess
+    pub(crate) guess: Vec<TokenId>,
     /// Rows in the step that is running now.
     pub(crate) scheduled: usize,
     /// Tokens whose logits were asked for by `prompt_logits` and computed.
@@ -108,6 +112,7 @@ impl Sequence {
             limits: request.limits,
             prompt_logits: request.prompt_logits,
             cut: request.cut,
+            guess: Vec::new(),
             scheduled: 0,
             scored: 0,
         }
@@ -127,6 +132,7 @@ impl Sequence {
             limits: self.limits.clone(),
             prompt_logits: self.prompt_logits,
             cut: self.cut,
+            guess: Vec::new(),
             scheduled: 0,
             scored: self.scored,
         }

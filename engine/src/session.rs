@@ -4,102 +4,21 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use strata_kernels::{Backend, DType, Ragged, Span, Tensor};
+use strata_kernels::{DType, Ragged, Span, Tensor};
 
 use crate::batch::{Batch, Logits};
 use crate::estimate::Allocated;
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
+use crate::lookup::{Guessed, Lookup};
 use crate::runner::{self, Network, Point, Runner};
 use crate::sampler::{SampleError, Sampled, Sampler, SamplingFaults, SamplingParams};
-use crate::scheduler::{
-    BadConfig, Chunk, Event, ForkRefused, Refused, Scheduler, SchedulerConfig, Step,
-};
+use crate::scheduler::{BadConfig, Event, ForkRefused, Refused, Scheduler, SchedulerConfig, Step};
 use crate::sequence::{Limits, Reason, Sequence, SequenceRequest};
 use crate::state_store::{StateSize, StateStore};
 
-/// The sizes an engine works within.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EngineConfig {
-    /// Most tokens of a sequence, prompt and generated.
-    pub context: usize,
-    /// Most sequences that run at once.
-    pub max_sequences: usize,
-    /// Most rows of a step.
-    pub token_budget: usize,
-    /// How prompts are cut.
-    pub chunk: Chunk,
-    /// Tokens of a page.
-    pub page_size: usize,
-    /// Type of keys and values.
-    pub kv_dtype: DType,
-}
+mod config;
 
-/// Most rows of a prompt that are computed together, unless someone asks for more: enough that weights are
-/// read once for many rows.
-pub const DEFAULT_CHUNK: usize = 512;
-/// Most bytes that the activations of a chunk take, unless someone asks for more rows.
-const ACTIVATION_BYTES: usize = 160 << 20;
-const DEVICE_ACTIVATION_BYTES: usize = 4 << 30;
-/// Tokens of a page: keys and values of a page are some tens of kilobytes in published models.
-pub const DEFAULT_PAGE: usize = 64;
-
-impl EngineConfig {
-    /// For `sequences` at a time of up to `context` tokens each.
-    pub fn new(context: usize, sequences: usize, kv_dtype: DType) -> Self {
-        EngineConfig {
-            context,
-            max_sequences: sequences,
-            token_budget: DEFAULT_CHUNK + sequences - 1,
-            chunk: Chunk::AtMost(DEFAULT_CHUNK),
-            page_size: DEFAULT_PAGE,
-            kv_dtype,
-        }
-    }
-
-    /// The same with chunks of as many rows as fit a modest memory, at `bytes_per_row` of activations.
-    pub fn with_row_bytes(self, bytes_per_row: usize) -> Self {
-        self.with_rows(ACTIVATION_BYTES, DEFAULT_CHUNK, bytes_per_row)
-    }
-
-    /// The same with chunks of as many rows as are worth taking at once on a device.
-    pub fn for_device(self, device: &dyn Backend, bytes_per_row: usize) -> Self {
-        match device.prompt_rows() {
-            0..=DEFAULT_CHUNK => self.with_row_bytes(bytes_per_row),
-            rows => self.with_rows(DEVICE_ACTIVATION_BYTES, rows, bytes_per_row),
-        }
-    }
-
-    fn with_rows(self, most_bytes: usize, most_rows: usize, bytes_per_row: usize) -> Self {
-        let rows = (most_bytes / bytes_per_row.max(1)).clamp(16, most_rows) / 16 * 16;
-        let token_budget = rows + self.max_sequences - 1;
-        EngineConfig {
-            chunk: Chunk::AtMost(rows),
-            token_budget,
-            ..self
-        }
-    }
-
-    /// The same with prompts cut at multiples of `chunk` exactly.
-    pub fn with_chunk(self, chunk: usize) -> Self {
-        let token_budget = chunk + self.max_sequences - 1;
-        EngineConfig {
-            chunk: Chunk::Every(chunk),
-            token_budget,
-            ..self
-        }
-    }
-
-    /// Pages that hold the context of all sequences, with a prefix before it and one to spare for each.
-    pub fn pages(&self, prefix: usize) -> usize {
-        let tokens = self.context.saturating_add(prefix);
-        self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
-    }
-
-    /// Slots: one a sequence, and one for a sequence that is being restored.
-    pub fn slots(&self) -> usize {
-        self.max_sequences + 1
-    }
-}
+pub use config::{DEFAULT_CHUNK, DEFAULT_PAGE, EngineConfig};
 
 /// What someone wants generated.
 #[derive(Debug, Clone, Default)]
@@ -211,6 +130,8 @@ pub struct Engine {
     scheduler: Scheduler,
     config: EngineConfig,
     samplers: BTreeMap<SeqId, Sampler>,
+    /// Of sequences that have generated, where guesses are made.
+    lookups: BTreeMap<SeqId, Lookup>,
     snapshots: BTreeMap<SnapshotId, Snapshot>,
     next_snapshot: u64,
     outputs: Vec<Output>,
@@ -221,6 +142,9 @@ pub struct Engine {
     logit_rows: Vec<usize>,
     tokens: Vec<(SeqId, TokenId)>,
     events: Vec<Event>,
+    guessing: Vec<SeqId>,
+    guess: Vec<TokenId>,
+    said: Vec<TokenId>,
 }
 
 impl Engine {
@@ -256,7 +180,7 @@ impl Engine {
         let scheduler = Scheduler::new(SchedulerConfig {
             page_size: config.page_size as u32,
             pages: has_pages.then_some(page_count),
-            slots: has_slots.then_some(slot_count),
+            slots: has_slots.then_some(slot_count / (config.slots() / config.owned_slots()) as u32),
             token_budget: config.token_budget,
             max_sequences: config.max_sequences,
             chunk: config.chunk,
@@ -275,6 +199,7 @@ impl Engine {
             scheduler,
             config,
             samplers: BTreeMap::new(),
+            lookups: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             next_snapshot: 0,
             outputs: Vec::new(),
@@ -284,6 +209,9 @@ impl Engine {
             logit_rows: Vec::new(),
             tokens: Vec::new(),
             events: Vec::new(),
+            guessing: Vec::new(),
+            guess: Vec::new(),
+            said: Vec::new(),
         })
     }
 
@@ -393,6 +321,7 @@ impl Engine {
     /// Forgets a sequence, whatever it is doing.
     pub fn remove(&mut self, id: SeqId) -> bool {
         self.samplers.remove(&id);
+        self.lookups.remove(&id);
         self.scheduler.remove(id)
     }
 
@@ -418,6 +347,10 @@ impl Engine {
         observe: &mut dyn FnMut(SeqId, usize, &[f32]),
     ) -> Result<bool, Error> {
         self.outputs.clear();
+        // Who watches is told of tokens that are said, not of guesses.
+        if self.config.lookup > 0 && watch.is_none() {
+            self.guess();
+        }
         match self.scheduler.next(&mut self.batch) {
             Step::Idle => return Ok(false),
             Step::Short(wanted) => {
@@ -488,10 +421,14 @@ impl Engine {
                 slot: span.slot.map_or(0, |s| s.0 as usize),
                 pages: span.pages.clone(),
             });
+            if let Some(slot) = span.slot.filter(|_| span.guessed > 0) {
+                let copy = slot.0 as usize + self.config.owned_slots();
+                runner.state.copy_slot(slot.0 as usize, copy)?;
+            }
             let end = span.start + span.len;
             match span.logits {
                 Logits::None => {}
-                Logits::Last => logit_rows.push(end - 1),
+                Logits::Last => logit_rows.extend(end - 1 - span.guessed..end),
                 Logits::All => {
                     let hidden = prefix.saturating_sub(span.position).min(span.len);
                     logit_rows.extend(span.start + hidden..end);
@@ -511,8 +448,10 @@ impl Engine {
 
         self.tokens.clear();
         let (samplers, tokens, outputs) = (&mut self.samplers, &mut self.tokens, &mut self.outputs);
-        let mut at = 0;
-        let mut failed = None;
+        let said = &mut self.said;
+        let (mut at, mut failed) = (0, None);
+        // Tokens of the span that were chosen, and whether the next row follows them.
+        let (mut chosen, mut follows) = (0, true);
         let d_model = runner.network().graph.d_model;
         let mut spread = watch.map(|watch| {
             |point, rows: &[f32]| {
@@ -534,10 +473,15 @@ impl Engine {
         runner.forward_watched(&step, watch, &mut |row, logits| {
             while batch.spans[at].start + batch.spans[at].len <= row {
                 at += 1;
+                (chosen, follows) = (0, true);
             }
             let span = &batch.spans[at];
+            if !follows {
+                return; // behind a wrong guess
+            }
             observe(span.seq, span.position + row - span.start - prefix, logits);
-            if !span.sample || row + 1 < span.start + span.len || failed.is_some() {
+            let guesses = span.start + span.len - span.guessed;
+            if !span.sample || row + 1 < guesses || failed.is_some() {
                 return;
             }
             let sequence = scheduler
@@ -546,9 +490,21 @@ impl Engine {
             let sampler = samplers
                 .get_mut(&span.seq)
                 .expect("every sequence has a sampler");
-            let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len);
+            let (prompt, mut generated) = sequence.tokens.split_at(sequence.prompt_len);
+            if chosen > 0 {
+                if chosen == 1 {
+                    said.clear();
+                    said.extend_from_slice(generated);
+                }
+                said.push(batch.tokens[row]);
+                generated = &said[..];
+            }
             match sampler.sample(logits, &prompt[prefix..], generated) {
                 Ok(sampled) => {
+                    chosen += 1;
+                    let next = batch.tokens.get(row + 1);
+                    follows = next == Some(&sampled.token)
+                        && !sequence.limits.stop.contains(&sampled.token);
                     tokens.push((span.seq, sampled.token));
                     outputs.push(Output::Token {
                         id: span.seq,
@@ -558,7 +514,56 @@ impl Engine {
                 Err(error) => failed = Some(error),
             }
         })?;
-        failed.map_or(Ok(()), |error| Err(error.into()))
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        self.settle()
+    }
+
+    /// Looks up what may follow each running sequence.
+    fn guess(&mut self) {
+        self.guessing.clear();
+        self.guessing.extend(self.scheduler.running());
+        for id in &self.guessing {
+            let most = self.scheduler.guesses(*id);
+            let Some(sequence) = self.scheduler.sequence(*id).filter(|_| most > 0) else {
+                self.scheduler.guess(*id, &[]);
+                continue;
+            };
+            let lookup = self.lookups.entry(*id).or_insert_with(|| {
+                let left = sequence.limits.max_tokens - sequence.generated().len();
+                Lookup::new(self.config.lookup, sequence.tokens.len() + left)
+            });
+            lookup.guess(&sequence.tokens, most, &mut self.guess);
+            self.scheduler.guess(*id, &self.guess);
+        }
+    }
+
+    /// Counts right guesses, and gives back the state of before the step where one was wrong.
+    fn settle(&mut self) -> Result<(), Error> {
+        let mut tokens = self.tokens.iter().peekable();
+        for span in &self.batch.spans {
+            let mut chosen = 0;
+            while tokens.next_if(|(id, _)| *id == span.seq).is_some() {
+                chosen += 1;
+            }
+            let right = chosen.max(1) - 1;
+            if let Some(lookup) = self.lookups.get_mut(&span.seq) {
+                lookup.done(span.guessed, right);
+            }
+            if let Some(slot) = self.scheduler.returns(span, right) {
+                let (to, copies) = (slot.0 as usize, self.config.owned_slots());
+                self.runner.state.copy_slot(to + copies, to)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What came of guessing tokens of a sequence, until it is removed.
+    pub fn guessed(&self, id: SeqId) -> Guessed {
+        self.lookups
+            .get(&id)
+            .map_or(Guessed::default(), Lookup::guessed)
     }
 
     /// Keeps the state of a sequence as it is now, between two steps.
