@@ -8,7 +8,7 @@ use strata_converters::mapping::Mapping;
 use strata_converters::published::{self, Assembled, Run, Step};
 use strata_converters::tensor_map::Source;
 use strata_converters::write::{self, Content, Folder, Part, Target, safetensors};
-use strata_converters::{ModelFiles, Origin};
+use strata_converters::{Checkpoint, Config, ModelFiles, Origin};
 use strata_kernels::{DType, Format};
 use strata_layers::plan::{self, Place};
 use strata_layers::{Graph, Plan, Role};
@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::calibrate;
 use super::convert_gguf::{from_gguf, to_gguf};
+use super::convert_int8::{declare, int8, refusal};
 use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
@@ -36,7 +37,7 @@ pub struct ConvertOptions {
     pub gguf: bool,
     /// Element type of matrices; none keeps what they have.
     pub dtype: Option<DType>,
-    /// Quantises matrices; for GGUF files.
+    /// Quantises matrices: in blocks for GGUF files, in int8 for folders.
     pub quantize: Option<Recipe>,
     /// Most bytes of a file.
     pub shard_bytes: u64,
@@ -74,26 +75,27 @@ pub fn convert(
         ));
     };
     let mut planned = planned(&options.from, &Located::Files(files.clone()))?;
-    let mapping = mapped(&mut planned, &files)?;
+    check_forms(options, &files, &planned)?;
+    let edited_plan = planned.origin == Origin::Edited;
+    // What nobody asks to change is written as it is stored, of quantised releases numbers and scales.
+    let copies =
+        !options.gguf && !edited_plan && options.dtype.is_none() && options.quantize.is_none();
+    let mut checkpoint = Checkpoint::open(&files)?;
+    if !copies {
+        checkpoint.widen_all(options.dtype == Some(DType::F32));
+    }
+    let was_quantized = checkpoint.is_quantized();
+    let mapping = mapped(&mut planned, checkpoint)?;
     let mut converted = Converted {
         notes: mapping.notes().to_vec(),
         ..Converted::default()
     };
-    if !options.gguf && options.quantize.is_some() {
-        return Err(Error::Input(
-            "safetensors has no block formats, and int8 is not written to it: write a GGUF file (--to gguf) in blocks, or quantise while loading".into(),
-        ));
-    }
-    let mut formats = options.quantize.iter().flat_map(Recipe::formats);
-    if let Some(format) = formats.find(|f| f.scales_rows()) {
-        return Err(Error::Input(format!(
-            "GGUF has no {format}: --quantize q8_0 is the nearest that it has, and --quantize {format} is for running a model, which is quantised while loading"
-        )));
-    }
-    if options.gguf && planned.origin == Origin::Edited {
-        return Err(Error::Input(
-            "a plan of one's own goes to a folder first; its GGUF file is made from there".into(),
-        ));
+    if was_quantized {
+        let note = match copies {
+            true => "the weights stay quantised as they are; --dtype bf16 would widen them",
+            false => "the quantised weights of this release are widened",
+        };
+        converted.notes.push(note.into());
     }
     let sourced = LoadOptions {
         device: "cpu".into(),
@@ -114,18 +116,16 @@ pub fn convert(
         );
     }
     let mut texts = text_files(&files)?;
+    if was_quantized && !copies {
+        plain_config(&mut texts)?;
+    }
     let mut targets = if let Some(gguf) = files.gguf() {
-        if planned.origin == Origin::Edited {
-            return Err(Error::Input(
-                "a GGUF file goes to a folder first; a plan of one's own is applied to that".into(),
-            ));
-        }
         let (targets, config) = from_gguf(&planned, gguf, &mapping, options.dtype)?;
         if let Some(config) = config {
             texts.insert(CONFIG.into(), config.into_bytes());
         }
         targets
-    } else if planned.origin == Origin::Edited {
+    } else if edited_plan {
         let new_plan = renumbered(&planned.plan);
         let targets = edited(
             &planned,
@@ -156,7 +156,7 @@ pub fn convert(
         }
         targets
     } else {
-        copied(&mapping)?
+        copied(&mapping, copies)?
     };
     if let Some(dtype) = options.dtype {
         if files.gguf().is_none() {
@@ -164,6 +164,18 @@ pub fn convert(
         }
         if let Some(config) = texts.get_mut(CONFIG) {
             set_dtype(config, dtype);
+        }
+    }
+    if let Some(recipe) = &options.quantize {
+        let weights = planned.graph.weights();
+        let (card, notes) = (planned.card.as_ref(), &mut converted.notes);
+        let (made, ignored) = int8(targets, &weights, card, &mapping, recipe, notes)?;
+        targets = made;
+        match change_config(&mut texts, |config| declare(config, &ignored))? {
+            true => {}
+            false => converted.notes.push(
+                "there is no config.json that could tell other programs so: scales beside the matrices do".into(),
+            ),
         }
     }
 
@@ -211,6 +223,68 @@ pub fn convert(
     Ok(converted)
 }
 
+/// Fails if what is wanted is no form that there is.
+fn check_forms(options: &ConvertOptions, files: &ModelFiles, planned: &Planned) -> Result<()> {
+    let edited = planned.origin == Origin::Edited;
+    let from_gguf = files.gguf().is_some();
+    if options.gguf {
+        let mut formats = options.quantize.iter().flat_map(Recipe::formats);
+        if let Some(format) = formats.find(|f| f.scales_rows()) {
+            return Err(Error::Input(format!(
+                "GGUF has no {format}: --quantize q8_0 is the nearest that it has; {format} is written to a folder of safetensors"
+            )));
+        }
+        if edited {
+            return Err(Error::Input(
+                "a plan of one's own goes to a folder first; its GGUF file is made from there"
+                    .into(),
+            ));
+        }
+        return Ok(());
+    }
+    if edited && from_gguf {
+        return Err(Error::Input(
+            "a GGUF file goes to a folder first; a plan of one's own is applied to that".into(),
+        ));
+    }
+    let Some(recipe) = &options.quantize else {
+        return Ok(());
+    };
+    match refusal(recipe) {
+        Some(refusal) => Err(refusal),
+        None if edited || from_gguf => Err(Error::Input(
+            "this goes to a folder first, in the type that it has; that folder is written in int8"
+                .into(),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Changes config.json, if there is one.
+fn change_config(
+    texts: &mut BTreeMap<String, Vec<u8>>,
+    change: impl FnOnce(&mut Config) -> Result<()>,
+) -> Result<bool> {
+    let Some(bytes) = texts.get_mut(CONFIG) else {
+        return Ok(false);
+    };
+    let mut config = Config::parse(&String::from_utf8_lossy(bytes), CONFIG)?;
+    change(&mut config)?;
+    *bytes = config.json().into_bytes();
+    Ok(true)
+}
+
+/// Takes out what says that weights are quantised, once they are not.
+fn plain_config(texts: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+    texts.remove("hf_quant_config.json");
+    change_config(texts, |config| {
+        config.remove("quantization_config");
+        config.remove("compression_config");
+        Ok(())
+    })?;
+    Ok(())
+}
+
 /// Fails unless there is room for so many bytes where `to` will be, beside those that an earlier run left.
 pub(super) fn check_space(to: &Path, bytes: u64) -> Result<()> {
     let room = match to.parent() {
@@ -232,12 +306,24 @@ pub(super) fn check_space(to: &Path, bytes: u64) -> Result<()> {
     }
 }
 
-/// Every tensor as it is, those that feed no weight too.
-fn copied(mapping: &Mapping) -> Result<Vec<Target>> {
+/// Every tensor as it is, those that feed no weight too; of quantised releases numbers and scales, or what
+/// they stand for.
+fn copied(mapping: &Mapping, as_stored: bool) -> Result<Vec<Target>> {
     let checkpoint = mapping.checkpoint();
-    let mut tensors: Vec<_> = checkpoint.tensors().collect();
+    let mut tensors: Vec<_> = match as_stored {
+        true => checkpoint.stored().collect(),
+        false => checkpoint.tensors().collect(),
+    };
     tensors.sort_by_key(|(_, info)| (info.shard.clone(), info.range.start));
-    let target = |(name, _): (&str, &_)| stored(mapping, name, name);
+    let target = |(name, info): (&str, &TensorInfo)| {
+        if !as_stored {
+            return stored(mapping, name, name);
+        }
+        let (checkpoint, tensor) = (checkpoint.clone(), name.to_string());
+        let open = move || checkpoint.stored_contents(&tensor);
+        let (shape, bytes) = (info.shape.clone(), info.bytes());
+        Ok(Target::stored(name, shape, &info.dtype, bytes, open))
+    };
     tensors.into_iter().map(target).collect()
 }
 

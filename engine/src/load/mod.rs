@@ -3,6 +3,7 @@
 mod calibrate;
 mod convert;
 mod convert_gguf;
+mod convert_int8;
 mod device;
 mod inspect;
 mod limits;
@@ -15,7 +16,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use strata_converters::Config;
+use strata_converters::{Checkpoint, Config};
 use strata_kernels::{DType, Format};
 use strata_layers::graph::GraphWeight;
 use strata_layers::yaml::Value;
@@ -146,8 +147,9 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             )
         }
         (None, Located::Files(files)) => {
-            let mapping = mapped(&mut planned, files)?;
+            let mapping = mapped(&mut planned, Checkpoint::open(files)?)?;
             notes.extend(mapping.notes().iter().cloned());
+            notes.extend(mapping.checkpoint().widening().iter().cloned());
             if !mapping.drawn().is_empty() {
                 let count = mapping.drawn().len();
                 notes.push(format!(
