@@ -36,4 +36,5 @@ pub mod state_store;
 #[cfg(test)]
 mod testing;
 pub mod text;
+pub mod trace;
 pub mod verify;

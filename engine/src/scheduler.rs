@@ -19,11 +19,12 @@
 use std::collections::{BTreeMap, VecDeque};
 
 mod config;
+mod guesses;
 mod rows;
 
 pub use config::{BadConfig, Chunk, ForkRefused, Refused, SchedulerConfig};
 
-use crate::batch::{Batch, Logits, Span};
+use crate::batch::{Batch, Logits};
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
 use crate::pages::PagePool;
 use crate::pools::Pools;
@@ -225,22 +226,6 @@ impl Scheduler {
         Ok(fork)
     }
 
-    /// Tokens that may follow those of a running sequence, at most [`Scheduler::guesses`] of them. The coming step
-    /// computes them with the others as far as there is room, and keeps those that are what its logits choose.
-    pub fn guess(&mut self, id: SeqId, tokens: &[TokenId]) {
-        let most = self.guesses(id);
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.guess.clear();
-            sequence.guess.extend(tokens.iter().take(most));
-        }
-    }
-
-    /// How many tokens may be guessed for a sequence in the coming step: none while its prompt is read, and no
-    /// more than it can still generate.
-    pub fn guesses(&self, id: SeqId) -> usize {
-        self.sequences.get(&id).map_or(0, Sequence::guesses)
-    }
-
     /// Fills the batch of the next step. After [`Step::Run`], call `done` or `failed` before calling it again.
     pub fn next(&mut self, batch: &mut Batch) -> Step {
         assert!(!self.in_flight, "the step before is not done");
@@ -340,12 +325,6 @@ impl Scheduler {
             tokens == sampled.len(),
             "a token for a sequence that wants none, or out of order"
         );
-    }
-
-    /// Whether the slot of a span must be what it was before the step, when `right` of its guesses were: rows
-    /// that follow a wrong one have gone into it.
-    pub fn returns(&self, span: &Span, right: usize) -> Option<SlotId> {
-        span.slot.filter(|_| right < span.guessed)
     }
 
     /// Takes note that the step went wrong: its sequences end as [`Reason::Failed`], their state is given up.
@@ -664,17 +643,6 @@ impl Scheduler {
 }
 
 impl Sequence {
-    /// See [`Scheduler::guesses`]. A sequence that computes again what followed a wrong guess does that first,
-    /// unless it is little: so guesses never cost more than every second step.
-    fn guesses(&self) -> usize {
-        let reading = self.computed < self.prompt_len;
-        if self.status != Status::Running || reading || self.remaining() > MOST_AGAIN {
-            return 0;
-        }
-        let left = self.limits.max_tokens - self.generated().len();
-        left.saturating_sub(1)
-    }
-
     fn ends_with_stop(&self) -> bool {
         self.tokens
             .last()
@@ -691,9 +659,6 @@ impl Sequence {
         }
     }
 }
-
-/// Tokens that a step computes again beside new guesses.
-const MOST_AGAIN: usize = 4;
 
 /// Tokens whose state is ever needed: the last one sampled is not fed again.
 fn most_computed(prompt: usize, max_tokens: usize) -> usize {

@@ -9,14 +9,16 @@ use strata_kernels::{DType, Ragged, Span, Tensor};
 use crate::batch::{Batch, Logits};
 use crate::estimate::Allocated;
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
-use crate::lookup::{Guessed, Lookup};
+use crate::lookup::Lookup;
 use crate::runner::{self, Network, Point, Runner};
 use crate::sampler::{SampleError, Sampled, Sampler, SamplingFaults, SamplingParams};
 use crate::scheduler::{BadConfig, Event, ForkRefused, Refused, Scheduler, SchedulerConfig, Step};
 use crate::sequence::{Limits, Reason, Sequence, SequenceRequest};
 use crate::state_store::{StateSize, StateStore};
+use crate::trace::Trace;
 
 mod config;
+mod guesses;
 
 pub use config::{DEFAULT_CHUNK, DEFAULT_PAGE, EngineConfig};
 
@@ -255,6 +257,18 @@ impl Engine {
     /// Bytes of activations and scratch, beside weights and state.
     pub fn buffer_bytes(&self) -> usize {
         self.runner.buffer_bytes()
+    }
+
+    /// Times the parts of steps from here on.
+    pub fn trace(&mut self) {
+        let network = self.runner.network().clone();
+        let (network, kv) = (network, self.config.kv_dtype);
+        self.runner.trace = Some(Box::new(Trace::new(network, kv)));
+    }
+
+    /// What the parts of steps took; none if nobody asked for it.
+    pub fn traced(&self) -> Option<&Trace> {
+        self.runner.trace.as_deref()
     }
 
     /// Takes a request on.
@@ -518,52 +532,6 @@ impl Engine {
             return Err(error.into());
         }
         self.settle()
-    }
-
-    /// Looks up what may follow each running sequence.
-    fn guess(&mut self) {
-        self.guessing.clear();
-        self.guessing.extend(self.scheduler.running());
-        for id in &self.guessing {
-            let most = self.scheduler.guesses(*id);
-            let Some(sequence) = self.scheduler.sequence(*id).filter(|_| most > 0) else {
-                self.scheduler.guess(*id, &[]);
-                continue;
-            };
-            let lookup = self.lookups.entry(*id).or_insert_with(|| {
-                let left = sequence.limits.max_tokens - sequence.generated().len();
-                Lookup::new(self.config.lookup, sequence.tokens.len() + left)
-            });
-            lookup.guess(&sequence.tokens, most, &mut self.guess);
-            self.scheduler.guess(*id, &self.guess);
-        }
-    }
-
-    /// Counts right guesses, and gives back the state of before the step where one was wrong.
-    fn settle(&mut self) -> Result<(), Error> {
-        let mut tokens = self.tokens.iter().peekable();
-        for span in &self.batch.spans {
-            let mut chosen = 0;
-            while tokens.next_if(|(id, _)| *id == span.seq).is_some() {
-                chosen += 1;
-            }
-            let right = chosen.max(1) - 1;
-            if let Some(lookup) = self.lookups.get_mut(&span.seq) {
-                lookup.done(span.guessed, right);
-            }
-            if let Some(slot) = self.scheduler.returns(span, right) {
-                let (to, copies) = (slot.0 as usize, self.config.owned_slots());
-                self.runner.state.copy_slot(to + copies, to)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// What came of guessing tokens of a sequence, until it is removed.
-    pub fn guessed(&self, id: SeqId) -> Guessed {
-        self.lookups
-            .get(&id)
-            .map_or(Guessed::default(), Lookup::guessed)
     }
 
     /// Keeps the state of a sequence as it is now, between two steps.

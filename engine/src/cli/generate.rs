@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::output::{Terminal, rate};
+use super::trace::Tracing;
 use super::{Common, Environment, catch_interrupts, interrupted, parse_token_ids, read_text};
 use crate::generation::{self, Watch};
 use crate::load::Model;
@@ -68,6 +69,8 @@ pub struct Generate {
     context: Option<usize>,
     #[command(flatten)]
     lookup: LookingUp,
+    #[command(flatten)]
+    tracing: Tracing,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -237,6 +240,7 @@ impl Generate {
             model.eos()
         };
         let mut engine = Engine::new(model.network.clone(), config)?;
+        self.tracing.begin(environment, &model, &mut engine)?;
         let prompt_tokens = tokens.len();
         let id = engine.submit(Request {
             prompt: tokens,
@@ -293,6 +297,9 @@ impl Generate {
                 object["logprobs"] = done.tokens.iter().map(|t| logprobs(t, &model)).collect();
             }
             self.lookup.json(done.guessed, &mut object);
+            if engine.traced().is_some() {
+                object["trace"] = Tracing::json(&engine, || model.limits());
+            }
             writeln!(io::stdout(), "{object}").context("standard output")?;
         } else {
             writeln!(io::stdout()).context("standard output")?;
@@ -311,6 +318,8 @@ impl Generate {
                     terminal.note(&said);
                 }
             }
+            let verbose = self.common.source.verbose;
+            Tracing::print(&engine, terminal, verbose, || model.limits());
         }
         Ok(())
     }
