@@ -123,12 +123,13 @@ impl Network {
             spec.build(&weights).map(Some)
         };
         let layers = Arc::new(graph.nodes.iter().map(build).collect::<Result<_>>()?);
+        let bytes = source.counted.take();
         Ok(Network {
             graph: Arc::new(graph),
             backend,
             activations,
-            weight_bytes: source.counted.borrow().values().sum(),
-            bytes: Arc::new(source.counted.take()),
+            weight_bytes: bytes.values().sum(),
+            bytes: Arc::new(bytes),
             paths: Arc::new(source.paths.take()),
             layers,
             input,

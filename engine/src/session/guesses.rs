@@ -17,6 +17,8 @@ impl Engine {
             };
             let lookup = self.lookups.entry(*id).or_insert_with(|| {
                 let left = sequence.limits.max_tokens - sequence.generated().len();
+                self.said.reserve(sequence.limits.max_tokens.min(1 << 16));
+                self.guess.reserve(self.config.lookup);
                 Lookup::new(self.config.lookup, sequence.tokens.len() + left)
             });
             lookup.guess(&sequence.tokens, most, &mut self.guess);
