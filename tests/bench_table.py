@@ -36,7 +36,7 @@ BEGIN, END = "<!-- bench_table: begin -->", "<!-- bench_table: end -->"
 
 # Name: a published config, and what is changed of it.
 SHAPES = {
-    "jamba-3b": ("Jamba-Reasoning-3B", "jamba-reasoning-3b", {}),
+    "jamba-3b": ("Jamba-Reasoning-3B, tied", "jamba-reasoning-3b", {"tie_word_embeddings": True}),
     "jamba-1b-moe": (
         "Jamba pattern, 16 layers, 8 experts, top 2",
         "jamba-reasoning-3b",

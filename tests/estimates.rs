@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use strata::estimate::{Work, estimate, work};
+use strata::estimate::{Work, estimate, multiplied, work};
 use strata::footprint::Footprint;
 use strata::load::{LoadOptions, Model, Silent, load};
 use strata::session::{Engine, EngineConfig, Request};
@@ -114,16 +114,15 @@ fn the_work_of_all_nodes_is_the_work_of_the_plan() {
             assert!(error < 1e-9, "{}: {} and {flops}", card.family(), all.flops);
             if position == 89 {
                 let read = all.bytes + (2 * graph.vocab * graph.d_model) as f64;
-                let error = (read / told.decode_bytes as f64 - 1.0).abs();
-                // Estimates take the mean bytes of an element, of small weights in F32 too: much, in models so small.
+                let head = graph.vocab * graph.d_model;
+                let matrices = 2.0 * (multiplied(&graph) + head as f64);
+                let kept = 90 * told.kv_bytes_per_token + 2 * told.state_bytes_per_sequence;
+                let expected = matrices + kept as f64;
                 // Layers that read another's keys and values read them once more.
                 let shared = graph.nodes.iter().any(|n| n.pages_of.is_some());
-                let told = told.decode_bytes;
-                assert!(
-                    shared || error < 0.15,
-                    "{}: {read} and {told}",
-                    card.family()
-                );
+                let error = (read / expected - 1.0).abs();
+                let family = card.family();
+                assert!(shared || error < 1e-9, "{family}: {read} and {expected}");
             }
         }
     }
