@@ -8,10 +8,10 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use strata::load::{ConvertOptions, LoadOptions, Row, Silent, convert, inspect, load};
 use strata::recipe::Recipe;
-use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::write::Quiet;
 use strata_converters::{Checkpoint, Config, ModelFiles};
 use strata_kernels::{DType, Format};
+use strata_tests::models::on_cpu;
 
 fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("quantized");
@@ -247,11 +247,8 @@ fn e4m3(bits: u8) -> f32 {
 
 fn options(model: &Path, dtype: Option<DType>) -> LoadOptions {
     LoadOptions {
-        model: Some(model.display().to_string()),
-        device: "cpu".into(),
         dtype,
-        threads: Some(1),
-        ..LoadOptions::default()
+        ..on_cpu(model)
     }
 }
 
@@ -262,19 +259,8 @@ fn logits(model: &Path, dtype: Option<DType>) -> Vec<u32> {
 
 fn logits_of(options: &LoadOptions) -> Vec<u32> {
     let model = load(options, &mut Silent::default()).unwrap();
-    let config = EngineConfig::new(64, 1, DType::F32);
-    let mut engine = Engine::new(model.network.clone(), config).unwrap();
-    let request = Request {
-        prompt: vec![1, 5, 28, 3, 3, 17, 0, 9],
-        prompt_logits: true,
-        ..Request::default()
-    };
-    engine.submit(request).unwrap();
-    let mut found = Vec::new();
-    let mut keep = |_, _, logits: &[f32]| found.extend(logits.iter().map(|l| l.to_bits()));
-    while engine.step(&mut keep).unwrap() {}
-    assert!(found.len() >= 8 * 29);
-    found
+    let logits = strata_tests::models::logits(&model, &[1, 5, 28, 3, 3, 17, 0, 9]);
+    logits.into_iter().map(f32::to_bits).collect()
 }
 
 /// A model of the goldens with its projections in FP8 and a scale a row, beside a twin that holds what
@@ -498,11 +484,8 @@ fn what_is_written_in_int8_runs_as_what_is_quantised_while_loading() {
         let rows = inspect(&options(&int8, None), &mut Silent::default())
             .unwrap()
             .rows;
-        assert_eq!(
-            rows.iter().filter(|r| r.dtype == "INT8").count() >= written,
-            true,
-            "{rows:?}"
-        );
+        let by_rows = rows.iter().filter(|r| r.dtype == "INT8").count();
+        assert!(by_rows >= written, "{rows:?}");
         convert(
             &conversion(&int8, &copy, None),
             &mut Silent::default(),

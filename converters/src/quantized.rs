@@ -543,8 +543,13 @@ impl Wide {
             match format {
                 Format::Int8 => {
                     let start = to.len();
-                    // Whole numbers of eight bits, exact in f32.
-                    to.extend((first..first + count).map(|n| (value(n) as i8).cast_unsigned()));
+                    match (&self.kind, numbers.get(first..first + count)) {
+                        (Kind::I8, Some(codes)) => to.extend_from_slice(codes),
+                        // Whole numbers of eight bits, exact in f32.
+                        _ => to.extend(
+                            (first..first + count).map(|n| (value(n) as i8).cast_unsigned()),
+                        ),
+                    }
                     to.resize(start + columns.next_multiple_of(4), 0);
                     to.extend(scale.to_le_bytes());
                 }

@@ -134,8 +134,8 @@ pub struct Common {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Computing")]
 struct Calibrating {
-    /// Quantise so that what this text lets the model compute changes least: a text, which is run first, or what
-    /// --save-importance wrote (.safetensors)
+    /// Quantise so that what this text lets the model compute changes least: a text (- is standard input), which is
+    /// run first, or what --save-importance wrote (.safetensors)
     #[arg(long, value_name = "TEXT", requires = "quantize")]
     calibrate: Option<PathBuf>,
     /// Keep what --calibrate found, the mean square of each input column of each matrix

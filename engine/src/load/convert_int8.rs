@@ -59,7 +59,7 @@ pub(super) fn int8(
     let mut count = 0;
     for target in targets {
         let of = readers.get(target.name.as_str()).map_or(&[][..], |of| of);
-        let asked = !of.is_empty() && of.iter().all(|w| wanted(w));
+        let asked = !of.is_empty() && of.iter().all(wanted);
         let module = target.name.strip_suffix(WEIGHT);
         let info = checkpoint.get(&target.name).filter(|info| is_float(info));
         let linear = of.iter().all(|w| w.spec.role == Role::Matrix);
@@ -104,13 +104,12 @@ pub(super) fn int8(
         "{count} matrices are written in int8, a scale a row"
     ));
     if kept > 0 {
-        let plural = if kept == 1 {
-            "tensor that is"
-        } else {
-            "tensors that are"
+        let (these, stay) = match kept {
+            1 => ("tensor that is", "stays as it is"),
+            _ => ("tensors that are", "stay as they are"),
         };
         notes.push(format!(
-            "{kept} {plural} no linear layer (a table, a stack of experts) stay as they are, where --quantize while loading takes them too"
+            "{kept} {these} no linear layer (a table, a stack of experts) {stay}, where --quantize while loading takes all"
         ));
     }
     Ok((made, ignored.into_iter().collect()))
