@@ -1306,6 +1306,46 @@ fn inspect_bench_and_verify_tell_scripts_what_they_found() {
 }
 
 #[test]
+fn threads_are_those_that_the_process_may_use() {
+    let folder = Folder::new("threads");
+    let allowed = fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = allowed
+        .lines()
+        .find_map(|l| l.strip_prefix("Cpus_allowed_list:"))
+        .unwrap();
+    let first = allowed.trim().split([',', '-']).next().unwrap();
+    let bench = [
+        "bench",
+        "--prompt",
+        "2",
+        "--generate",
+        "1",
+        "--repeat",
+        "1",
+        "--json",
+    ];
+    let threads = |words: &[&str]| {
+        let mut command = Command::new("taskset");
+        command
+            .args(["-c", first])
+            .arg(strata())
+            .args(bench)
+            .args(words);
+        command
+            .current_dir(&folder.0)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        object(&finish(command, b""))["threads"].clone()
+    };
+    assert_eq!(threads(&[]), json!(1), "one processor, one thread");
+    assert_eq!(
+        threads(&["--threads", "3"]),
+        json!(3),
+        "as many as are asked for"
+    );
+}
+
+#[test]
 fn guesses_are_counted_and_change_no_token() {
     let folder = Folder::new("lookup");
     let page = fs::read_to_string(root().join("model-cards/demo/sample.md")).unwrap();
