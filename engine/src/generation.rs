@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::ids::{SeqId, TokenId};
+use crate::lookup::Guessed;
 use crate::sampler::Sampled;
 use crate::sequence::Reason;
 use crate::session::{Engine, Error as EngineError, Output};
@@ -47,6 +48,8 @@ pub struct Generated {
     pub prefill: Duration,
     /// From the first token to the last.
     pub decode: Duration,
+    /// Tokens guessed ahead, and how many were right; those behind a stop string among them.
+    pub guessed: Guessed,
 }
 
 /// Something that ends a generation early.
@@ -110,7 +113,11 @@ impl Assembly {
     }
 
     /// Takes a token; the text that it settled. Whoever finds it [`Assembly::stopped`] then ends the sequence.
+    /// Tokens of the same step that follow a stop string were not asked for, and are left out.
     pub fn push(&mut self, sampled: &Sampled) -> Result<String, Error> {
+        if self.stopped {
+            return Ok(String::new());
+        }
         let ends = self.eos.contains(&sampled.token);
         let piece = match &mut self.detokenizer {
             Some(detokenizer) if !ends => detokenizer.push(sampled.token)?,
@@ -182,6 +189,9 @@ pub fn generate(
                     first.get_or_insert(last);
                     let text = assembly.push(sampled)?;
                     watch.token(sampled, &text)?;
+                    if assembly.stopped() {
+                        break; // tokens of the same step that follow were not asked for
+                    }
                 }
                 Output::Finished { id: of, reason } if *of == id => ended = Some(*reason),
                 Output::Token { .. } | Output::Finished { .. } => {}
@@ -204,5 +214,6 @@ pub fn generate(
         reason,
         prefill: first - start,
         decode,
+        guessed: engine.guessed(id),
     })
 }

@@ -16,6 +16,7 @@ pub mod ids;
 pub mod image;
 pub mod importance;
 pub mod load;
+pub mod lookup;
 pub mod pages;
 pub mod perplexity;
 pub mod plan_diff;
@@ -37,4 +38,5 @@ pub mod state_store;
 #[cfg(test)]
 mod testing;
 pub mod text;
+pub mod trace;
 pub mod verify;

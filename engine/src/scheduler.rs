@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 mod config;
+mod guesses;
 mod line;
 mod rows;
 
@@ -260,19 +261,41 @@ impl Scheduler {
         Step::Run
     }
 
-    /// Takes note that the step is done. `sampled` has a token for each span with `sample`, in their order;
-    /// those of sequences that ended meanwhile may be left out. What happened is appended to `events`.
+    /// Takes note that the step is done. `sampled` has a token for each span with `sample`, in their order, and
+    /// behind it one for each guess of the span that was right; those of sequences that ended meanwhile may be left
+    /// out. What happened is appended to `events`.
+    ///
+    /// Where a guess was wrong, the slot of the span must be again what it was before the step
+    /// (see [`Scheduler::returns`]): its rows are then computed once more, without the wrong ones.
     pub fn done(&mut self, batch: &Batch, sampled: &[(SeqId, TokenId)], events: &mut Vec<Event>) {
         assert!(self.in_flight, "no step is under way");
         self.in_flight = false;
-        let mut sampled = sampled.iter().peekable();
+        let mut tokens = 0;
         for span in &batch.spans {
-            let token = sampled.next_if(|(id, _)| *id == span.seq && span.sample);
+            let first = tokens;
+            while tokens - first <= span.guessed
+                && sampled
+                    .get(tokens)
+                    .is_some_and(|(id, _)| *id == span.seq && span.sample)
+            {
+                tokens += 1;
+            }
+            let found = &sampled[first..tokens];
             let Some(sequence) = self.sequences.get_mut(&span.seq) else {
                 continue;
             };
+            sequence.guess.clear();
             // None scheduled: its state was taken back during the step.
-            sequence.computed += std::mem::take(&mut sequence.scheduled);
+            let scheduled = std::mem::take(&mut sequence.scheduled);
+            let wrong = span.guessed - found.len().saturating_sub(1);
+            if scheduled > 0 && wrong > 0 {
+                if !self.pools.keeps_slots() {
+                    sequence.computed += scheduled - wrong;
+                }
+                self.pools.shrink(sequence);
+            } else {
+                sequence.computed += scheduled;
+            }
             if sequence.status != Status::Running {
                 continue;
             }
@@ -281,9 +304,11 @@ impl Scheduler {
             }
             if span.sample {
                 let id = span.seq;
-                let &(_, token) = token.unwrap_or_else(|| panic!("no token for {id:?}"));
-                sequence.tokens.push(token);
-                events.push(Event::Token { id, token });
+                assert!(!found.is_empty(), "no token for {id:?}");
+                for &(_, token) in found {
+                    sequence.tokens.push(token);
+                    events.push(Event::Token { id, token });
+                }
             }
             let reason = if span.sample && sequence.ends_with_stop() {
                 Reason::Stop
@@ -299,7 +324,7 @@ impl Scheduler {
             });
         }
         assert!(
-            sampled.next().is_none(),
+            tokens == sampled.len(),
             "a token for a sequence that wants none, or out of order"
         );
     }

@@ -89,6 +89,10 @@ pub struct Sequence {
     pub prompt_logits: bool,
     /// See [`SequenceRequest::cuts`].
     pub cuts: Vec<usize>,
+    /// Tokens that may follow, to be computed with the others in the coming step: see [`Scheduler::guess`].
+    ///
+    /// [`Scheduler::guess`]: crate::scheduler::Scheduler::guess
+    pub(crate) guess: Vec<TokenId>,
     /// Rows in the step that is running now.
     pub(crate) scheduled: usize,
     /// Tokens whose logits were asked for by `prompt_logits` and computed.
@@ -109,6 +113,7 @@ impl Sequence {
             limits: request.limits,
             prompt_logits: request.prompt_logits,
             cuts: request.cuts,
+            guess: Vec::new(),
             scheduled: 0,
             scored: 0,
         }
@@ -128,6 +133,7 @@ impl Sequence {
             limits: self.limits.clone(),
             prompt_logits: self.prompt_logits,
             cuts: self.cuts.clone(),
+            guess: Vec::new(),
             scheduled: 0,
             scored: self.scored,
         }

@@ -9,6 +9,7 @@ use strata_kernels::{Ragged, Span};
 mod cached;
 mod config;
 mod error;
+mod guesses;
 mod snapshots;
 
 pub use config::{DEFAULT_CHUNK, DEFAULT_PAGE, EngineConfig};
@@ -19,12 +20,14 @@ pub(crate) use snapshots::{Snapshot, State};
 use crate::batch::{Batch, Logits};
 use crate::estimate::Allocated;
 use crate::ids::{SeqId, TokenId};
+use crate::lookup::Lookup;
 use crate::prefix_cache::Cache;
 use crate::runner::{self, Network, Point, Runner};
 use crate::sampler::{Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Event, Scheduler, SchedulerConfig, Step};
 use crate::sequence::{Limits, Reason, Sequence, SequenceRequest};
 use crate::state_store::{StateSize, StateStore};
+use crate::trace::Trace;
 
 /// What someone wants generated.
 #[derive(Debug, Clone, Default)]
@@ -81,6 +84,8 @@ pub struct Engine {
     scheduler: Scheduler,
     config: EngineConfig,
     samplers: BTreeMap<SeqId, Sampler>,
+    /// Of sequences that have generated, where guesses are made.
+    lookups: BTreeMap<SeqId, Lookup>,
     snapshots: BTreeMap<SnapshotId, Snapshot>,
     next_snapshot: u64,
     cache: Option<Cache>,
@@ -92,6 +97,9 @@ pub struct Engine {
     logit_rows: Vec<usize>,
     tokens: Vec<(SeqId, TokenId)>,
     events: Vec<Event>,
+    guessing: Vec<SeqId>,
+    guess: Vec<TokenId>,
+    said: Vec<TokenId>,
 }
 
 impl Engine {
@@ -127,7 +135,7 @@ impl Engine {
         let scheduler = Scheduler::new(SchedulerConfig {
             page_size: config.page_size as u32,
             pages: has_pages.then_some(page_count),
-            slots: has_slots.then_some(slot_count),
+            slots: has_slots.then_some(slot_count / (config.slots() / config.owned_slots()) as u32),
             token_budget: config.token_budget,
             max_sequences: config.max_sequences,
             chunk: config.chunk,
@@ -146,6 +154,7 @@ impl Engine {
             scheduler,
             config,
             samplers: BTreeMap::new(),
+            lookups: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             next_snapshot: 0,
             cache: None,
@@ -156,6 +165,9 @@ impl Engine {
             logit_rows: Vec::new(),
             tokens: Vec::new(),
             events: Vec::new(),
+            guessing: Vec::new(),
+            guess: Vec::new(),
+            said: Vec::new(),
         })
     }
 
@@ -199,6 +211,18 @@ impl Engine {
     /// Bytes of activations and scratch, beside weights and state.
     pub fn buffer_bytes(&self) -> usize {
         self.runner.buffer_bytes()
+    }
+
+    /// Times the parts of steps from here on.
+    pub fn trace(&mut self) {
+        let network = self.runner.network().clone();
+        let (network, kv) = (network, self.config.kv_dtype);
+        self.runner.trace = Some(Box::new(Trace::new(network, kv)));
+    }
+
+    /// What the parts of steps took; none if nobody asked for it.
+    pub fn traced(&self) -> Option<&Trace> {
+        self.runner.trace.as_deref()
     }
 
     /// Takes a request on.
@@ -279,6 +303,7 @@ impl Engine {
             cache.reuses.remove(&id);
             cache.marks.remove(&id);
         }
+        self.lookups.remove(&id);
         self.scheduler.remove(id)
     }
 
@@ -305,6 +330,10 @@ impl Engine {
     ) -> Result<bool, Error> {
         self.outputs.clear();
         self.admit_with_states();
+        // Who watches is told of tokens that are said, not of guesses.
+        if self.config.lookup > 0 && watch.is_none() {
+            self.guess();
+        }
         loop {
             match self.scheduler.next(&mut self.batch) {
                 Step::Idle => return Ok(false),
@@ -379,10 +408,14 @@ impl Engine {
                 slot: span.slot.map_or(0, |s| s.0 as usize),
                 pages: span.pages.clone(),
             });
+            if let Some(slot) = span.slot.filter(|_| span.guessed > 0) {
+                let copy = slot.0 as usize + self.config.owned_slots();
+                runner.state.copy_slot(slot.0 as usize, copy)?;
+            }
             let end = span.start + span.len;
             match span.logits {
                 Logits::None => {}
-                Logits::Last => logit_rows.push(end - 1),
+                Logits::Last => logit_rows.extend(end - 1 - span.guessed..end),
                 Logits::All => {
                     let hidden = prefix.saturating_sub(span.position).min(span.len);
                     logit_rows.extend(span.start + hidden..end);
@@ -402,8 +435,10 @@ impl Engine {
 
         self.tokens.clear();
         let (samplers, tokens, outputs) = (&mut self.samplers, &mut self.tokens, &mut self.outputs);
-        let mut at = 0;
-        let mut failed = None;
+        let said = &mut self.said;
+        let (mut at, mut failed) = (0, None);
+        // Tokens of the span that were chosen, and whether the next row follows them.
+        let (mut chosen, mut follows) = (0, true);
         let d_model = runner.network().graph.d_model;
         let mut spread = watch.map(|watch| {
             |point, rows: &[f32]| {
@@ -425,10 +460,15 @@ impl Engine {
         runner.forward_watched(&step, watch, &mut |row, logits| {
             while batch.spans[at].start + batch.spans[at].len <= row {
                 at += 1;
+                (chosen, follows) = (0, true);
             }
             let span = &batch.spans[at];
+            if !follows {
+                return; // behind a wrong guess
+            }
             observe(span.seq, span.position + row - span.start - prefix, logits);
-            if !span.sample || row + 1 < span.start + span.len || failed.is_some() {
+            let guesses = span.start + span.len - span.guessed;
+            if !span.sample || row + 1 < guesses || failed.is_some() {
                 return;
             }
             let sequence = scheduler
@@ -437,9 +477,21 @@ impl Engine {
             let sampler = samplers
                 .get_mut(&span.seq)
                 .expect("every sequence has a sampler");
-            let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len);
+            let (prompt, mut generated) = sequence.tokens.split_at(sequence.prompt_len);
+            if chosen > 0 {
+                if chosen == 1 {
+                    said.clear();
+                    said.extend_from_slice(generated);
+                }
+                said.push(batch.tokens[row]);
+                generated = &said[..];
+            }
             match sampler.sample(logits, &prompt[prefix..], generated) {
                 Ok(sampled) => {
+                    chosen += 1;
+                    let next = batch.tokens.get(row + 1);
+                    follows = next == Some(&sampled.token)
+                        && !sequence.limits.stop.contains(&sampled.token);
                     tokens.push((span.seq, sampled.token));
                     outputs.push(Output::Token {
                         id: span.seq,
@@ -449,7 +501,10 @@ impl Engine {
                 Err(error) => failed = Some(error),
             }
         })?;
-        failed.map_or(Ok(()), |error| Err(error.into()))
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        self.settle()
     }
 
     /// The memory behind all state.

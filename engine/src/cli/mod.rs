@@ -12,6 +12,7 @@ mod logits;
 mod output;
 mod perplexity;
 mod plan;
+mod trace;
 mod verify;
 
 use std::io;
@@ -77,6 +78,8 @@ pub struct Environment {
     pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
+    /// What to tell of a run: see `--trace`.
+    pub log: Option<String>,
     /// Where a GPU's libraries may be, and where its kernels are kept.
     pub cuda: CudaPlaces,
 }

@@ -17,6 +17,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::calibrate;
 use super::convert_gguf::{from_gguf, to_gguf};
 use super::convert_int8::{declare, int8, refusal};
+use super::convert_random::convert_random;
 use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
@@ -24,7 +25,7 @@ use crate::random_weights;
 use crate::recipe::Recipe;
 
 /// What other programs know a model by.
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 
 /// What to write, and how.
 #[derive(Debug, Clone)]
@@ -69,9 +70,14 @@ pub fn convert(
     load: &mut dyn LoadProgress,
     progress: &mut dyn write::Progress,
 ) -> Result<Converted> {
-    let Located::Files(files) = locate(&options.from, load)? else {
+    let located = locate(&options.from, load)?;
+    if let Some(seed) = options.from.random {
+        return convert_random(options, &located, seed, progress);
+    }
+    let Located::Files(files) = located else {
         return Err(Error::Input(
-            "convert needs a checkpoint, not a config or a plan alone".into(),
+            "convert needs a checkpoint, not a config or a plan alone; --random SEED draws one"
+                .into(),
         ));
     };
     let mut planned = planned(&options.from, &Located::Files(files.clone()))?;
@@ -183,14 +189,33 @@ pub fn convert(
         }
     }
 
+    let headers = |hash: &mut Xxh3| identity(&files, &mapping, hash);
+    write_folder(options, &targets, texts, &headers, converted, progress)
+}
+
+/// Writes tensors and what belongs beside them. `identify` hashes what decides their elements.
+pub(super) fn write_folder(
+    options: &ConvertOptions,
+    targets: &[Target],
+    mut texts: BTreeMap<String, Vec<u8>>,
+    identify: &dyn Fn(&mut Xxh3) -> Result<()>,
+    mut converted: Converted,
+    progress: &mut dyn write::Progress,
+) -> Result<Converted> {
     converted.tensors = targets.len();
-    for target in &targets {
+    for target in targets {
         converted.bytes += target.bytes()?;
     }
     check_space(&options.to, converted.bytes)?;
     progress.begin(converted.bytes);
-    let shards = safetensors::shards(&targets, options.shard_bytes)?;
-    let identity = identity(&files, &mapping, &shards)?;
+    let shards = safetensors::shards(targets, options.shard_bytes)?;
+    let mut hash = Xxh3::new();
+    identify(&mut hash)?;
+    for (name, shard) in &shards {
+        hash.update(name.as_bytes());
+        hash.update(&safetensors::header(shard)?);
+    }
+    let identity = hash.digest();
     let folder_options = write::Options {
         force: options.force,
     };
@@ -633,7 +658,7 @@ fn text_files(files: &ModelFiles) -> Result<BTreeMap<String, Vec<u8>>> {
 }
 
 /// Changes the element type that a config.json names, and nothing else of it.
-fn set_dtype(config: &mut Vec<u8>, dtype: DType) {
+pub(super) fn set_dtype(config: &mut Vec<u8>, dtype: DType) {
     let word = match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
@@ -659,13 +684,8 @@ fn set_dtype(config: &mut Vec<u8>, dtype: DType) {
     *config = text.into_bytes();
 }
 
-/// Stands for all that decides the bytes that are written.
-fn identity(
-    files: &ModelFiles,
-    mapping: &Mapping,
-    shards: &[(String, Vec<&Target>)],
-) -> Result<u64> {
-    let mut hash = Xxh3::new();
+/// Hashes the files that decide the elements that are written.
+fn identity(files: &ModelFiles, mapping: &Mapping, hash: &mut Xxh3) -> Result<()> {
     hash.update(files.name().as_bytes());
     let mut seen = std::collections::BTreeSet::new();
     for (_, info) in mapping.checkpoint().tensors() {
@@ -676,9 +696,5 @@ fn identity(
             hash.update(&changed.to_le_bytes());
         }
     }
-    for (name, shard) in shards {
-        hash.update(name.as_bytes());
-        hash.update(&safetensors::header(shard)?);
-    }
-    Ok(hash.digest())
+    Ok(())
 }

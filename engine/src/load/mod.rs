@@ -4,6 +4,7 @@ mod calibrate;
 mod convert;
 mod convert_gguf;
 mod convert_int8;
+mod convert_random;
 mod device;
 mod inspect;
 mod limits;
