@@ -520,3 +520,56 @@ fn a_model_that_was_named_is_found_again() {
     ];
     assert_eq!(run(&found, &folder.0).out, " Oslo.\n");
 }
+
+#[test]
+fn the_probe_finds_facts_and_draws_its_map() {
+    let folder = Folder::new("doc-probe");
+    let probe = [
+        "doc",
+        "probe",
+        "--lengths",
+        "512,1K",
+        "--depths",
+        "3",
+        "--trials",
+        "2",
+    ];
+    let table = run(&[&probe[..], &["--svg", "map.svg"]].concat(), &folder.0);
+    assert_eq!(table.status, 0, "{table:?}");
+    assert!(
+        table.out.contains("0 %   50 %  100 %") && table.out.lines().count() == 3,
+        "{table:?}"
+    );
+    let rows = lines(&run(&[&probe[..], &["--json"]].concat(), &folder.0).out);
+    for (row, length) in rows.iter().zip([512.0, 1024.0]) {
+        assert!(
+            (row["tokens"].as_f64().unwrap() / length - 1.0).abs() < 0.2,
+            "{row}"
+        );
+        let found: f64 = row["found"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|f| f.as_f64().unwrap())
+            .sum();
+        assert!(
+            found >= 2.0,
+            "the demonstration model finds what it was trained on: {row}"
+        );
+    }
+    let map = fs::read_to_string(folder.0.join("map.svg")).unwrap();
+    assert_eq!(map.matches("class=\"cell\"").count(), 6, "{map}");
+    assert!(map.starts_with("<svg ") && map.ends_with("</svg>\n"));
+    check(
+        &[
+            (&["doc", "probe", "--lengths", "1M"], 2, "is no length"),
+            (
+                &["doc", "probe", "--lengths", "9"],
+                2,
+                "expected 256 or more tokens",
+            ),
+            (&["doc", "probe", "--depths", "0"], 2, "1..=64"),
+        ],
+        &folder.0,
+    );
+}

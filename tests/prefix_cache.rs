@@ -24,9 +24,18 @@ const ATTENTION: &str = "attention: {heads: 1, kv_heads: 1, head_dim: 2}";
 const MAMBA: &str = "mamba1: {d_inner: 4, d_state: 2, d_conv: 2, dt_rank: 1}";
 
 fn network(layers: &[&str]) -> Arc<Network> {
+    prefixed(layers, 0)
+}
+
+/// A network with so many learned rows before every sequence.
+fn prefixed(layers: &[&str], prefix: usize) -> Arc<Network> {
+    let embed = match prefix {
+        0 => String::new(),
+        rows => format!("embed: {{prefix: {rows}}}\n"),
+    };
     let text = format!(
         "plan: 1\nname: t\nvocab: {VOCAB}\nd_model: 4\ncontext: {CONTEXT}\nblocks:\n  b: [residual: [{}]]\n\
-         stack: [b]\nhead: {{norm: {{eps: 1.0e-6}}, tie: true}}\n",
+         stack: [b]\nhead: {{norm: {{eps: 1.0e-6}}, tie: true}}\n{embed}",
         layers.join(", ")
     );
     let plan = Plan::parse(&text, "plan").expect("a plan");
@@ -185,7 +194,7 @@ fn traffic(
         token_budget: random.range(sequences, 40) + sequences,
         ..EngineConfig::new(CONTEXT, sequences, DType::F32)
     };
-    let least = CONTEXT.div_ceil(page_size) + 2;
+    let least = (CONTEXT + network.graph.prefix).div_ceil(page_size) + 2;
     let pages = random.range(least, 3 * least);
     let mut engine = Engine::with_pages(network.clone(), config, pages).expect("an engine");
     let policy = Policy {
@@ -306,13 +315,14 @@ fn traffic(
 
 #[test]
 fn random_traffic_generates_what_each_would_alone() {
-    for (kind, layers) in [
-        ("hybrid", &[ATTENTION, MAMBA][..]),
-        ("attention", &[ATTENTION]),
-        ("mamba", &[MAMBA]),
+    for (kind, layers, prefix) in [
+        ("hybrid", &[ATTENTION, MAMBA][..], 0),
+        ("attention", &[ATTENTION], 0),
+        ("mamba", &[MAMBA], 0),
+        ("prefix", &[ATTENTION, MAMBA], 3),
     ] {
         let folder = Folder::new(kind);
-        let network = network(layers);
+        let network = prefixed(layers, prefix);
         let mut alone = Alone::new(&network);
         let mut all = CacheUse::default();
         let mut compared = 0;

@@ -23,6 +23,7 @@ pub mod plan_diff;
 pub mod plot;
 mod pools;
 pub mod prefix_cache;
+pub mod probe;
 mod quantize;
 pub mod random_weights;
 pub mod recipe;

@@ -1,6 +1,7 @@
 //! `strata doc`: documents that are read once.
 
 mod ask;
+mod probe;
 mod read;
 mod show;
 
@@ -16,6 +17,7 @@ pub enum Doc {
     Read(read::Read),
     Ask(ask::Ask),
     Show(show::Show),
+    Probe(probe::Probe),
 }
 
 impl Doc {
@@ -24,6 +26,7 @@ impl Doc {
             Doc::Read(command) => command.run(environment, terminal),
             Doc::Ask(command) => command.run(environment, terminal),
             Doc::Show(command) => command.run(),
+            Doc::Probe(command) => command.run(environment, terminal),
         }
     }
 }
