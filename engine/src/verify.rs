@@ -243,6 +243,7 @@ impl Verify<'_> {
             stop,
             sampling,
             prompt_logits: true,
+            marks: Vec::new(),
         }
     }
 

@@ -269,7 +269,7 @@ impl Conversation<'_> {
             max_tokens,
             stop: eos.clone(),
             sampling: self.sampling.params(&self.model),
-            prompt_logits: false,
+            ..Request::default()
         };
         let id = match self.kept.last() {
             Some(kept) => self.engine.restore(kept.snapshot, request)?,

@@ -247,7 +247,7 @@ impl Generate {
             max_tokens,
             stop: eos.clone(),
             sampling,
-            prompt_logits: false,
+            ..Request::default()
         })?;
 
         catch_interrupts()?;

@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod classify;
 mod convert;
+mod doc;
 mod generate;
 mod inspect;
 mod logits;
@@ -44,6 +45,8 @@ Examples:
   strata generate --chat --prompt-file notes.md --prompt \"Where does Mara live?\"
   strata generate ./Jamba2-3B --prompt \"The capital of France is\" --max-tokens 20
   strata chat ai21labs/AI21-Jamba2-3B
+  strata doc read notes.md -o notes.state    read once, then ask for ever:
+  strata doc ask notes.state \"Where does Mara live?\"
   strata plan show ./Jamba2-3B > my.yaml     then edit it, and:
   strata generate ./Jamba2-3B --plan my.yaml --prompt \"Hello\"
   strata bench config.json --random 1        any size, without a checkpoint
@@ -55,6 +58,8 @@ Examples:
 enum Command {
     Generate(generate::Generate),
     Chat(chat::Chat),
+    #[command(subcommand)]
+    Doc(doc::Doc),
     Logits(logits::Logits),
     Classify(classify::Classify),
     #[command(subcommand)]
@@ -253,6 +258,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
     match cli.command {
         Command::Generate(command) => command.run(environment, &terminal),
         Command::Chat(command) => command.run(environment, &terminal),
+        Command::Doc(command) => command.run(environment, &terminal),
         Command::Logits(command) => command.run(environment, &terminal),
         Command::Classify(command) => command.run(environment, &terminal),
         Command::Plan(command) => command.run(environment, &terminal),

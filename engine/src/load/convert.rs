@@ -133,7 +133,10 @@ pub fn convert(
         targets
     } else if edited_plan {
         let new_plan = renumbered(&planned.plan);
-        let targets = edited(
+        let Edited {
+            targets,
+            only_plan_names,
+        } = edited(
             &planned,
             &new_plan,
             &mapping,
@@ -142,6 +145,7 @@ pub fn convert(
         )?;
         // Whoever reads config.json alone sees the same model where it can say so.
         let known = planned.config.as_ref().zip(planned.card.as_ref());
+        let known = known.filter(|_| !only_plan_names);
         let solved = known.and_then(|(config, card)| card.solve(config, &new_plan));
         match solved {
             Some(solved) if solved.changed.is_empty() => {}
@@ -380,15 +384,23 @@ fn renumbered(plan: &Plan) -> Plan {
     }
 }
 
+/// What a plan that somebody wrote is made of.
+struct Edited {
+    targets: Vec<Target>,
+    /// Whether some have the plan's names, which only the plan tells.
+    only_plan_names: bool,
+}
+
 /// The tensors of a plan that somebody wrote, under the names that the family publishes: moved blocks are
-/// renamed, merged ones averaged, new ones drawn.
+/// renamed, merged ones averaged, new ones drawn. What the family has no name for, or one name for what
+/// differs here, gets the plan's name.
 fn edited(
     planned: &Planned,
     new_plan: &Plan,
     mapping: &Mapping,
     seed: u64,
     notes: &mut Vec<String>,
-) -> Result<Vec<Target>> {
+) -> Result<Edited> {
     let identity = strata_converters::tensor_map::TensorMap::default();
     let map = planned.card.as_ref().map_or(&identity, |c| c.tensors());
     let rows: BTreeMap<&str, &Source> = mapping
@@ -400,36 +412,37 @@ fn edited(
     // (new tensor, old tensors), in the order of the plan; and weights that are drawn.
     let mut moved: Vec<(String, Vec<String>)> = Vec::new();
     let mut drawn: Vec<(Source, Vec<usize>)> = Vec::new();
-    let mut specs = Vec::new();
+    let mut ours: Vec<(String, String)> = Vec::new();
     for weight in graph.weights() {
         let old = old_path(&weight.path, &planned.plan);
         let sources = map.find(&weight.path).sources;
-        let unnamed = || {
-            Error::Input(format!(
-                "{}: the card has no name for it in a checkpoint of its own",
-                weight.path
-            ))
-        };
         let Some(row) = rows.get(old.as_str()) else {
-            let source = sources.into_iter().next().ok_or_else(unnamed)?;
+            let named = sources.into_iter().next();
+            let source = named.unwrap_or_else(|| {
+                ours.push((weight.path.clone(), old));
+                Source::Tensor(weight.path.clone())
+            });
             drawn.push((source, weight.spec.shape.clone()));
-            specs.push(weight.spec.clone());
             continue;
         };
         // In the same form as the checkpoint has it.
-        let way = map
-            .find(&old)
-            .sources
-            .iter()
-            .position(|s| s.to_string() == row.to_string());
-        let source = sources
-            .into_iter()
-            .nth(way.unwrap_or(0))
-            .ok_or_else(unnamed)?;
+        let mut ways = map.find(&old).sources.into_iter();
+        let way = ways.position(|s| s.to_string() == row.to_string());
+        let named = way.and_then(|way| sources.get(way));
+        // Elsewhere the family may take another part of such a tensor.
+        let same_part = |s: &&Source| {
+            let here = s.to_string().replace(s.tensor(), row.tensor());
+            row.tensors().len() > 1 || here == row.to_string()
+        };
+        let name = named.filter(same_part).map(|s| s.tensor().to_string());
         let from: Vec<String> = row.tensors().into_iter().map(ToString::to_string).collect();
-        let name = source.tensor().to_string();
-        if !moved.iter().any(|(n, _)| *n == name) {
-            moved.push((name, from));
+        let taken = name
+            .as_ref()
+            .and_then(|name| moved.iter().find(|(n, _)| n == name));
+        match (name, taken) {
+            (Some(_), Some((_, other))) if *other == from => {}
+            (Some(name), None) => moved.push((name, from)),
+            (Some(_), Some(_)) | (None, _) => ours.push((weight.path.clone(), old)),
         }
     }
     let mut targets = Vec::new();
@@ -438,6 +451,23 @@ fn edited(
             [one] => stored(mapping, one, name)?,
             several => mean(mapping, several, name)?,
         });
+    }
+    let only_plan_names = !ours.is_empty();
+    for (name, old) in ours
+        .into_iter()
+        .filter(|(_, old)| rows.contains_key(old.as_str()))
+    {
+        let weight = mapping.load(&old)?;
+        let (shape, elements) = (weight.shape().to_vec(), 0..weight.len());
+        let runs = vec![(weight.clone(), elements).into()];
+        let undo = Vec::new();
+        let content = move || {
+            Ok(Content::Made {
+                runs: runs.clone(),
+                undo: undo.clone(),
+            })
+        };
+        targets.push(Target::made(name, shape, weight.format(), content));
     }
     if !drawn.is_empty() {
         let values: Vec<_> = graph
@@ -467,7 +497,10 @@ fn edited(
             })?);
         }
     }
-    Ok(targets)
+    Ok(Edited {
+        targets,
+        only_plan_names,
+    })
 }
 
 /// The path that the weight at `path` of a renumbered plan has in the plan before.

@@ -31,6 +31,7 @@ use crate::recipe::{Recipe, Storage};
 use crate::runner::Network;
 use crate::text;
 
+pub use strata_converters::files::map_file;
 pub use strata_converters::write::Progress as WriteProgress;
 
 pub use calibrate::Calibration;
@@ -38,7 +39,7 @@ pub use convert::{ConvertOptions, Converted, convert};
 pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
 pub use locate::{Planned, plan};
-pub use model::{Limits, Model};
+pub use model::{Limits, Model, dtype_of_word};
 
 use locate::{Located, locate, mapped, planned};
 use model::Weights;

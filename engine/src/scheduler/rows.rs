@@ -88,10 +88,7 @@ impl Scheduler {
     /// Most rows of a sequence in a step, whether it has as many tokens or not.
     fn room(&self, sequence: &Sequence) -> usize {
         let computed = sequence.computed;
-        let to_cut = sequence
-            .cut
-            .and_then(|cut| cut.checked_sub(computed))
-            .filter(|&rows| rows > 0);
+        let to_cut = sequence.next_cut().map(|cut| cut - computed);
         let in_chunk = match self.config.chunk {
             Chunk::AtMost(rows) => rows,
             Chunk::Every(rows) => rows - computed % rows,
