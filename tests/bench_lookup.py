@@ -5,7 +5,8 @@
 The task is extraction from a document, with the bundled demonstration model: it reads a page
 (model-cards/demo/sample.md) and one question, answers, and then, as in the text it was trained on, goes on asking
 and answering: names and values are quoted from the page, questions from those before. Once greedy, and sampled at
-three temperatures by one seed. Short: a few seconds.
+three temperatures by one seed. The last row is six questions that are answered once each, in about ten tokens, where
+there is little to gain. Short: a minute.
 
 Prints a Markdown table; exit status 1 if tokens differ, or if the greedy task gains less than --least.
 """
@@ -19,8 +20,16 @@ import sys
 import tempfile
 
 PAGE = pathlib.Path(__file__).parent.parent / "model-cards/demo/sample.md"
-QUESTION = "\n\nQ: Where does Mara Tolvin live?\nA:"
-TASKS = [("greedy", []), *((f"temperature {t}", ["--temperature", t, "--seed", "3"]) for t in ("0.3", "0.6", "1.0"))]
+QUESTIONS = [
+    "Where does Mara Tolvin live?", "What is the favourite dish of Ines Quill?", "What is the boat of Hugo?",
+    "What is the instrument of Ines Quill?", "What is the password of Mara Tolvin?", "Who is the sister of Old Tamsin?",
+]
+ON = ["--ignore-eos"]
+TASKS = [
+    ("greedy", QUESTIONS[:1], ON),
+    *((f"temperature {t}", QUESTIONS[:1], [*ON, "--temperature", t, "--seed", "3"]) for t in ("0.3", "0.6", "1.0")),
+    ("six short answers", QUESTIONS, []),
+]
 
 
 def main():
@@ -33,31 +42,39 @@ def main():
     parser.add_argument("--threads", type=int, help="[default: all]")
     args = parser.parse_args()
 
-    def run(prompt, words):
-        command = [args.strata, "generate", "demo", "--prompt-file", prompt, "--ignore-eos", "--json"]
+    def one(prompt, words):
+        command = [args.strata, "generate", "demo", "--prompt-file", prompt, "--json"]
         command += ["--max-tokens", str(args.generate), *words]
         command += ["--threads", str(args.threads)] if args.threads else []
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    def run(prompts, words):
+        """Tokens, tokens a second, and guesses, of all questions together."""
+        done = [one(prompt, words) for prompt in prompts]
+        decoded = sum(d["generated_tokens"] - 1 for d in done)
+        guesses = [sum(d.get("lookup", {}).get(key, 0) for d in done) for key in ("right_tokens", "guessed_tokens")]
+        return [d["token_ids"] for d in done], decoded / sum(d["decode_seconds"] for d in done), guesses
 
     print("| task | plain, tok/s | with guesses, tok/s | ratio, median of the turns | guessed tokens that were right |")
     print("| --- | --- | --- | --- | --- |")
     ratios, equal = {}, True
     with tempfile.TemporaryDirectory() as folder:
-        prompt = pathlib.Path(folder) / "prompt.txt"
-        prompt.write_text(PAGE.read_text() + QUESTION)
-        for name, words in TASKS:
+        for name, questions, words in TASKS:
+            prompts = []
+            for i, question in enumerate(questions):
+                prompts.append(str(pathlib.Path(folder) / f"{i}.txt"))
+                pathlib.Path(prompts[-1]).write_text(f"{PAGE.read_text()}\n\nQ: {question}\nA:")
             turns = []
             for _ in range(args.turns):
-                plain, guessed = (run(str(prompt), words + more) for more in ([], ["--lookup", str(args.lookup)]))
-                if plain["token_ids"] != guessed["token_ids"]:
+                plain, guessed = (run(prompts, words + more) for more in ([], ["--lookup", str(args.lookup)]))
+                if plain[0] != guessed[0]:
                     equal = False
                     print(f"bench_lookup: {name}: tokens differ", file=sys.stderr)
-                turns.append((plain["decode_tokens_per_second"], guessed["decode_tokens_per_second"], guessed["lookup"]))
+                turns.append((plain[1], guessed[1], guessed[2]))
             ratios[name] = statistics.median(b / a for a, b, _ in turns)
             rates = ["{:.0f} ({:.0f} to {:.0f})".format(statistics.median(r), min(r), max(r)) for r in list(zip(*turns))[:2]]
-            said = turns[0][2]
-            share = f"{said['right_tokens']} of {said['guessed_tokens']}"
-            print(f"| {name} | {rates[0]} | {rates[1]} | {ratios[name]:.2f} | {share} |")
+            right, guessed = turns[0][2]
+            print(f"| {name} | {rates[0]} | {rates[1]} | {ratios[name]:.2f} | {right} of {guessed} |")
     if not equal or ratios["greedy"] < args.least:
         sys.exit(1)
 
