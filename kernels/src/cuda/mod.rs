@@ -22,6 +22,7 @@ mod row;
 mod rows;
 mod sequences;
 mod ssd_chunked;
+mod ssd_hopper;
 mod transfer;
 
 use std::path::PathBuf;

@@ -13,19 +13,23 @@ struct SelectiveScan {
     int inner, states, group_width; // channels that share b and c
 };
 
+// Channels of a block: few, so that blocks share the processors evenly.
+#define A_BLOCK 8
+#define THREADS (8 * A_BLOCK)
+
 template <int S, bool SHARED>
 __device__ __forceinline__ void scan(const SelectiveScan& p) {
     const int N = 8 * S, TOKENS = S <= 4 ? 32 : 16;
-    __shared__ __align__(16) float xs[2][TOKENS][CHANNELS], ds[2][TOKENS][CHANNELS], zs[2][TOKENS][CHANNELS];
+    __shared__ __align__(16) float xs[2][TOKENS][A_BLOCK], ds[2][TOKENS][A_BLOCK], zs[2][TOKENS][A_BLOCK];
     __shared__ __align__(16) float bs[2][SHARED ? TOKENS : 1][N], cs[2][SHARED ? TOKENS : 1][N];
-    __shared__ __align__(16) float ys[TOKENS][CHANNELS + 4];
-    __shared__ float2 steps[TOKENS][CHANNELS]; // step size, and that times x
+    __shared__ __align__(16) float ys[TOKENS][A_BLOCK + 4];
+    __shared__ float2 steps[TOKENS][A_BLOCK]; // step size, and that times x
     const Span span = p.spans[blockIdx.y];
     const int tid = threadIdx.x, lane = tid % 8, ch = tid / 8;
-    const int c0 = blockIdx.x * CHANNELS, channel = c0 + ch;
+    const int c0 = blockIdx.x * A_BLOCK, channel = c0 + ch;
     const bool here = channel < p.inner;
     // Of each tile this thread stages four channels of one token.
-    const int my_t = tid / 4, my_c = tid % 4 * 4;
+    const int my_t = tid / (A_BLOCK / 4), my_c = tid % (A_BLOCK / 4) * 4;
     const bool wide = is_wide(p.x.p, p.x.stride, p.inner) && is_wide(p.dt.p, p.dt.stride, p.inner) &&
                       is_wide(p.y.p, p.y.stride, p.inner) && (!p.z.p || is_wide(p.z.p, p.z.stride, p.inner));
     const bool wide_bc = is_wide(p.b.p, p.b.stride, p.states) && is_wide(p.c.p, p.c.stride, p.states);
@@ -49,7 +53,7 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
             if (p.z.p) copy_four(&zs[to][my_t][my_c], p.z.row(row), c0 + my_c, p.inner, ok, false);
         }
         if (SHARED) {
-            for (int i = tid; i < TOKENS * N / 4; i += 128) {
+            for (int i = tid; i < TOKENS * N / 4; i += THREADS) {
                 int r = i / (N / 4), n = i % (N / 4) * 4, tt = tile * TOKENS + r;
                 bool in = tt < span.len;
                 i64 of = span.start + (in ? tt : 0);
@@ -154,13 +158,13 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
 }
 
 #define OF_STATES(S) \
-    KERNEL __launch_bounds__(128, 2) selective_scan_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, true>(p); }
+    KERNEL __launch_bounds__(THREADS, 8) selective_scan_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, true>(p); }
 OF_STATES(1)
 OF_STATES(2)
 OF_STATES(4)
 OF_STATES(8)
 #define OF_GROUPS(S) \
-    KERNEL __launch_bounds__(128, 2) selective_scan_groups_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, false>(p); }
+    KERNEL __launch_bounds__(THREADS, 8) selective_scan_groups_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, false>(p); }
 OF_GROUPS(1)
 OF_GROUPS(2)
 OF_GROUPS(4)
