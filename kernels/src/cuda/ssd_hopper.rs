@@ -57,10 +57,9 @@ unsafe impl Param for ByUnits {}
 /// Bytes of a block's shared memory: `full` for the scan, else for what segments leave by themselves.
 fn shared(states: usize, full: bool) -> usize {
     let tiles = if full { 4 } else { 2 } * 2 * CHUNK * states;
-    let scores = if full { 4 * CHUNK * CHUNK } else { 0 };
-    let stage = tiles + scores + 2 * 4 * CHUNK + 4 * CHUNK * PITCH;
-    // The weights, in two halves, are as large as the scores.
-    2 * stage + scores + 1024
+    // In two halves.
+    let weights = if full { 4 * CHUNK * CHUNK } else { 0 };
+    2 * (tiles + weights + 2 * 4 * CHUNK + 4 * CHUNK * PITCH) + 1024
 }
 
 impl State {
@@ -141,7 +140,7 @@ impl State {
         if segment_count > op.ragged.spans.len() {
             launch!(self, segments, grid, THREADS, shared(states_here, false); by_units)?;
         }
-        launch!(self, scan, grid, THREADS, shared(states_here, true); by_units)?;
+        launch!(self, scan, grid, 2 * THREADS, shared(states_here, true); by_units)?;
         Ok(true)
     }
 }

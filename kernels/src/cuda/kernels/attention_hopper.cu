@@ -58,33 +58,34 @@ __device__ __forceinline__ void attend(const Attention& p) {
         block++;
         return block * KEYS + KEYS <= from && block * KEYS >= p.keep_first ? from / KEYS : block;
     };
-    auto row_of = [&](int j) {
-        int page = power ? j >> shift : j / p.page_size;
-        return (i64)p.table[s.pages + page] * p.page_size + (power ? j & (p.page_size - 1) : j % p.page_size);
+    // Rows of pages of four blocks that follow each other; what lies beyond the last key is masked.
+    __shared__ u32 places[4][KEYS];
+    auto find = [&](int block, int to) {
+        if (tid >= KEYS || block >= end) return;
+        const int j = min(block * KEYS + tid, last);
+        const int page = power ? j >> shift : j / p.page_size;
+        places[to & 3][tid] = p.table[s.pages + page] * p.page_size + (power ? j & (p.page_size - 1) : j % p.page_size);
     };
-    // Rows of keys of one block and of values of another; either may be none, below zero.
+    // Keys of one block and values of another, the `n`th that they are.
     const int CHUNKS = D / 8;
-    auto stage = [&](int k_block, int v_block, int to_k) {
-#pragma unroll 2
+    const u8 *k_pages = (const u8*)p.k_pages + 2 * g * D, *v_pages = (const u8*)p.v_pages + 2 * g * D;
+    const u32 k_stride = 2 * (u32)p.k_stride, v_stride = 2 * (u32)p.v_stride;
+    auto stage = [&](const u8* pages, u32 stride, int n, u8* to) {
+#pragma unroll 1
         for (int i = tid; i < KEYS * CHUNKS; i += THREADS) {
-            int r = i / CHUNKS, c = i % CHUNKS * 8, put = place_in_tile(r, c, KEYS);
-            if (k_block >= 0) {
-                int j = k_block * KEYS + r;
-                bool in = j <= last;
-                copy16(ks + to_k * BLOCK + put, (const u16*)p.k_pages + row_of(in ? j : last) * p.k_stride + g * D + c, in);
-            }
-            if (v_block >= 0) {
-                int j = v_block * KEYS + r;
-                bool in = j <= last;
-                copy16(vs + (to_k ^ 1) * BLOCK + put, (const u16*)p.v_pages + row_of(in ? j : last) * p.v_stride + g * D + c, in);
-            }
+            const int r = i / CHUNKS, c = i % CHUNKS * 8;
+            copy16(to + place_in_tile(r, c, KEYS), pages + (u64)places[n & 3][r] * stride + 2 * c, true);
         }
-        copies_done();
     };
-    int block = next(begin - 1), following = block < end ? next(block) : end;
+    int block = next(begin - 1), following = block < end ? next(block) : end, after = following < end ? next(following) : end;
+    find(block, 0), find(following, 1), find(after, 2);
+    __syncthreads();
     if (block < end) {
-        stage(block, -1, 0);
-        stage(following < end ? following : -1, block, 1);
+        stage(k_pages, k_stride, 0, ks);
+        copies_done();
+        stage(v_pages, v_stride, 0, vs);
+        if (following < end) stage(k_pages, k_stride, 1, ks + BLOCK);
+        copies_done();
     }
     for (int i = tid; i < QUERIES * CHUNKS; i += THREADS) {
         int r = i / CHUNKS, c = i % CHUNKS * 8, at = first + (r < count ? r : 0);
@@ -173,18 +174,24 @@ __device__ __forceinline__ void attend(const Attention& p) {
         round();
         int at = 0; // where this block's values are, and not the next one's keys
 #pragma unroll 1
-        while (following < end) {
+        for (int n = 0; following < end; n++) {
             wait_copies<0>();
             for_units();
             __syncthreads();
-            const int after = next(following);
-            stage(after < end ? after : -1, following, at);
             settle<KEYS / 2>(w);
             settle<D / 2>(sums);
             units_begin();
             score(ks + (at ^ 1) * BLOCK);
             add_values<D>(sums, rounded, vs + at * BLOCK);
             units_go();
+            stage(v_pages, v_stride, n + 1, vs + (at ^ 1) * BLOCK);
+            int later = end;
+            if (after < end) {
+                stage(k_pages, k_stride, n + 2, ks + at * BLOCK);
+                later = next(after);
+                find(later, n + 3);
+            }
+            copies_done();
             units_wait<1>();
             settle<KEYS / 2>(w);
             weigh(following * KEYS);
@@ -195,7 +202,7 @@ __device__ __forceinline__ void attend(const Attention& p) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) sums[4 * n + e] *= fade[e / 2];
             round();
-            following = after;
+            following = after, after = later;
             at ^= 1;
         }
         wait_copies<0>();

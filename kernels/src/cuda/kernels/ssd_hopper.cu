@@ -148,50 +148,100 @@ __device__ __forceinline__ void wait_for(u64* barrier, int parity) {
 }
 
 // A block takes 64 channels of a head, as rows of the units: thread `lane` of warp w has channels
-// 16w + lane / 4 + 8i. FULL_SCAN false: only what segments leave, for those that others follow.
+// 16w + lane / 4 + 8i. FULL_SCAN false: only what segments leave, for those that others follow. Else a second
+// warpgroup makes the next chunk's weights meanwhile, brings x and writes y.
 template <int N, bool FULL_SCAN>
 __device__ __forceinline__ void scan(const Ssd& p) {
     extern __shared__ u8 memory[];
-    const int TILE = CHUNK * N * 2, IMAGE = FULL_SCAN ? 4 * TILE : 2 * TILE, SCORES = FULL_SCAN ? CHUNK * CHUNK * 4 : 0;
-    const int STAGE = IMAGE + SCORES + 2 * CHUNK * 4, WEIGHTS = FULL_SCAN ? CHUNK * CHUNK * 2 : 0;
+    const int TILE = CHUNK * N * 2, IMAGE = FULL_SCAN ? 4 * TILE : 2 * TILE, STAGE = IMAGE + 2 * CHUNK * 4;
+    const int WEIGHTS = FULL_SCAN ? CHUNK * CHUNK * 2 : 0;
     __shared__ u64 arrived[2];
     u8* room = aligned(memory);
     u8* images = room;
-    u8* weights = images + 2 * IMAGE; // high, low
-    float* scores = (float*)(weights + 2 * WEIGHTS);
-    float* steps = scores + 2 * SCORES / 4;
+    u8* weights = images + 2 * IMAGE; // two stages: high, low
+    float* steps = (float*)(weights + 4 * WEIGHTS);
     float* xs = steps + 4 * CHUNK;
-    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    const int tid = threadIdx.x % THREADS, warp = tid / 32, lane = tid % 32;
+    const bool multiplies = threadIdx.x < THREADS, moves = !FULL_SCAN || !multiplies;
     const int slices = (p.width + WIDE - 1) / WIDE, blocks = p.heads * slices;
     const int head = blockIdx.x / slices, p0 = blockIdx.x % slices * WIDE, wide = min(WIDE, p.width - p0);
     const int g = head / (p.heads / p.groups);
     const int segment = blockIdx.y, of = span_of(p.segments, p.span_count, segment);
-    const Span s = p.spans[of];
+    __shared__ Span s; // in registers it would be one too many
+    if (threadIdx.x == 0) s = p.spans[of];
+    __syncthreads();
     const int chunks = (s.len + CHUNK - 1) / CHUNK, nth = segment - p.segments[of];
     const int first = nth * p.length, end = min(chunks, first + p.length);
-    const bool is_last = end == chunks;
-    if (!FULL_SCAN && is_last) return;
+    if (!FULL_SCAN && end == chunks) return;
 
-    const bool fast = is_wide(p.x.p + head * p.width + p0, p.x.stride, wide);
-    auto stage = [&](int chunk, int to) {
+    const bool fast = is_wide(p.x.p + head * p.width + p0, p.x.stride, wide) &&
+                      is_wide(p.y.p + head * p.width + p0, p.y.stride, wide);
+    auto bring_chunk = [&](int chunk, int to) {
+        if (tid) return;
         const i64 all = p.chunks[of] + chunk;
-        if (tid == 0) {
-            const u8* image = p.images + (all * p.groups + g) * 4 * TILE;
-            expect(&arrived[to], STAGE);
-            bring(images + to * IMAGE, FULL_SCAN ? image : image + 2 * TILE, IMAGE, &arrived[to]);
-            if (FULL_SCAN) bring(scores + to * SCORES / 4, p.scores + (all * p.groups + g) * CHUNK * CHUNK, SCORES, &arrived[to]);
-            bring(steps + to * 2 * CHUNK, p.steps + (all * p.heads + head) * 2 * CHUNK, 2 * CHUNK * 4, &arrived[to]);
-        }
-#pragma unroll
-        for (int i = 0; i < CHUNK * WIDE / 4 / THREADS; i++) {
-            int t = tid / 16 + 8 * i, c = tid % 16 * 4, at = chunk * CHUNK + t;
-            bool in = at < s.len;
-            const float* from = p.x.row(s.start + (in ? at : 0)) + head * p.width + p0;
-            copy_four(xs + (to * CHUNK + t) * PITCH + c, from, c, wide, in, fast);
+        const u8* image = p.images + (all * p.groups + g) * 4 * TILE;
+        expect(&arrived[to], STAGE);
+        bring(images + to * IMAGE, FULL_SCAN ? image : image + 2 * TILE, IMAGE, &arrived[to]);
+        bring(steps + to * 2 * CHUNK, p.steps + (all * p.heads + head) * 2 * CHUNK, 2 * CHUNK * 4, &arrived[to]);
+    };
+    // Of each chunk this thread moves four neighbours of every eighth token, in and out.
+    const int my_t = tid / 16, my_c = tid % 16 * 4;
+    auto bring_x = [&](int chunk, int to) {
+        const float* from = p.x.row(s.start + chunk * CHUNK) + head * p.width + p0;
+        const int left = s.len - chunk * CHUNK;
+#pragma unroll 2
+        for (int i = 0; i < CHUNK / 8; i++) {
+            const int t = my_t + 8 * i;
+            const bool in = t < left;
+            copy_four(xs + (to * CHUNK + t) * PITCH + my_c, from + (in ? t : 0) * p.x.stride, my_c, wide, in, fast);
         }
         copies_done();
     };
-    if (tid == 0) {
+    // Outputs stand where x stood.
+    auto send_y = [&](int chunk, int from) {
+        float* to = p.y.row(s.start + chunk * CHUNK) + head * p.width + p0;
+        const int left = s.len - chunk * CHUNK;
+#pragma unroll 2
+        for (int i = 0; i < CHUNK / 8; i++) {
+            const int t = my_t + 8 * i;
+            const float4 v = *(const float4*)(xs + (from * CHUNK + t) * PITCH + my_c);
+            float* at = to + t * p.y.stride + my_c;
+            if (t >= left) continue;
+            if (fast) {
+                if (my_c < wide) *(float4*)at = v;
+            } else {
+                const float each[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (my_c + e < wide) at[e] = each[e];
+            }
+        }
+    };
+    // What tokens of a chunk say to later ones: their scores, faded.
+    auto weigh = [&](int chunk, int to) {
+        const float* from = p.scores + ((i64)(p.chunks[of] + chunk) * p.groups + g) * CHUNK * CHUNK;
+        const float* l = steps + to * 2 * CHUNK;
+#pragma unroll
+        for (int i = 0; i < CHUNK * CHUNK / 8 / THREADS; i++) {
+            const int t = tid / 8 + 16 * i, c = tid % 8 * 8;
+            const float lt = l[t];
+            float v[8];
+#pragma unroll
+            for (int e = 0; e < 8; e += 4) {
+                const float4 q = *(const float4*)(from + t * CHUNK + c + e), ls = *(const float4*)(l + c + e);
+                v[e] = c + e <= t ? exp2_fast(lt - ls.x) * q.x : 0.0f;
+                v[e + 1] = c + e + 1 <= t ? exp2_fast(lt - ls.y) * q.y : 0.0f;
+                v[e + 2] = c + e + 2 <= t ? exp2_fast(lt - ls.z) * q.z : 0.0f;
+                v[e + 3] = c + e + 3 <= t ? exp2_fast(lt - ls.w) * q.w : 0.0f;
+            }
+            uint4 high, low;
+            split(v, high, low);
+            u8* at = weights + to * 2 * WEIGHTS + place_in_tile(t, c, CHUNK);
+            *(uint4*)at = high, *(uint4*)(at + WEIGHTS) = low;
+        }
+        for_units();
+    };
+    if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             u32 at = (u32)__cvta_generic_to_shared(&arrived[i]);
@@ -201,13 +251,37 @@ __device__ __forceinline__ void scan(const Ssd& p) {
         for_units();
     }
     __syncthreads();
-    stage(first, 0);
+    if (moves) {
+        bring_chunk(first, 0);
+        bring_x(first, 0);
+    }
+    if (!multiplies) {
+        wait_for(&arrived[0], 0);
+        weigh(first, 0);
+#pragma unroll 1
+        for (int chunk = first; chunk < end; chunk++) {
+            const int at = (chunk - first) & 1;
+            wait_copies<0>();
+            __syncthreads();
+            const bool more = chunk + 1 < end;
+            if (more) bring_chunk(chunk + 1, at ^ 1);
+            // A thread's outputs make room for what it brings.
+            if (chunk > first) send_y(chunk - 1, at ^ 1);
+            if (!more) continue;
+            bring_x(chunk + 1, at ^ 1);
+            wait_for(&arrived[at ^ 1], (chunk + 1 - first) / 2 & 1);
+            weigh(chunk + 1, at ^ 1);
+        }
+        __syncthreads();
+        send_y(end - 1, (end - 1 - first) & 1);
+        return;
+    }
 
     // The state before the segment.
     float state[N / 2];
     const int channel = 16 * warp + lane / 4;
-    float* slot = p.state + s.slot * p.state_stride + (i64)head * p.states * p.width + p0;
     auto of_slot = [&](int k) {
+        float* slot = p.state + s.slot * p.state_stride + (i64)head * p.states * p.width + p0;
         int n = k / 4 * 8 + lane % 4 * 2 + k % 2, c = channel + k / 2 % 2 * 8;
         return n < p.states && c < wide ? slot + (i64)n * p.width + c : nullptr;
     };
@@ -240,24 +314,20 @@ __device__ __forceinline__ void scan(const Ssd& p) {
 #pragma unroll
         for (int k = 0; k < N / 2; k++) state[k] = 0.0f;
     }
-    const float skip = FULL_SCAN && p.d ? p.d[head] : 0.0f;
     float faded = 0.0f;
 
 #pragma unroll 1
     for (int chunk = first; chunk < end; chunk++) {
         const int at = (chunk - first) & 1;
-        if (chunk + 1 < end) {
-            stage(chunk + 1, at ^ 1);
-            wait_copies<1>();
-        } else {
-            wait_copies<0>();
-        }
+        if (moves) wait_copies<0>();
         wait_for(&arrived[at], (chunk - first) / 2 & 1);
         __syncthreads();
-        const float *l = steps + at * 2 * CHUNK, *deltas = l + CHUNK, *x = xs + at * CHUNK * PITCH + channel;
+        if (moves && chunk + 1 < end) bring_chunk(chunk + 1, at ^ 1);
+        const float *l = steps + at * 2 * CHUNK, *deltas = l + CHUNK;
+        float* x = xs + at * CHUNK * PITCH + channel;
         const u8* image = images + at * IMAGE;
         const u64 bs = operand(image + (FULL_SCAN ? 2 * TILE : 0), CHUNK * 128);
-        const float whole = l[CHUNK - 1], fade = exp2_fast(whole);
+        const float whole = l[CHUNK - 1];
         float y[32];
         // What the state says to each token.
         if (FULL_SCAN) {
@@ -267,6 +337,10 @@ __device__ __forceinline__ void scan(const Ssd& p) {
             for (int k = 0; k < N / 16; k++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) split(state[8 * k + 2 * i], state[8 * k + 2 * i + 1], high[k][i], low[k][i]);
+            const float fade = exp2_fast(whole);
+#pragma unroll
+            for (int k = 0; k < N / 2; k++) state[k] *= fade;
+            settle<N / 2>(state);
             units_begin();
 #pragma unroll
             for (int k = 0; k < N / 16; k++) {
@@ -279,9 +353,15 @@ __device__ __forceinline__ void scan(const Ssd& p) {
         }
         // What the tokens leave in the state.
         {
+            if (!FULL_SCAN) {
+                const float fade = exp2_fast(whole);
+#pragma unroll
+                for (int k = 0; k < N / 2; k++) state[k] *= fade;
+                settle<N / 2>(state);
+            }
             u32 high[4][4], low[4][4];
 #pragma unroll
-            for (int k = 0; k < 4; k++)
+            for (int k = 0; k < 4; k++) {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     const int t = 16 * k + 8 * h + lane % 4 * 2;
@@ -291,13 +371,8 @@ __device__ __forceinline__ void scan(const Ssd& p) {
                     for (int i = 0; i < 2; i++)
                         split(u * x[t * PITCH + 8 * i], v * x[(t + 1) * PITCH + 8 * i], high[k][2 * h + i], low[k][2 * h + i]);
                 }
-#pragma unroll
-            for (int k = 0; k < N / 2; k++) state[k] *= fade;
-            settle<N / 2>(state);
-            units_begin();
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
                 const u64 b = bs + further(k * 16 * 128);
+                units_begin();
                 Units<N>::template registers<true>(state, high[k], b, 1);
                 Units<N>::template registers<true>(state, high[k], b + further(TILE), 1);
                 Units<N>::template registers<true>(state, low[k], b, 1);
@@ -306,33 +381,11 @@ __device__ __forceinline__ void scan(const Ssd& p) {
         }
         faded += whole;
         if (!FULL_SCAN) {
+            if (chunk + 1 < end) bring_x(chunk + 1, at ^ 1);
             units_wait<0>();
             settle<N / 2>(state);
-            __syncthreads();
             continue;
         }
-        // What tokens of the chunk say to later ones: weights while the units are at work.
-#pragma unroll
-        for (int i = 0; i < CHUNK * CHUNK / 8 / THREADS; i++) {
-            const int t = tid / 8 + 16 * i, c = tid % 8 * 8;
-            const float* score = scores + at * SCORES / 4 + t * CHUNK + c;
-            const float lt = l[t];
-            float v[8];
-#pragma unroll
-            for (int e = 0; e < 8; e += 4) {
-                const float4 q = *(const float4*)(score + e), ls = *(const float4*)(l + c + e);
-                v[e] = c + e <= t ? exp2_fast(lt - ls.x) * q.x : 0.0f;
-                v[e + 1] = c + e + 1 <= t ? exp2_fast(lt - ls.y) * q.y : 0.0f;
-                v[e + 2] = c + e + 2 <= t ? exp2_fast(lt - ls.z) * q.z : 0.0f;
-                v[e + 3] = c + e + 3 <= t ? exp2_fast(lt - ls.w) * q.w : 0.0f;
-            }
-            uint4 high, low;
-            split(v, high, low);
-            const int put = place_in_tile(t, c, CHUNK);
-            *(uint4*)(weights + put) = high, *(uint4*)(weights + WEIGHTS + put) = low;
-        }
-        for_units();
-        __syncthreads();
         units_wait<1>();
         settle<32>(y);
 #pragma unroll
@@ -342,7 +395,7 @@ __device__ __forceinline__ void scan(const Ssd& p) {
             y[4 * j] *= u, y[4 * j + 1] *= v, y[4 * j + 2] *= u, y[4 * j + 3] *= v;
         }
         {
-            const u64 ws = operand(weights, 0);
+            const u64 ws = operand(weights + at * 2 * WEIGHTS, 0);
             u32 high[4][4], low[4][4];
 #pragma unroll
             for (int k = 0; k < 4; k++)
@@ -368,21 +421,20 @@ __device__ __forceinline__ void scan(const Ssd& p) {
         units_wait<0>();
         settle<32>(y);
         settle<N / 2>(state);
-        const int left = s.len - chunk * CHUNK;
-        float* to = p.y.row(s.start + chunk * CHUNK) + head * p.width + p0 + channel;
+        const float skip = p.d ? p.d[head] : 0.0f;
 #pragma unroll
         for (int k = 0; k < 32; k++) {
-            const int t = k / 4 * 8 + lane % 4 * 2 + k % 2, c = k / 2 % 2 * 8;
-            if (t < left && channel + c < wide) to[t * p.y.stride + c] = fmaf(skip, x[t * PITCH + c], y[k]);
+            float* out = x + (k / 4 * 8 + lane % 4 * 2 + k % 2) * PITCH + k / 2 % 2 * 8;
+            *out = fmaf(skip, *out, y[k]);
         }
-        __syncthreads();
     }
+    if (FULL_SCAN) __syncthreads();
     if (!FULL_SCAN) {
         float* to = of_segment(segment);
 #pragma unroll
         for (int k = 0; k < N / 2; k++) to[k * THREADS] = state[k];
         if (tid == 0) p.fades[(i64)segment * p.heads + head] = faded;
-    } else if (is_last) {
+    } else if (end * CHUNK >= s.len) {
 #pragma unroll
         for (int k = 0; k < N / 2; k++)
             if (float* to = of_slot(k)) *to = state[k];
@@ -392,6 +444,6 @@ __device__ __forceinline__ void scan(const Ssd& p) {
 #define OF_STATES(N)                                                                               \
     KERNEL __launch_bounds__(THREADS) ssd_prepare_##N(ARGS(Ssd) p) { BEGIN(); prepare<N>(p); }      \
     KERNEL __launch_bounds__(THREADS) ssd_segments_##N(ARGS(Ssd) p) { BEGIN(); scan<N, false>(p); } \
-    KERNEL __launch_bounds__(THREADS) ssd_hopper_##N(ARGS(Ssd) p) { BEGIN(); scan<N, true>(p); }
+    KERNEL __launch_bounds__(2 * THREADS, 1) ssd_hopper_##N(ARGS(Ssd) p) { BEGIN(); scan<N, true>(p); }
 OF_STATES(64)
 OF_STATES(128)
