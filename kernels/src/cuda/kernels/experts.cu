@@ -34,7 +34,9 @@ OF_TYPE(BF16, bf16)
 // an expert's choices comes first changes nothing: each row of a tile is by itself.
 KERNEL __launch_bounds__(1024) sort_choices(const int* experts, i64 stride, int choices, int rows, int count, int tile, int* ends, ARGS(Sorted) s) {
     BEGIN();
-    __shared__ int warps[32], warp_tiles[32], base, base_tiles;
+    __shared__ int warps[32], warp_tiles[32], base, base_tiles, near[1025];
+    // Counting is quicker in shared memory.
+    if (count <= 1024) ends = near;
     const int tid = threadIdx.x, lane = tid % 32;
     for (int e = tid; e <= count; e += 1024) ends[e] = 0;
     if (tid == 0) base = base_tiles = 0;

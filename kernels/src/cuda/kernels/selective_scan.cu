@@ -26,6 +26,7 @@ __device__ __forceinline__ int part_of(int channel) { return 8 * channel + chann
 // of the next, ask for inputs of the one after that, and sum and write the outputs of the one before.
 template <int S, bool SHARED>
 __device__ __forceinline__ void scan(const SelectiveScan& p) {
+    const int GROUP = SHARED ? 8 : 4;
     const int N = 8 * S, TOKENS = S <= 4 ? 32 : 16; // a thread has four channels of one
     __shared__ __align__(16) float bs[3][SHARED ? TOKENS : 1][N], cs[3][SHARED ? TOKENS : 1][N];
     __shared__ __align__(16) float parts[2][TOKENS][PARTS];
@@ -98,35 +99,45 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
         to[0] = make_float4(delta[0], delta[0] * xs[0], delta[1], delta[1] * xs[1]);
         to[1] = make_float4(delta[2], delta[2] * xs[2], delta[3], delta[3] * xs[3]);
     };
-    auto one = [&](int tile, int t) {
-        float b[2][S], c[2][S];
-        if (SHARED) {
-            take<S>(bs[tile % 3][t], lane, b[0]);
-            take<S>(cs[tile % 3][t], lane, c[0]);
-        } else {
-            i64 row = span.start + min(tile * TOKENS + t, span.len - 1);
+    // Tokens from `t0` on. Their sums are stored when all are there: loads do not pass stores.
+    auto some = [&](int tile, int t0) {
+        float sums[GROUP][2];
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+        for (int j = 0; j < GROUP; j++) {
+            const int t = t0 + j;
+            float b[2][S], c[2][S];
+            if (SHARED) {
+                take<S>(bs[tile % 3][t], lane, b[0]);
+                take<S>(cs[tile % 3][t], lane, c[0]);
+            } else {
+                i64 row = span.start + min(tile * TOKENS + t, span.len - 1);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int s = 0; s < S; s++) {
+                        int n = state_of<S>(lane, s);
+                        b[i][s] = n < p.states ? p.b.row(row)[group[i] + n] : 0.0f;
+                        c[i][s] = n < p.states ? p.c.row(row)[group[i] + n] : 0.0f;
+                    }
+            }
+            const float4 both = *(const float4*)&steps[tile & 1][t][ch];
+            const float delta[2] = {both.x, both.z}, u[2] = {both.y, both.w};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int of = SHARED ? 0 : i;
+                float sum = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    int n = state_of<S>(lane, s);
-                    b[i][s] = n < p.states ? p.b.row(row)[group[i] + n] : 0.0f;
-                    c[i][s] = n < p.states ? p.c.row(row)[group[i] + n] : 0.0f;
+                    h[i][s] = fmaf(exp2_fast(delta[i] * a[i][s]), h[i][s], u[i] * b[of][s]);
+                    sum = fmaf(c[of][s], h[i][s], sum);
                 }
-        }
-        const float4 both = *(const float4*)&steps[tile & 1][t][ch];
-        const float delta[2] = {both.x, both.z}, u[2] = {both.y, both.w};
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int of = SHARED ? 0 : i;
-            float sum = 0.0f;
-#pragma unroll
-            for (int s = 0; s < S; s++) {
-                h[i][s] = fmaf(exp2_fast(delta[i] * a[i][s]), h[i][s], u[i] * b[of][s]);
-                sum = fmaf(c[of][s], h[i][s], sum);
+                sums[j][i] = sum;
             }
-            parts[tile & 1][t][part_of(ch + i) + lane] = sum;
         }
+#pragma unroll
+        for (int j = 0; j < GROUP; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) parts[tile & 1][t0 + j][part_of(ch + i) + lane] = sums[j][i];
     };
     // In the order of `sum_parts`.
     auto finish = [&](int tile, float4 x, float4 z) {
@@ -159,13 +170,8 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
         for (int tile = 0; tile < tiles; tile++) {
             const int left = span.len - tile * TOKENS;
             __syncthreads();
-            if (left > 8) {
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++) one(tile, t);
-            } else {
 #pragma unroll 1
-                for (int t = 0; t < left; t++) one(tile, t);
-            }
+            for (int t = 0; t < min(left, TOKENS); t += GROUP) some(tile, t);
         }
         __syncthreads();
 #pragma unroll

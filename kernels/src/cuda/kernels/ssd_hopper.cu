@@ -220,15 +220,17 @@ __device__ __forceinline__ void scan(const Ssd& p) {
     // What tokens of a chunk say to later ones: their scores, faded.
     auto weigh = [&](int chunk, int to) {
         const float* from = p.scores + ((i64)(p.chunks[of] + chunk) * p.groups + g) * CHUNK * CHUNK;
-        const float* l = steps + to * 2 * CHUNK;
+        const float* l = p.steps + ((i64)(p.chunks[of] + chunk) * p.heads + head) * 2 * CHUNK;
+        const int c = tid % 8 * 8;
+        const float4 sums[2] = {*(const float4*)(l + c), *(const float4*)(l + c + 4)};
 #pragma unroll
         for (int i = 0; i < CHUNK * CHUNK / 8 / THREADS; i++) {
-            const int t = tid / 8 + 16 * i, c = tid % 8 * 8;
+            const int t = tid / 8 + 16 * i;
             const float lt = l[t];
             float v[8];
 #pragma unroll
             for (int e = 0; e < 8; e += 4) {
-                const float4 q = *(const float4*)(from + t * CHUNK + c + e), ls = *(const float4*)(l + c + e);
+                const float4 q = *(const float4*)(from + t * CHUNK + c + e), ls = sums[e / 4];
                 v[e] = c + e <= t ? exp2_fast(lt - ls.x) * q.x : 0.0f;
                 v[e + 1] = c + e + 1 <= t ? exp2_fast(lt - ls.y) * q.y : 0.0f;
                 v[e + 2] = c + e + 2 <= t ? exp2_fast(lt - ls.z) * q.z : 0.0f;
@@ -256,7 +258,6 @@ __device__ __forceinline__ void scan(const Ssd& p) {
         bring_x(first, 0);
     }
     if (!multiplies) {
-        wait_for(&arrived[0], 0);
         weigh(first, 0);
 #pragma unroll 1
         for (int chunk = first; chunk < end; chunk++) {
@@ -269,7 +270,6 @@ __device__ __forceinline__ void scan(const Ssd& p) {
             if (chunk > first) send_y(chunk - 1, at ^ 1);
             if (!more) continue;
             bring_x(chunk + 1, at ^ 1);
-            wait_for(&arrived[at ^ 1], (chunk + 1 - first) / 2 & 1);
             weigh(chunk + 1, at ^ 1);
         }
         __syncthreads();
