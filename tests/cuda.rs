@@ -434,6 +434,35 @@ fn cuda_ssd_and_s4d_scan() {
     }
 }
 
+/// Prompts may go by chunks on matrix units, whose last bits depend on where a batch is cut.
+#[test]
+#[ignore = "needs a GPU"]
+fn cuda_ssd_scan_of_prompts() {
+    let mut rng = Rng(18 << 20);
+    let lengths = [700, 1, 129, 2, 320];
+    for shape in [
+        (1, 1, 1, 1),
+        (6, 3, 7, 16),
+        (4, 2, 32, 96),
+        (3, 1, 64, 128),
+        (150, 1, 8, 20),
+        (2, 2, 80, 64),
+        (2, 1, 130, 50),
+    ] {
+        let case = SsdCase::new(&mut rng, &lengths, shape);
+        let schedules = schedules(&mut rng, &lengths, [1, 1, 1]);
+        let expected = case.run(&Reference, &schedules[0]).concat();
+        let [mut sizes, states] = case.sizes().run(&Reference, &schedules[0]);
+        sizes.extend(states.into_iter().map(|s| case.state_size(s)));
+        for (n, schedule) in schedules.iter().enumerate() {
+            for (i, found) in case.run(gpu(), schedule).concat().iter().enumerate() {
+                let what = format!("{shape:?}, schedule {n}, {i}");
+                near(&what, found, &expected[i], &sizes[i], 4e-5);
+            }
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn cuda_ssd_scan_by_chunks() {
@@ -556,6 +585,26 @@ fn cuda_attention() {
             [BF16, F16],
             None,
         ),
+        (
+            vec![150, 700],
+            (6, 2),
+            (64, 64),
+            Some(90),
+            40,
+            [BF16, BF16],
+            None,
+        ),
+        (vec![40, 333], (6, 2), (96, 96), None, 0, [BF16, BF16], None),
+        (
+            vec![200],
+            (2, 2),
+            (192, 192),
+            Some(65),
+            0,
+            [BF16, BF16],
+            None,
+        ),
+        (vec![150], (7, 1), (80, 80), None, 0, [BF16, BF16], None),
         (vec![130, 40], (4, 2), (16, 64), None, 4, [F32, BF16], None),
         (vec![1100, 30], (2, 2), (24, 17), Some(30), 5, f32s, None),
         (vec![200, 90], (4, 1), (8, 8), Some(20), 37, f32s, None),
@@ -578,7 +627,9 @@ fn cuda_attention() {
                 let size = vec![1.0; found.len()];
                 // A rounding to half precision or BF16 of a rotated key may fall to the other side.
                 let rounded = rope.is_some() && pages != f32s;
-                let allowed = if rounded { 2e-2 } else { 1e-5 };
+                // Some matrix units take queries and weights in BF16 too.
+                let units = pages == [BF16, BF16] && dims.0 >= 64;
+                let allowed = if rounded || units { 2e-2 } else { 1e-5 };
                 near(&what, found, &expected[s], &size, allowed);
             }
         }

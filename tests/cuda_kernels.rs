@@ -18,8 +18,11 @@ const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_90", "sm_100", "sm_120"];
 
 /// Most registers of a thread: two blocks of 128 threads and more share a processor.
 const REGISTERS: usize = 192;
-/// Kernels that keep queries and sums in registers, two blocks a processor, may use all there are.
-const FULL: (&str, usize) = ("attention_units_", 255);
+/// Kernels that keep queries, sums or states in registers, one block or two a processor, may use all there are.
+const FULL: ([&str; 3], usize) = (
+    ["attention_units_", "attention_hopper_", "ssd_hopper_"],
+    255,
+);
 
 /// What the compiler says of a kernel.
 #[derive(Debug, PartialEq)]
@@ -62,7 +65,10 @@ fn used(log: &str) -> Vec<Used> {
 }
 
 fn faults_of(unit: &Unit, architecture: &str) -> Vec<String> {
-    let compiled = match compile(unit, architecture) {
+    let Some(target) = unit.target(architecture) else {
+        return Vec::new();
+    };
+    let compiled = match compile(unit, target) {
         Ok(compiled) => compiled,
         Err(error) => return vec![error.to_string()],
     };
@@ -75,7 +81,7 @@ fn faults_of(unit: &Unit, architecture: &str) -> Vec<String> {
     }
     for u in &used {
         assert!(u.registers > 0, "{}: {}", u.kernel, compiled.log);
-        let most = if u.kernel.starts_with(FULL.0) {
+        let most = if FULL.0.iter().any(|kind| u.kernel.starts_with(kind)) {
             FULL.1
         } else {
             REGISTERS
