@@ -103,7 +103,7 @@ pub fn generate(
             reason = Some(StopReason::Interrupted);
             break;
         }
-        if !engine.step(&mut |_, _, _| {})? {
+        if !engine.advance()? {
             break;
         }
         if first.is_none() {

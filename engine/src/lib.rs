@@ -6,6 +6,7 @@ pub mod batch;
 pub mod bench;
 pub mod classify;
 pub mod cli;
+mod engine_config;
 pub mod estimate;
 pub mod footprint;
 pub mod generation;

@@ -4,102 +4,18 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use strata_kernels::{Backend, DType, Ragged, Span, Tensor};
+use strata_kernels::ops::Likeliest;
+use strata_kernels::{DType, Ragged, Span, Tensor};
 
 use crate::batch::{Batch, Logits};
+pub use crate::engine_config::{DEFAULT_CHUNK, DEFAULT_PAGE, EngineConfig};
 use crate::estimate::Allocated;
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
-use crate::runner::{self, Network, Point, Runner};
+use crate::runner::{self, Network, Point, Row, Runner};
 use crate::sampler::{SampleError, Sampled, Sampler, SamplingFaults, SamplingParams};
-use crate::scheduler::{
-    BadConfig, Chunk, Event, ForkRefused, Refused, Scheduler, SchedulerConfig, Step,
-};
+use crate::scheduler::{BadConfig, Event, ForkRefused, Refused, Scheduler, SchedulerConfig, Step};
 use crate::sequence::{Limits, Reason, Sequence, SequenceRequest};
 use crate::state_store::{StateSize, StateStore};
-
-/// The sizes an engine works within.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EngineConfig {
-    /// Most tokens of a sequence, prompt and generated.
-    pub context: usize,
-    /// Most sequences that run at once.
-    pub max_sequences: usize,
-    /// Most rows of a step.
-    pub token_budget: usize,
-    /// How prompts are cut.
-    pub chunk: Chunk,
-    /// Tokens of a page.
-    pub page_size: usize,
-    /// Type of keys and values.
-    pub kv_dtype: DType,
-}
-
-/// Most rows of a prompt that are computed together, unless someone asks for more: enough that weights are
-/// read once for many rows.
-pub const DEFAULT_CHUNK: usize = 512;
-/// Most bytes that the activations of a chunk take, unless someone asks for more rows.
-const ACTIVATION_BYTES: usize = 160 << 20;
-const DEVICE_ACTIVATION_BYTES: usize = 4 << 30;
-/// Tokens of a page: keys and values of a page are some tens of kilobytes in published models.
-pub const DEFAULT_PAGE: usize = 64;
-
-impl EngineConfig {
-    /// For `sequences` at a time of up to `context` tokens each.
-    pub fn new(context: usize, sequences: usize, kv_dtype: DType) -> Self {
-        EngineConfig {
-            context,
-            max_sequences: sequences,
-            token_budget: DEFAULT_CHUNK + sequences - 1,
-            chunk: Chunk::AtMost(DEFAULT_CHUNK),
-            page_size: DEFAULT_PAGE,
-            kv_dtype,
-        }
-    }
-
-    /// The same with chunks of as many rows as fit a modest memory, at `bytes_per_row` of activations.
-    pub fn with_row_bytes(self, bytes_per_row: usize) -> Self {
-        self.with_rows(ACTIVATION_BYTES, DEFAULT_CHUNK, bytes_per_row)
-    }
-
-    /// The same with chunks of as many rows as are worth taking at once on a device.
-    pub fn for_device(self, device: &dyn Backend, bytes_per_row: usize) -> Self {
-        match device.prompt_rows() {
-            0..=DEFAULT_CHUNK => self.with_row_bytes(bytes_per_row),
-            rows => self.with_rows(DEVICE_ACTIVATION_BYTES, rows, bytes_per_row),
-        }
-    }
-
-    fn with_rows(self, most_bytes: usize, most_rows: usize, bytes_per_row: usize) -> Self {
-        let rows = (most_bytes / bytes_per_row.max(1)).clamp(16, most_rows) / 16 * 16;
-        let token_budget = rows + self.max_sequences - 1;
-        EngineConfig {
-            chunk: Chunk::AtMost(rows),
-            token_budget,
-            ..self
-        }
-    }
-
-    /// The same with prompts cut at multiples of `chunk` exactly.
-    pub fn with_chunk(self, chunk: usize) -> Self {
-        let token_budget = chunk + self.max_sequences - 1;
-        EngineConfig {
-            chunk: Chunk::Every(chunk),
-            token_budget,
-            ..self
-        }
-    }
-
-    /// Pages that hold the context of all sequences, with a prefix before it and one to spare for each.
-    pub fn pages(&self, prefix: usize) -> usize {
-        let tokens = self.context.saturating_add(prefix);
-        self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
-    }
-
-    /// Slots: one a sequence, and one for a sequence that is being restored.
-    pub fn slots(&self) -> usize {
-        self.max_sequences + 1
-    }
-}
 
 /// What someone wants generated.
 #[derive(Debug, Clone, Default)]
@@ -134,6 +50,9 @@ pub enum Output {
         reason: Reason,
     },
 }
+
+/// Told the sequence, the position and the logits of a row.
+type Observe<'a> = dyn FnMut(SeqId, usize, &[f32]) + 'a;
 
 /// Rows of the stream of one sequence, at one point of the network.
 #[derive(Debug, Clone, Copy)]
@@ -400,7 +319,13 @@ impl Engine {
     /// `observe` gets the sequence, the position and the logits of every row that computed some: those
     /// that choose a token, and prompt rows that asked for them.
     pub fn step(&mut self, observe: &mut dyn FnMut(SeqId, usize, &[f32])) -> Result<bool, Error> {
-        self.step_with(None, observe)
+        self.step_with(None, Some(observe))
+    }
+
+    /// As [`Engine::step`], with nobody to see logits. Where all that is asked of them is which is the largest,
+    /// they stay on the device.
+    pub fn advance(&mut self) -> Result<bool, Error> {
+        self.step_with(None, None)
     }
 
     /// As [`Engine::step`]; `watch` gets the stream of every sequence at every point, as it is computed.
@@ -409,13 +334,13 @@ impl Engine {
         watch: &mut dyn FnMut(Watched<'_>),
         observe: &mut dyn FnMut(SeqId, usize, &[f32]),
     ) -> Result<bool, Error> {
-        self.step_with(Some(watch), observe)
+        self.step_with(Some(watch), Some(observe))
     }
 
     fn step_with(
         &mut self,
         watch: Option<&mut dyn FnMut(Watched<'_>)>,
-        observe: &mut dyn FnMut(SeqId, usize, &[f32]),
+        observe: Option<&mut Observe<'_>>,
     ) -> Result<bool, Error> {
         self.outputs.clear();
         match self.scheduler.next(&mut self.batch) {
@@ -457,7 +382,7 @@ impl Engine {
     fn run(
         &mut self,
         watch: Option<&mut dyn FnMut(Watched<'_>)>,
-        observe: &mut dyn FnMut(SeqId, usize, &[f32]),
+        mut observe: Option<&mut Observe<'_>>,
     ) -> Result<(), Error> {
         let prefix = self.prefix().len();
         let Engine {
@@ -513,7 +438,18 @@ impl Engine {
         let (samplers, tokens, outputs) = (&mut self.samplers, &mut self.tokens, &mut self.outputs);
         let mut at = 0;
         let mut failed = None;
-        let d_model = runner.network().graph.d_model;
+        let graph = &runner.network().graph;
+        let blind = watch.is_none() && observe.is_none() && graph.vocab <= Likeliest::MOST;
+        let likeliest = blind
+            && batch.spans.iter().all(|span| match span.logits {
+                Logits::None => true,
+                Logits::Last => {
+                    let sampler = samplers.get(&span.seq);
+                    span.sample && sampler.is_some_and(Sampler::takes_likeliest)
+                }
+                Logits::All => false,
+            });
+        let d_model = graph.d_model;
         let mut spread = watch.map(|watch| {
             |point, rows: &[f32]| {
                 for span in &batch.spans {
@@ -531,12 +467,14 @@ impl Engine {
             }
         });
         let watch = spread.as_mut().map(|w| w as &mut runner::Watch<'_>);
-        runner.forward_watched(&step, watch, &mut |row, logits| {
+        let mut sink = |row, of: Row<'_>| {
             while batch.spans[at].start + batch.spans[at].len <= row {
                 at += 1;
             }
             let span = &batch.spans[at];
-            observe(span.seq, span.position + row - span.start - prefix, logits);
+            if let (Some(observe), Row::Logits(logits)) = (&mut observe, of) {
+                observe(span.seq, span.position + row - span.start - prefix, logits);
+            }
             if !span.sample || row + 1 < span.start + span.len || failed.is_some() {
                 return;
             }
@@ -547,7 +485,11 @@ impl Engine {
                 .get_mut(&span.seq)
                 .expect("every sequence has a sampler");
             let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len);
-            match sampler.sample(logits, &prompt[prefix..], generated) {
+            let sampled = match of {
+                Row::Logits(logits) => sampler.sample(logits, &prompt[prefix..], generated),
+                Row::Likeliest(token) => Ok(Sampled::plain(token)),
+            };
+            match sampled {
                 Ok(sampled) => {
                     tokens.push((span.seq, sampled.token));
                     outputs.push(Output::Token {
@@ -557,7 +499,14 @@ impl Engine {
                 }
                 Err(error) => failed = Some(error),
             }
-        })?;
+        };
+        if likeliest {
+            runner.likeliest(&step, &mut sink)?;
+        } else {
+            runner.forward_watched(&step, watch, &mut |row, logits| {
+                sink(row, Row::Logits(logits));
+            })?;
+        }
         failed.map_or(Ok(()), |error| Err(error.into()))
     }
 

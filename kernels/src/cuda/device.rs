@@ -61,7 +61,7 @@ const LARGE: [&str; 7] = [
     "route",
 ];
 /// The same, by how their names begin.
-const LARGE_KINDS: [&str; 2] = ["few_", "ssd_chunked_"];
+const LARGE_KINDS: [&str; 5] = ["few_", "row_q4", "row_q6", "row_q8", "ssd_chunked_"];
 const OWN_SHARED: usize = 4096;
 
 impl Device {

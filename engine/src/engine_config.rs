@@ -1,0 +1,89 @@
+//! The sizes of an engine.
+
+use strata_kernels::{Backend, DType};
+
+use crate::scheduler::Chunk;
+
+/// The sizes an engine works within.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Most tokens of a sequence, prompt and generated.
+    pub context: usize,
+    /// Most sequences that run at once.
+    pub max_sequences: usize,
+    /// Most rows of a step.
+    pub token_budget: usize,
+    /// How prompts are cut.
+    pub chunk: Chunk,
+    /// Tokens of a page.
+    pub page_size: usize,
+    /// Type of keys and values.
+    pub kv_dtype: DType,
+}
+
+/// Most rows of a prompt that are computed together, unless someone asks for more: enough that weights are
+/// read once for many rows.
+pub const DEFAULT_CHUNK: usize = 512;
+/// Most bytes that the activations of a chunk take, unless someone asks for more rows.
+const ACTIVATION_BYTES: usize = 160 << 20;
+const DEVICE_ACTIVATION_BYTES: usize = 4 << 30;
+/// Tokens of a page: keys and values of a page are some tens of kilobytes in published models.
+pub const DEFAULT_PAGE: usize = 64;
+
+impl EngineConfig {
+    /// For `sequences` at a time of up to `context` tokens each.
+    pub fn new(context: usize, sequences: usize, kv_dtype: DType) -> Self {
+        EngineConfig {
+            context,
+            max_sequences: sequences,
+            token_budget: DEFAULT_CHUNK + sequences - 1,
+            chunk: Chunk::AtMost(DEFAULT_CHUNK),
+            page_size: DEFAULT_PAGE,
+            kv_dtype,
+        }
+    }
+
+    /// The same with chunks of as many rows as fit a modest memory, at `bytes_per_row` of activations.
+    pub fn with_row_bytes(self, bytes_per_row: usize) -> Self {
+        self.with_rows(ACTIVATION_BYTES, DEFAULT_CHUNK, bytes_per_row)
+    }
+
+    /// The same with chunks of as many rows as are worth taking at once on a device.
+    pub fn for_device(self, device: &dyn Backend, bytes_per_row: usize) -> Self {
+        match device.prompt_rows() {
+            0..=DEFAULT_CHUNK => self.with_row_bytes(bytes_per_row),
+            rows => self.with_rows(DEVICE_ACTIVATION_BYTES, rows, bytes_per_row),
+        }
+    }
+
+    fn with_rows(self, most_bytes: usize, most_rows: usize, bytes_per_row: usize) -> Self {
+        let rows = (most_bytes / bytes_per_row.max(1)).clamp(16, most_rows) / 16 * 16;
+        let token_budget = rows + self.max_sequences - 1;
+        EngineConfig {
+            chunk: Chunk::AtMost(rows),
+            token_budget,
+            ..self
+        }
+    }
+
+    /// The same with prompts cut at multiples of `chunk` exactly.
+    pub fn with_chunk(self, chunk: usize) -> Self {
+        let token_budget = chunk + self.max_sequences - 1;
+        EngineConfig {
+            chunk: Chunk::Every(chunk),
+            token_budget,
+            ..self
+        }
+    }
+
+    /// Pages that hold the context of all sequences, with a prefix before it and one to spare for each.
+    pub fn pages(&self, prefix: usize) -> usize {
+        let tokens = self.context.saturating_add(prefix);
+        self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
+    }
+
+    /// Slots: one a sequence, and one for a sequence that is being restored.
+    pub fn slots(&self) -> usize {
+        self.max_sequences + 1
+    }
+}
