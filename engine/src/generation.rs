@@ -176,7 +176,7 @@ pub fn generate(
             engine.finish(id, Reason::Cancelled);
             break;
         }
-        if !engine.step(&mut |_, _, _| {})? {
+        if !engine.advance()? {
             break;
         }
         if first.is_none() {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use strata_kernels::ops::Likeliest;
 use strata_kernels::{Ragged, Span};
 
 mod cached;
@@ -22,7 +23,7 @@ use crate::estimate::Allocated;
 use crate::ids::{SeqId, TokenId};
 use crate::lookup::Lookup;
 use crate::prefix_cache::Cache;
-use crate::runner::{self, Network, Point, Runner};
+use crate::runner::{self, Network, Point, Row, Runner};
 use crate::sampler::{Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Event, Scheduler, SchedulerConfig, Step};
 use crate::sequence::{Limits, Reason, Sequence, SequenceRequest};
@@ -64,6 +65,9 @@ pub enum Output {
         reason: Reason,
     },
 }
+
+/// Told the sequence, the position and the logits of a row.
+type Observe<'a> = dyn FnMut(SeqId, usize, &[f32]) + 'a;
 
 /// Rows of the stream of one sequence, at one point of the network.
 #[derive(Debug, Clone, Copy)]
@@ -311,7 +315,13 @@ impl Engine {
     /// `observe` gets the sequence, the position and the logits of every row that computed some: those
     /// that choose a token, and prompt rows that asked for them.
     pub fn step(&mut self, observe: &mut dyn FnMut(SeqId, usize, &[f32])) -> Result<bool, Error> {
-        self.step_with(None, observe)
+        self.step_with(None, Some(observe))
+    }
+
+    /// As [`Engine::step`], with nobody to see logits. Where all that is asked of them is which is the largest,
+    /// they stay on the device.
+    pub fn advance(&mut self) -> Result<bool, Error> {
+        self.step_with(None, None)
     }
 
     /// As [`Engine::step`]; `watch` gets the stream of every sequence at every point, as it is computed.
@@ -320,13 +330,13 @@ impl Engine {
         watch: &mut dyn FnMut(Watched<'_>),
         observe: &mut dyn FnMut(SeqId, usize, &[f32]),
     ) -> Result<bool, Error> {
-        self.step_with(Some(watch), observe)
+        self.step_with(Some(watch), Some(observe))
     }
 
     fn step_with(
         &mut self,
         watch: Option<&mut dyn FnMut(Watched<'_>)>,
-        observe: &mut dyn FnMut(SeqId, usize, &[f32]),
+        observe: Option<&mut Observe<'_>>,
     ) -> Result<bool, Error> {
         self.outputs.clear();
         self.admit_with_states();
@@ -377,7 +387,7 @@ impl Engine {
     fn run(
         &mut self,
         watch: Option<&mut dyn FnMut(Watched<'_>)>,
-        observe: &mut dyn FnMut(SeqId, usize, &[f32]),
+        mut observe: Option<&mut Observe<'_>>,
     ) -> Result<(), Error> {
         let prefix = self.prefix().len();
         let Engine {
@@ -439,7 +449,18 @@ impl Engine {
         let (mut at, mut failed) = (0, None);
         // Tokens of the span that were chosen, and whether the next row follows them.
         let (mut chosen, mut follows) = (0, true);
-        let d_model = runner.network().graph.d_model;
+        let graph = &runner.network().graph;
+        let blind = watch.is_none() && observe.is_none() && graph.vocab <= Likeliest::MOST;
+        let likeliest = blind
+            && batch.spans.iter().all(|span| match span.logits {
+                Logits::None => true,
+                Logits::Last => {
+                    let sampler = samplers.get(&span.seq);
+                    span.sample && sampler.is_some_and(Sampler::takes_likeliest)
+                }
+                Logits::All => false,
+            });
+        let d_model = graph.d_model;
         let mut spread = watch.map(|watch| {
             |point, rows: &[f32]| {
                 for span in &batch.spans {
@@ -457,7 +478,7 @@ impl Engine {
             }
         });
         let watch = spread.as_mut().map(|w| w as &mut runner::Watch<'_>);
-        runner.forward_watched(&step, watch, &mut |row, logits| {
+        let mut sink = |row, of: Row<'_>| {
             while batch.spans[at].start + batch.spans[at].len <= row {
                 at += 1;
                 (chosen, follows) = (0, true);
@@ -466,7 +487,9 @@ impl Engine {
             if !follows {
                 return; // behind a wrong guess
             }
-            observe(span.seq, span.position + row - span.start - prefix, logits);
+            if let (Some(observe), Row::Logits(logits)) = (&mut observe, of) {
+                observe(span.seq, span.position + row - span.start - prefix, logits);
+            }
             let guesses = span.start + span.len - span.guessed;
             if !span.sample || row + 1 < guesses || failed.is_some() {
                 return;
@@ -486,7 +509,11 @@ impl Engine {
                 said.push(batch.tokens[row]);
                 generated = &said[..];
             }
-            match sampler.sample(logits, &prompt[prefix..], generated) {
+            let sampled = match of {
+                Row::Logits(logits) => sampler.sample(logits, &prompt[prefix..], generated),
+                Row::Likeliest(token) => Ok(Sampled::plain(token)),
+            };
+            match sampled {
                 Ok(sampled) => {
                     chosen += 1;
                     let next = batch.tokens.get(row + 1);
@@ -500,7 +527,14 @@ impl Engine {
                 }
                 Err(error) => failed = Some(error),
             }
-        })?;
+        };
+        if likeliest {
+            runner.likeliest(&step, &mut sink)?;
+        } else {
+            runner.forward_watched(&step, watch, &mut |row, logits| {
+                sink(row, Row::Logits(logits));
+            })?;
+        }
         if let Some(error) = failed {
             return Err(error.into());
         }

@@ -243,7 +243,7 @@ impl Conversation<'_> {
             };
             while self
                 .engine
-                .step(&mut |_, _, _| {})
+                .advance()
                 .map_err(|e| self.model.explain(e.into()))?
             {
                 watch.prompt(self.engine.computed(id));
