@@ -12,7 +12,7 @@
 //!
 //! Orders of sums differ from the plain loops', and from one batch to another; what the CPU's tests ask
 //! to the bit is asked within a stated distance here, but for scans and convolutions, which no cut of a
-//! sequence changes.
+//! sequence changes: Mamba-2's scan of prompts excepted, which goes by chunks of the batch.
 
 use std::sync::OnceLock;
 
