@@ -226,6 +226,23 @@ fn cuda_elements() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn cuda_likeliest() {
+    for cols in LIKELIEST {
+        for (by, wide) in [
+            (1.0, false),
+            (1.0, true),
+            (0.1, false),
+            (7.0, true),
+            (-1.0, false),
+        ] {
+            let expected = likeliest(&Reference, cols, by, false);
+            same("likeliest", &likeliest(gpu(), cols, by, wide), &expected);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn cuda_lookups_copies_and_draws() {
     let mut rng = Rng(6 << 20);
     for dtype in [F32, BF16, F16] {

@@ -1,13 +1,15 @@
 //! Steps that a GPU records and starts as one are the same bits as the same steps run one operation after
 //! the other, for other tokens, positions and pages each time.
 
-use strata_kernels::{Repeat, Result};
+use std::sync::Arc;
+
+use strata_kernels::{Format, HostTensor, Repeat, Result};
 
 use super::cuda::gpu;
 use super::*;
 
-const WIDTH: usize = 64;
-const INNER: usize = 160;
+const WIDTH: usize = 256;
+const INNER: usize = 768;
 const PAGE: usize = 4;
 const PAGES: usize = 64;
 
@@ -27,11 +29,21 @@ struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    fn new(gpu: &'a dyn Backend, rows: usize) -> Self {
+    fn new(gpu: &'a dyn Backend, rows: usize, format: Option<Format>) -> Self {
         let mut rng = Rng(77);
         let mut matrix = |rows: usize, cols: usize| {
             let values = rng.numbers(rows * cols, 0.3);
-            Matrix::dense(put(gpu, BF16, cols, &values, false).view)
+            let Some(format) = format else {
+                return Matrix::dense(put(gpu, BF16, cols, &values, false).view);
+            };
+            let mut bytes = vec![0; rows * format.row_bytes(cols).unwrap()];
+            let each = bytes.len() / rows;
+            for (row, to) in values.chunks(cols).zip(bytes.chunks_mut(each)) {
+                format.quantize(row, None, to).unwrap();
+            }
+            let range = 0..bytes.len();
+            let host = HostTensor::new(format, &[rows, cols], Arc::new(bytes), range).unwrap();
+            Matrix::new(format, cols, gpu.upload(&host, rows, cols).unwrap())
         };
         let (embed, gate, up, down) = (
             matrix(100, WIDTH),
@@ -118,8 +130,8 @@ impl<'a> Block<'a> {
             v_pages: &values,
             heads: 4,
             kv_heads: 4,
-            head_dim: 16,
-            v_head_dim: 16,
+            head_dim: 64,
+            v_head_dim: 64,
             scale: 0.25,
             window: None,
             keep_first: 0,
@@ -137,8 +149,17 @@ impl<'a> Block<'a> {
 #[test]
 #[ignore = "needs a GPU"]
 fn cuda_steps_that_repeat_are_the_same_bits() {
-    for rows in [1, 2, 5] {
-        let (plain, repeated) = (Block::new(gpu(), rows), Block::new(gpu(), rows));
+    let forms = [
+        None,
+        Some(Format::Q8_0),
+        Some(Format::Q4K),
+        Some(Format::Q6K),
+        Some(Format::Q5K),
+    ];
+    for (i, rows) in (0..3 * forms.len()).map(|i| (i, [1, 2, 5][i / forms.len()])) {
+        let form = forms[i % forms.len()];
+        let new = || Block::new(gpu(), rows, form);
+        let (plain, repeated) = (new(), new());
         let mut rng = Rng(rows as u64);
         let mut replayed = 0;
         for position in 0..40 {
@@ -164,7 +185,7 @@ fn cuda_steps_that_repeat_are_the_same_bits() {
             };
             plain.run(&ids, ragged).unwrap();
             let step = Repeat {
-                key: [u64::MAX, rows as u64],
+                key: [u64::MAX - i as u64, rows as u64],
                 ids: &ids,
                 ragged,
             };
@@ -176,7 +197,7 @@ fn cuda_steps_that_repeat_are_the_same_bits() {
             gpu().repeat(&step, &mut operations).unwrap();
             replayed += usize::from(asked == 0);
             for (i, (found, expected)) in repeated.values.iter().zip(&plain.values).enumerate() {
-                let what = format!("{rows} rows, position {position}, value {i}");
+                let what = format!("{form:?}, {rows} rows, position {position}, value {i}");
                 same(&what, &read(gpu(), found), &read(gpu(), expected));
             }
         }

@@ -8,8 +8,8 @@
 use strata_kernels::cpu::{Cpu, CpuOptions, Isa};
 use strata_kernels::ops::{
     Activate, Activation, Add, Attention, Combine, Conv1d, Decay, Embed, ExpertLinear, Gather,
-    HeadNorm, KvWrite, LayerNorm, Linear, Mamba3Scan, Mimo, RmsNorm, Rope, Route, S4dScan, Scale,
-    Score, SelectiveScan, SsdChunked, SsdScan,
+    HeadNorm, KvWrite, LayerNorm, Likeliest, Linear, Mamba3Scan, Mimo, RmsNorm, Rope, Route,
+    S4dScan, Scale, Score, SelectiveScan, SsdChunked, SsdScan,
 };
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor, random};
@@ -743,6 +743,51 @@ fn random_weights_are_those_of_the_reference() {
             let expected = draw(&Reference);
             for b in backends(&[1, 2, 3]) {
                 same("fill_normal", &draw(&b), &expected);
+            }
+        }
+    }
+}
+
+/// The likeliest tokens of rows with ties, zeros of both signs, and rows that have none.
+fn likeliest(b: &dyn Backend, cols: usize, by: f32, wide: bool) -> Vec<f32> {
+    let mut rng = Rng(cols as u64);
+    let mut rows: Vec<Vec<f32>> = (0..9).map(|_| rng.numbers(cols, 5.0)).collect();
+    // Few distinct numbers: most rows have ties, once scaled if not before.
+    rows[1].iter_mut().for_each(|x| *x = x.round());
+    rows[2].fill(-3.5);
+    rows[3].iter_mut().for_each(|x| *x = -x.abs().floor());
+    rows[3][cols / 2] = 0.0;
+    rows[4][cols - 1] = f32::NAN;
+    rows[5][cols / 3] = f32::INFINITY;
+    rows[6].fill(f32::NEG_INFINITY);
+    rows[7].fill(f32::NEG_INFINITY);
+    rows[7][cols - 1] = -1e30;
+    rows[8][0] = 3e38;
+    let x = put(b, F32, cols, &rows.concat(), wide);
+    let mut y = b.alloc(DType::I32, rows.len(), 1).unwrap();
+    let x = &x.view;
+    b.likeliest(Likeliest { x, by, y: &mut y }).unwrap();
+    read(b, &y)
+}
+
+const LIKELIEST: [usize; 9] = [1, 2, 5, 16, 127, 128, 1000, 4099, 65_536];
+
+#[test]
+fn the_likeliest_is_that_of_the_reference() {
+    for cols in LIKELIEST {
+        for by in [1.0, 0.1, 7.0, -1.0] {
+            let expected = likeliest(&Reference, cols, by, false);
+            if by == 1.0 {
+                // The first of equals; none of a row with NaN, infinities, or nothing else.
+                assert_eq!(expected[2], 0.0);
+                assert_eq!(expected[4..7], [-1.0; 3]);
+                assert_eq!(expected[7], (cols - 1) as f32);
+            }
+            if by == 7.0 {
+                assert_eq!(expected[8], -1.0);
+            }
+            for b in backends(&[1, 3]) {
+                same("likeliest", &likeliest(&b, cols, by, true), &expected);
             }
         }
     }

@@ -124,7 +124,7 @@ fn once(engine: &mut Engine, options: &BenchOptions) -> Result<(Duration, Durati
             prompt,
             ..Request::default()
         })?;
-        while engine.step(&mut |_, _, _| {})? {}
+        while engine.advance()? {}
         starts.push(engine.snapshot(id)?);
         engine.remove(id);
     }
@@ -150,7 +150,7 @@ fn once(engine: &mut Engine, options: &BenchOptions) -> Result<(Duration, Durati
     // Until every sequence has its first token; later ones of sequences that were done earlier count
     // as decoding from here on.
     let mut waiting = ids.clone();
-    while !waiting.is_empty() && engine.step(&mut |_, _, _| {})? {
+    while !waiting.is_empty() && engine.advance()? {
         for output in engine.outputs() {
             if let Output::Token { id, .. } = output {
                 waiting.retain(|w| w != id);
@@ -159,7 +159,7 @@ fn once(engine: &mut Engine, options: &BenchOptions) -> Result<(Duration, Durati
     }
     let read = start.elapsed();
     let start = Instant::now();
-    while engine.step(&mut |_, _, _| {})? {}
+    while engine.advance()? {}
     let generated = start.elapsed();
     for id in ids {
         engine.remove(id);

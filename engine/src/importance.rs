@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use strata_kernels::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
+    Likeliest, Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked,
+    SsdScan,
 };
-use strata_kernels::{Backend, DType, HostTensor, Matrix, Result, Tensor};
+use strata_kernels::{Backend, DType, Format, HostTensor, Matrix, Result, Tensor};
 
 use crate::runner::{Network, Place};
 
@@ -154,8 +155,8 @@ impl Backend for Observer {
         self.backend.name()
     }
 
-    fn tolerance(&self, activations: DType) -> f32 {
-        self.backend.tolerance(activations)
+    fn tolerance(&self, activations: DType, format: Format) -> f32 {
+        self.backend.tolerance(activations, format)
     }
 
     fn prompt_rows(&self) -> usize {
@@ -214,7 +215,7 @@ impl Backend for Observer {
         embed: Embed, gather: Gather, rms_norm: RmsNorm, layer_norm: LayerNorm, add: Add, scale: Scale,
         activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan, ssd_scan: SsdScan,
         ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope, kv_write: KvWrite,
-        attention: Attention, route: Route, combine: Combine,
+        attention: Attention, route: Route, combine: Combine, likeliest: Likeliest,
     }
 }
 

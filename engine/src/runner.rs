@@ -1,17 +1,22 @@
 //! Walks the graph on one device: a ragged batch in, logits out.
 
+mod head;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use strata_kernels::ops::{Add, Embed, Gather, Linear, Scale};
-use strata_kernels::{Backend, DType, Matrix, Ragged, Repeat, Result, Span, Tensor};
+use strata_kernels::ops::{Add, Embed, Linear, Scale};
+use strata_kernels::{Backend, DType, Format, Matrix, Ragged, Repeat, Result, Span, Tensor};
 use strata_layers::graph::{Graph, Node, Run, ValueId};
 use strata_layers::{Context, Init, Layer, LayerState, Scratch, WeightSource, WeightSpec, Weights};
 
+use self::head::LOGIT_ROWS;
+pub use self::head::Row;
 use crate::estimate::Allocated;
 use crate::state_store::StateStore;
+use crate::trace::{Part, Trace};
 
 /// A graph with its weights on a device. Shared by all that run it.
 #[derive(Clone)]
@@ -24,8 +29,12 @@ pub struct Network {
     pub activations: DType,
     /// Bytes of all weights in the form they run in, those of mapped files among them.
     pub weight_bytes: u64,
+    /// Bytes of each weight, by its path.
+    bytes: Arc<BTreeMap<String, u64>>,
     /// The paths of the weights that lie at each place of memory.
     paths: Arc<BTreeMap<Place, Vec<String>>>,
+    /// The formats that matrices are stored in.
+    formats: Arc<Vec<Format>>,
     /// By node; none where a node is no layer.
     layers: Arc<Vec<Option<Box<dyn Layer>>>>,
     input: Input,
@@ -65,6 +74,7 @@ impl Network {
             source,
             counted: RefCell::default(),
             paths: RefCell::default(),
+            formats: RefCell::default(),
         };
         let table =
             |path: &str, rows| source.matrix(path, &WeightSpec::matrix("", rows, graph.d_model));
@@ -120,12 +130,15 @@ impl Network {
             spec.build(&weights).map(Some)
         };
         let layers = Arc::new(graph.nodes.iter().map(build).collect::<Result<_>>()?);
+        let bytes = source.counted.take();
         Ok(Network {
             graph: Arc::new(graph),
             backend,
             activations,
-            weight_bytes: source.counted.borrow().values().sum(),
+            weight_bytes: bytes.values().sum(),
+            bytes: Arc::new(bytes),
             paths: Arc::new(source.paths.take()),
+            formats: Arc::new(source.formats.take()),
             layers,
             input,
             head,
@@ -139,12 +152,17 @@ struct Counting<'a> {
     source: &'a dyn WeightSource,
     counted: RefCell<BTreeMap<String, u64>>,
     paths: RefCell<BTreeMap<Place, Vec<String>>>,
+    formats: RefCell<Vec<Format>>,
 }
 
 impl WeightSource for Counting<'_> {
     fn matrix(&self, path: &str, spec: &WeightSpec) -> Result<Matrix> {
         let matrix = self.source.matrix(path, spec)?;
         let bytes = matrix.bytes() as u64;
+        let mut formats = self.formats.borrow_mut();
+        if !formats.contains(&matrix.format()) {
+            formats.push(matrix.format());
+        }
         if self
             .counted
             .borrow_mut()
@@ -169,6 +187,16 @@ impl Network {
     /// The paths of the weights that lie at each place of memory: several where weights share it.
     pub(crate) fn paths(&self) -> &Arc<BTreeMap<Place, Vec<String>>> {
         &self.paths
+    }
+
+    /// Bytes of the weight at a path, in the form it runs in.
+    pub fn bytes_of(&self, path: &str) -> u64 {
+        self.bytes.get(path).copied().unwrap_or(0)
+    }
+
+    /// The formats that matrices are stored in.
+    pub(crate) fn formats(&self) -> &[Format] {
+        &self.formats
     }
 
     /// The same weights under another set of kernels of the same device.
@@ -215,10 +243,6 @@ pub enum Point {
 /// Told the stream at each [`Point`] as it is computed: all rows of the step, (rows, D).
 pub type Watch<'a> = dyn FnMut(Point, &[f32]) + 'a;
 
-/// Rows of logits that are computed at a time: the output matrix is read once for all of them, and
-/// their memory stays small beside any vocabulary.
-const LOGIT_ROWS: usize = 32;
-
 /// Runners made so far, to tell their memory apart.
 static RUNNERS: AtomicU64 = AtomicU64::new(0);
 
@@ -237,9 +261,14 @@ pub struct Runner {
     prefix_ids: Vec<u32>,
     empty: LayerState,
     id: u64,
+    /// Times of the parts of steps, while somebody wants them.
+    pub(crate) trace: Option<Box<Trace>>,
     picked: Tensor,
     logits: Tensor,
     host_logits: Vec<f32>,
+    /// (rows, 1) I32: the likeliest tokens of a step, and the same on the host.
+    likeliest: Tensor,
+    host_likeliest: Vec<f32>,
     max_rows: usize,
     /// Rows of the largest step so far.
     most_rows: usize,
@@ -263,9 +292,12 @@ impl Runner {
             prefix_ids: Vec::new(),
             empty: LayerState::default(),
             id: RUNNERS.fetch_add(1, Ordering::Relaxed),
+            trace: None,
             picked: backend.alloc(DType::F32, LOGIT_ROWS, graph.d_model)?,
             logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
             host_logits: vec![0.0; LOGIT_ROWS * graph.vocab],
+            likeliest: backend.alloc(DType::I32, max_rows, 1)?,
+            host_likeliest: vec![0.0; max_rows],
             max_rows,
             most_rows: 0,
             network,
@@ -306,7 +338,8 @@ impl Runner {
     /// Bytes of activations and scratch, beside weights and state.
     pub fn buffer_bytes(&self) -> usize {
         let buffers: usize = self.buffers.iter().map(Tensor::bytes).sum();
-        buffers + self.scratch.bytes() + self.fixed_bytes()
+        let likeliest = 2 * self.likeliest.bytes();
+        buffers + likeliest + self.scratch.bytes() + self.fixed_bytes()
     }
 
     /// Those of them that do not grow with the rows of a step: for logits.
@@ -328,6 +361,21 @@ impl Runner {
         mut watch: Option<&mut Watch<'_>>,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<()> {
+        let rows = self.begin(step);
+        if watch.is_none() && step.is_decode(self.network.graph.vocab) {
+            return self.decode(step, rows, sink);
+        }
+        self.embed(step, rows)?;
+        self.lap(Part::Embedding);
+        if let Some(watch) = &mut watch {
+            self.tell(0, rows, &mut **watch)?;
+        }
+        self.nodes(step.ragged, rows, watch)?;
+        self.head(step.logits, rows, 0, sink)
+    }
+
+    /// The rows of a step that begins.
+    fn begin(&mut self, step: &Step<'_>) -> usize {
         let rows = step.tokens.len();
         assert!(
             rows > 0 && rows <= self.max_rows,
@@ -335,15 +383,10 @@ impl Runner {
             self.max_rows
         );
         self.most_rows = self.most_rows.max(rows);
-        if watch.is_none() && step.is_decode(self.network.graph.vocab) {
-            return self.decode(step, rows, sink);
+        if let Some(trace) = &mut self.trace {
+            trace.begin(step.ragged.spans, step.logits.len());
         }
-        self.embed(step, rows)?;
-        if let Some(watch) = &mut watch {
-            self.tell(0, rows, &mut **watch)?;
-        }
-        self.nodes(step.ragged, rows, watch)?;
-        self.head(step.logits, rows, 0, sink)
+        rows
     }
 
     /// As [`Runner::forward`], for a step that comes again.
@@ -363,6 +406,7 @@ impl Runner {
         };
         backend.repeat(&repeat, &mut || {
             self.embed(step, rows)?;
+            self.lap(Part::Embedding);
             self.nodes(step.ragged, rows, None)?;
             self.project(&step.logits[..first], rows).map(|_| ())
         })?;
@@ -519,6 +563,7 @@ impl Runner {
                     }
                 }
             }
+            self.lap(Part::Node(i));
             if let Some(watch) = &mut watch {
                 self.tell(node.output, rows, &mut **watch)?;
             }
@@ -549,52 +594,11 @@ impl Runner {
         Ok(())
     }
 
-    /// The logits of `wanted` rows, of which the first `projected` are in memory already.
-    fn head(
-        &mut self,
-        wanted: &[usize],
-        rows: usize,
-        projected: usize,
-        sink: &mut dyn FnMut(usize, &[f32]),
-    ) -> Result<()> {
-        let network = self.network.clone();
-        let graph = &network.graph;
-        for (i, wanted) in wanted.chunks(LOGIT_ROWS).enumerate() {
-            let logits = if i * LOGIT_ROWS < projected {
-                self.logits.first_rows(wanted.len())
-            } else {
-                self.project(wanted, rows)?
-            };
-            let host = &mut self.host_logits[..wanted.len() * graph.vocab];
-            network.backend.read_rows(&logits, host, &mut |i, logits| {
-                if let Some(by) = graph.logit_scale {
-                    logits.iter_mut().for_each(|l| *l *= by as f32);
-                }
-                sink(wanted[i], logits);
-            })?;
+    /// A part of a step is done.
+    fn lap(&mut self, part: Part) {
+        if let Some(trace) = &mut self.trace {
+            trace.lap(part);
         }
-        Ok(())
-    }
-
-    /// The last value's rows `wanted`, at most [`LOGIT_ROWS`], times the output matrix.
-    fn project(&mut self, wanted: &[usize], rows: usize) -> Result<Tensor> {
-        let (network, backend) = (&self.network, &*self.network.backend);
-        let x = self.value(network.graph.last, rows);
-        let mut picked = self.picked.first_rows(wanted.len());
-        let mut logits = self.logits.first_rows(wanted.len());
-        backend.gather(Gather {
-            x: &x,
-            rows: wanted,
-            y: &mut picked,
-        })?;
-        backend.linear(Linear {
-            x: &picked,
-            w: &network.head,
-            bias: network.head_bias.as_ref(),
-            activations: network.activations,
-            y: &mut logits,
-        })?;
-        Ok(logits)
     }
 
     fn context<'a>(

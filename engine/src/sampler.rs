@@ -164,6 +164,17 @@ pub struct Sampled {
     pub top: Vec<(u32, f32)>,
 }
 
+impl Sampled {
+    /// A token by itself.
+    pub fn plain(token: u32) -> Self {
+        Sampled {
+            token,
+            logprob: None,
+            top: Vec::new(),
+        }
+    }
+}
+
 /// Logits no token can be taken from.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SampleError {
@@ -235,6 +246,12 @@ impl Sampler {
     /// What it samples by.
     pub fn params(&self) -> &SamplingParams {
         &self.params
+    }
+
+    /// Whether it takes the largest logit and needs to know no more of them.
+    pub fn takes_likeliest(&self) -> bool {
+        let greedy = self.params.temperature == 0.0 || self.params.top_k == 1;
+        greedy && !self.params.changes_logits() && self.params.logprobs.is_none()
     }
 
     /// The token after `prompt` and `generated`, from its logits (V).

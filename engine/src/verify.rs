@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strata_kernels::{Backend, DType, random};
+use strata_kernels::{Backend, DType, Format, random};
 
 use crate::ids::{SeqId, TokenId};
 use crate::runner::Network;
@@ -46,6 +46,8 @@ pub struct Check {
     pub name: String,
     /// What differed first; none if nothing did.
     pub fault: Option<String>,
+    /// The largest difference of a row that was compared, in standard deviations of its logits.
+    pub distance: f32,
     /// Logits compared.
     pub compared: usize,
     /// Time taken.
@@ -98,27 +100,28 @@ impl Trace {
 
     /// The first row that is farther away than `tolerance` standard deviations of its logits.
     fn far(&self, other: &Trace, tolerance: f32) -> Option<String> {
+        let mut distances = self.distances(other);
+        let (position, error) = distances.find(|(_, e)| e.is_nan() || *e > tolerance)?;
+        Some(format!(
+            "position {position}: logits differ by {error:.1e} of their standard deviation, at most {tolerance:.0e} is allowed"
+        ))
+    }
+
+    /// The largest difference of each row that can be compared, in standard deviations of its logits.
+    fn distances<'a>(&'a self, other: &'a Trace) -> impl Iterator<Item = (usize, f32)> + 'a {
         let count = self.generated.len().min(other.generated.len());
         let parted = (0..count).find(|n| self.generated[*n] != other.generated[*n]);
         // The last row gave the last token: what follows a token that differs cannot be compared.
         let rows = self.logits.keys().last().map_or(0, |last| last + 1);
         let comparable = parted.map_or(rows, |n| rows - self.generated.len() + n + 1);
-        for (position, a) in self.logits.range(..comparable) {
-            let Some(b) = other.logits.get(position) else {
-                continue;
-            };
+        self.logits.range(..comparable).filter_map(|(position, a)| {
+            let b = other.logits.get(position)?;
             let mean = a.iter().sum::<f32>() / a.len() as f32;
             let deviation = a.iter().map(|a| (a - mean).powi(2)).sum::<f32>() / a.len() as f32;
             let distances = a.iter().zip(b).map(|(a, b)| (a - b).abs());
             let most = distances.fold(0.0, |m: f32, d| if d.is_nan() { d } else { m.max(d) });
-            let error = most / deviation.sqrt().max(f32::MIN_POSITIVE);
-            if error.is_nan() || error > tolerance {
-                return Some(format!(
-                    "position {position}: logits differ by {error:.1e} of their standard deviation, at most {tolerance:.0e} is allowed"
-                ));
-            }
-        }
-        None
+            Some((*position, most / deviation.sqrt().max(f32::MIN_POSITIVE)))
+        })
     }
 
     fn shared(&self, other: &Trace) -> usize {
@@ -194,12 +197,14 @@ pub fn verify(
     verify.forked(&whole, &prompt)?;
     verify.restored(&whole, &prompt, folder)?;
     verify.sampled(&prompt)?;
+    verify.looked_up()?;
     Ok(verify.checks)
 }
 
 /// How far results of a network may move, in standard deviations; 0 is not at all.
 pub fn tolerance(network: &Network) -> f32 {
-    network.backend.tolerance(network.activations)
+    let of = |format: &Format| network.backend.tolerance(network.activations, *format);
+    network.formats().iter().map(of).fold(0.0, f32::max)
 }
 
 fn greedy() -> SamplingParams {
@@ -242,6 +247,7 @@ impl Verify<'_> {
             stop,
             sampling,
             prompt_logits: true,
+            marks: Vec::new(),
         }
     }
 
@@ -288,6 +294,10 @@ impl Verify<'_> {
         let check = Check {
             name: name.into(),
             fault,
+            distance: expected
+                .distances(found)
+                .map(|(_, error)| error)
+                .fold(0.0, f32::max),
             compared,
             time: start.elapsed(),
         };
@@ -497,6 +507,34 @@ impl Verify<'_> {
             .unwrap_or_default();
         (self.report)(Progress::Ran(&engine));
         self.compare("sampled sequences repeat by seed", start, &alone, &found);
+        Ok(())
+    }
+
+    /// Tokens guessed ahead, in a prompt that repeats itself: they are kept only if they are what plain decoding gives.
+    fn looked_up(&mut self) -> Result<(), Error> {
+        let start = Instant::now();
+        let half = self.prompt(21, self.options.prompt.div_ceil(2));
+        let prompt: Vec<TokenId> = half
+            .iter()
+            .chain(&half)
+            .copied()
+            .take(self.options.prompt)
+            .collect();
+        // Two tokens to choose from: guesses are now right, now wrong.
+        let sampling = SamplingParams {
+            logit_bias: half.iter().take(2).map(|token| (*token, 1e3)).collect(),
+            ..greedy()
+        };
+        let chunk = Chunk::AtMost(self.options.prompt);
+        let plain = self.run_alone(self.network, &prompt, chunk, sampling.clone())?;
+        let config = self.config(1).with_lookup(6);
+        let mut engine = Engine::new(self.network.clone(), config)?;
+        let id = engine.submit(self.request(&prompt, sampling))?;
+        let found = run(&mut engine, usize::MAX)?
+            .remove(&id)
+            .unwrap_or_default();
+        (self.report)(Progress::Ran(&engine));
+        self.compare("guessed ahead equals plain", start, &plain, &found);
         Ok(())
     }
 }

@@ -1,9 +1,11 @@
 //! What a device must be able to do.
 
 use crate::error::Result;
+use crate::format::Format;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
+    Likeliest, Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked,
+    SsdScan,
 };
 use crate::span::Ragged;
 use crate::tensor::{DType, HostTensor, Tensor};
@@ -31,8 +33,9 @@ pub trait Backend: Send + Sync {
     fn name(&self) -> &'static str;
 
     /// How far a row's results may move with the rows beside it and with the cuts of its sequence, in
-    /// standard deviations of a model's logits: 0 is not at all, to the bit.
-    fn tolerance(&self, _activations: DType) -> f32 {
+    /// standard deviations of a model's logits, where matrices are stored in `format`: 0 is not at all, to
+    /// the bit.
+    fn tolerance(&self, _activations: DType, _format: Format) -> f32 {
         0.0
     }
 
@@ -125,4 +128,6 @@ pub trait Backend: Send + Sync {
     fn expert_linear(&self, op: ExpertLinear<'_>) -> Result<()>;
     /// See [`Combine`].
     fn combine(&self, op: Combine<'_>) -> Result<()>;
+    /// See [`Likeliest`].
+    fn likeliest(&self, op: Likeliest<'_>) -> Result<()>;
 }

@@ -5,7 +5,8 @@ use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
+    Likeliest, Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked,
+    SsdScan,
     linear::{read_row, write_row},
 };
 use crate::random;
@@ -68,7 +69,7 @@ impl Backend for Reference {
         add: Add, scale: Scale, activate: Activate, conv1d: Conv1d, selective_scan: SelectiveScan,
         ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
-        combine: Combine,
+        combine: Combine, likeliest: Likeliest,
     }
 }
 

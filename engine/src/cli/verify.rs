@@ -162,7 +162,12 @@ impl Verify {
         if !json {
             let how = match tolerance(&network) {
                 0.0 => "bit for bit".into(),
-                t => format!("within {t:.0e} standard deviations of the logits"),
+                t => {
+                    let largest = checks.iter().map(|c| c.distance).fold(0.0, f32::max);
+                    format!(
+                        "within {t:.0e} standard deviations of the logits (the largest distance is {largest:.1e})"
+                    )
+                }
             };
             writeln!(io::stdout(), "all {} checks hold, {how}", checks.len())
                 .context("standard output")?;

@@ -27,6 +27,7 @@ mod gather;
 mod int8;
 mod kv_write;
 mod layer_norm;
+mod likeliest;
 mod limits;
 mod linear;
 mod mamba3_scan;
@@ -60,7 +61,8 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::ops::{
     Activate, Add, Attention, Combine, Conv1d, Embed, ExpertLinear, Gather, KvWrite, LayerNorm,
-    Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked, SsdScan,
+    Likeliest, Linear, Mamba3Scan, RmsNorm, Rope, Route, S4dScan, Scale, SelectiveScan, SsdChunked,
+    SsdScan,
 };
 use crate::reference;
 use crate::tensor::{DType, HostTensor, Tensor};
@@ -225,5 +227,6 @@ impl Backend for Cpu {
         mamba3_scan, do_mamba3_scan: Mamba3Scan, s4d_scan, do_s4d_scan: S4dScan, rope, do_rope: Rope,
         kv_write, do_kv_write: KvWrite, attention, do_attention: Attention, route, do_route: Route,
         expert_linear, do_expert_linear: ExpertLinear, combine, do_combine: Combine,
+        likeliest, do_likeliest: Likeliest,
     }
 }

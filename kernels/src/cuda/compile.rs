@@ -57,18 +57,24 @@ macro_rules! unit {
 const HOPPER: Option<&str> = Some("sm_90a");
 
 /// All files of kernels.
-pub const UNITS: [Unit; 21] = [
+pub const UNITS: [Unit; 23] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
     unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
     unit!("products.cu": "one_row_f32_2_1", "one_row_f32_1_1", "one_row_f32_1_2", "one_row_f32_1_4", "one_row_f16_2_1", "one_row_f16_1_1", "one_row_f16_1_2", "one_row_f16_1_4", "one_row_bf16_2_1", "one_row_bf16_1_1", "one_row_bf16_1_2", "one_row_bf16_1_4", "tiles_f32", "tiles_f16", "tiles_bf16"),
     unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
         "row_gated_4"),
+    unit!("row_blocks.cu": "row_q8_0", "row_q8_0_gated", "row_q6_k", "row_q6_k_gated", "row_q4_k",
+        "row_q4_k_gated"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
         "expert_tiles_f16", "expert_tiles_bf16", "sort_choices"),
     unit!("blocks_narrow.cu": "few_q8_0_1", "few_q8_0_4", "few_q8_0_8", "few_q8_0_chosen", "widen_q8_0", "few_q4_0_1", "few_q4_0_4", "few_q4_0_8", "few_q4_0_chosen", "widen_q4_0", "few_iq4_nl_1", "few_iq4_nl_4", "few_iq4_nl_8", "few_iq4_nl_chosen", "widen_iq4_nl", "round_blocks_32", "arrange"),
     unit!("blocks_fifths.cu": "few_q5_1_1", "few_q5_1_4", "few_q5_1_8", "few_q5_1_chosen", "widen_q5_1", "few_q5_0_1", "few_q5_0_4", "few_q5_0_8", "few_q5_0_chosen", "widen_q5_0", "few_q4_1_1", "few_q4_1_4", "few_q4_1_8", "few_q4_1_chosen", "widen_q4_1"),
     unit!("blocks_wide.cu": "few_q6_k_1", "few_q6_k_4", "few_q6_k_8", "few_q6_k_chosen", "widen_q6_k", "few_q5_k_1", "few_q5_k_4", "few_q5_k_8", "few_q5_k_chosen", "widen_q5_k", "few_q4_k_1", "few_q4_k_4", "few_q4_k_8", "few_q4_k_chosen", "widen_q4_k", "round_blocks_256"),
+    unit!("blocks_units.cu": "round_units_q8_0", "units_q8_0_1", "units_q8_0_2", "units_q8_0_4",
+        "units_q8_0_8", "round_units_q6_k", "units_q6_k_1", "units_q6_k_2", "units_q6_k_4",
+        "units_q6_k_8", "round_units_q4_k", "units_q4_k_1", "units_q4_k_2", "units_q4_k_4",
+        "units_q4_k_8"),
     unit!("blocks_rare.cu": "few_iq4_xs_1", "few_iq4_xs_4", "few_iq4_xs_8", "few_iq4_xs_chosen", "widen_iq4_xs", "few_q3_k_1", "few_q3_k_4", "few_q3_k_8", "few_q3_k_chosen", "widen_q3_k", "few_q2_k_1", "few_q2_k_4", "few_q2_k_8", "few_q2_k_chosen", "widen_q2_k"),
     unit!("conv1d.cu": "conv1d_step", "conv1d_rows", "conv1d_state"),
     unit!("selective_scan.cu": "selective_scan_1", "selective_scan_2", "selective_scan_4",
@@ -84,7 +90,7 @@ pub const UNITS: [Unit; 21] = [
     unit!("attention.cu": "rope", "kv_write", "attention", "attention_sum"),
     unit!("attention_units.cu": "attention_units_64", "attention_units_80", "attention_units_96",
         "attention_units_128"),
-    unit!("route.cu": "route"),
+    unit!("route.cu": "route", "likeliest"),
     unit!("expert_units.cu": "expert_units"),
     unit!("attention_hopper.cu" for HOPPER, "attention_hopper_64", "attention_hopper_80",
         "attention_hopper_96", "attention_hopper_128", "attention_hopper_192", "attention_hopper_256"),

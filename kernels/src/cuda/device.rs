@@ -61,8 +61,11 @@ const LARGE: [&str; 7] = [
     "route",
 ];
 /// The same, by how their names begin.
-const LARGE_KINDS: [&str; 7] = [
+const LARGE_KINDS: [&str; 10] = [
     "few_",
+    "row_q4",
+    "row_q6",
+    "row_q8",
     "ssd_chunked_",
     "ssd_prepare_",
     "ssd_segments_",

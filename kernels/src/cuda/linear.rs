@@ -5,6 +5,7 @@ use super::device::{Param, launch};
 use super::matmul::{Matmul, Shape, alignment};
 use super::{Rows, State, address, optional, rows};
 use crate::error::Result;
+use crate::format::Format;
 use crate::ops::Linear;
 use crate::tensor::{DType, Tensor};
 
@@ -42,10 +43,12 @@ unsafe impl Param for Product {}
 /// Rows that a product has just rounded: the next one may have the same.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Rounded {
-    from: Rows,
-    rows: usize,
-    cols: usize,
-    to: u64,
+    pub from: Rows,
+    pub rows: usize,
+    pub cols: usize,
+    pub to: u64,
+    /// Of the weights in blocks that they are for; none is BF16.
+    pub format: Option<Format>,
 }
 
 /// Whether rows of `w` are whole chunks of sixteen bytes.
@@ -66,7 +69,13 @@ impl State {
     pub fn linear(&mut self, op: Linear<'_>) -> Result<()> {
         let rounded = self.rounded.take();
         if op.w.format().dtype().is_none() {
+            if let Some(blocks) = self.block_row(&op) {
+                return self.row(&op, Some(blocks));
+            }
             self.flush()?;
+            if self.by_block_units(&op, rounded)? {
+                return Ok(());
+            }
             return self.linear_blocks(&op);
         }
         let (w, rows, k, n) = (op.w.data(), op.x.rows(), op.x.cols(), op.w.rows());
@@ -82,7 +91,7 @@ impl State {
         };
         let chunks = in_chunks(w, product.w);
         if State::is_row(&op, &product.x, chunks) {
-            return self.row(&op);
+            return self.row(&op, None);
         }
         self.flush()?;
         if rows == 1 && chunks && product.x.wide() {
@@ -140,6 +149,7 @@ impl State {
             rows: m,
             cols: k,
             to: x,
+            format: None,
         };
         if rounded != Some(of) {
             let wide = i32::from(product.x.wide());

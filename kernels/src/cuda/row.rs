@@ -1,10 +1,11 @@
-//! Products of one row in BF16, and what follows them in the same kernel while a step is recorded: a gate
+//! Products of one row, in BF16 or with weights in blocks, and what follows them in the same kernel while a step is recorded: a gate
 //! with its activation, a sum. All that the operations by themselves would write is written, in the same
 //! bits, so nobody needs to know who reads what.
 
 use super::device::{Param, launch};
 use super::{Rows, State, address, optional, rows};
 use crate::error::Result;
+use crate::format::Format;
 use crate::ops::{Activate, Add, Linear};
 use crate::tensor::DType;
 
@@ -23,32 +24,46 @@ const GATED_OUTPUTS: [usize; 4] = [8, 8, 4, 2];
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct RowProduct {
-    x: Rows,
-    w: u64,
-    bias: u64,
-    y: Rows,
-    k: i32,
-    n: i32,
-    after: i32,
-    other: Rows,
-    z: Rows,
-    gate: u64,
-    gate_bias: u64,
-    gate_y: Rows,
-    act: i32,
+    pub x: Rows,
+    pub w: u64,
+    pub bias: u64,
+    pub y: Rows,
+    pub k: i32,
+    pub n: i32,
+    pub after: i32,
+    pub other: Rows,
+    pub z: Rows,
+    pub gate: u64,
+    pub gate_bias: u64,
+    pub gate_y: Rows,
+    pub act: i32,
 }
 
 // SAFETY: laid out as there.
 unsafe impl Param for RowProduct {}
+
+/// Where the weights of a product are in blocks: how, and how many of them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Blocks {
+    pub format: Format,
+    pub count: i64,
+}
+
+/// A product and the form of its weights, which are BF16 if they are not in blocks.
+#[derive(Clone, Copy)]
+pub(super) struct OneRow {
+    product: RowProduct,
+    blocks: Option<Blocks>,
+}
 
 /// Products that wait for what follows them; none outside a recording.
 #[derive(Default)]
 pub(super) enum Waiting {
     #[default]
     None,
-    One(RowProduct),
-    /// Of one row with two matrices of one shape.
-    Two(RowProduct, RowProduct),
+    One(OneRow),
+    /// Of one row with two matrices of one shape and form.
+    Two(OneRow, OneRow),
 }
 
 /// Whether `n` floats from `a` on and `m` from `b` on have one in common.
@@ -71,6 +86,12 @@ impl RowProduct {
     }
 }
 
+impl OneRow {
+    fn goes_with(&self, other: &OneRow) -> bool {
+        self.blocks == other.blocks && self.product.goes_with(&other.product)
+    }
+}
+
 impl State {
     /// Whether a product is for these kernels.
     pub fn is_row(op: &Linear<'_>, x: &Rows, chunks: bool) -> bool {
@@ -82,7 +103,8 @@ impl State {
             && op.x.cols() <= LONGEST
     }
 
-    pub fn row(&mut self, op: &Linear<'_>) -> Result<()> {
+    /// A product of one row, now or with what follows it.
+    pub fn row(&mut self, op: &Linear<'_>, blocks: Option<Blocks>) -> Result<()> {
         let none = Rows::optional(None)?;
         let product = RowProduct {
             x: Rows::of(op.x)?,
@@ -99,6 +121,7 @@ impl State {
             gate_y: none,
             act: 0,
         };
+        let product = OneRow { product, blocks };
         if !self.device.records() {
             return self.start_row(&product);
         }
@@ -131,7 +154,11 @@ impl State {
         }
     }
 
-    fn start_row(&mut self, product: &RowProduct) -> Result<()> {
+    fn start_row(&mut self, row: &OneRow) -> Result<()> {
+        let product = &row.product;
+        if let Some(blocks) = row.blocks {
+            return self.start_block_row(product, blocks);
+        }
         let (split, blocks) = self.split(product.n as usize);
         let shared = 2 * product.k as usize;
         launch!(self, PLAIN[split], (blocks, 1, 1), THREADS, shared; *product)
@@ -139,9 +166,10 @@ impl State {
 
     /// Does a sum with the product that waits for it; false if none does.
     pub fn added(&mut self, op: &Add<'_>) -> Result<bool> {
-        let Waiting::One(mut product) = self.waiting else {
+        let Waiting::One(mut row) = self.waiting else {
             return Ok(false);
         };
+        let product = &mut row.product;
         let (a, b, z) = (Rows::of(op.a)?, Rows::of(op.b)?, Rows::of(op.y)?);
         let y = product.y.pointer;
         let other = if a.pointer == y { b } else { a };
@@ -155,7 +183,7 @@ impl State {
         }
         self.waiting = Waiting::None;
         (product.after, product.other, product.z) = (1, other, z);
-        self.start_row(&product)?;
+        self.start_row(&row)?;
         Ok(true)
     }
 
@@ -164,6 +192,7 @@ impl State {
         let Waiting::Two(gate, up) = self.waiting else {
             return Ok(false);
         };
+        let (gate, up, blocks) = (gate.product, up.product, up.blocks);
         let (x, g, z) = (Rows::of(op.x)?, Rows::optional(op.gate)?, Rows::of(op.y)?);
         let mine = x.pointer == up.y.pointer && g.pointer == gate.y.pointer;
         let whole = op.y.rows() == 1 && op.y.cols() == up.n as usize;
@@ -179,6 +208,10 @@ impl State {
             act: rows::activation(op.act),
             ..up
         };
+        if let Some(blocks) = blocks {
+            self.start_block_row(&both, blocks)?;
+            return Ok(true);
+        }
         let (split, _) = self.split(up.n as usize);
         let blocks = (up.n as usize).div_ceil(GATED_OUTPUTS[split]);
         launch!(self, GATED[split], (blocks, 1, 1), THREADS, 2 * up.k as usize; both)?;

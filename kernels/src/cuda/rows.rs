@@ -4,7 +4,8 @@ use super::device::{Param, launch};
 use super::{Rows, State, address, code, optional};
 use crate::error::{Error, Result};
 use crate::ops::{
-    Activate, Activation, Add, Combine, Embed, Gather, LayerNorm, RmsNorm, Route, Scale, Score,
+    Activate, Activation, Add, Combine, Embed, Gather, LayerNorm, Likeliest, RmsNorm, Route, Scale,
+    Score,
 };
 use crate::tensor::Tensor;
 
@@ -154,6 +155,11 @@ impl State {
         let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
         let rows = self.lists.send_numbers(op.rows.iter().map(|r| *r as u32))?;
         launch!(self, "gather", grid(op.rows.len(), cols), 256, 0; x, rows, y, cols as i32)
+    }
+
+    pub fn likeliest(&mut self, op: Likeliest<'_>) -> Result<()> {
+        let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
+        launch!(self, "likeliest", (op.x.rows(), 1, 1), 1024, 0; x, op.by, y, cols as i32)
     }
 
     pub fn combine(&mut self, op: Combine<'_>) -> Result<()> {

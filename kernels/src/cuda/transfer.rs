@@ -66,7 +66,8 @@ impl State {
         if to.is_empty() {
             return Ok(());
         }
-        let source = if from.dtype() == DType::F32 && from.is_contiguous() {
+        let numbers = matches!(from.dtype(), DType::F32 | DType::I32);
+        let source = if numbers && from.is_contiguous() {
             address(from)?
         } else {
             let room = self.scratch(4 * to.len())?;
@@ -77,6 +78,8 @@ impl State {
             )?;
             room
         };
+        // Whole numbers come as they are and are widened here.
+        let whole = numbers && from.is_contiguous() && from.dtype() == DType::I32;
         let most = self.staging.bytes / 4;
         for (i, to) in to.chunks_mut(most).enumerate() {
             // SAFETY: as many elements lie there, and the staging memory holds them; they have arrived
@@ -88,7 +91,12 @@ impl State {
                 result::memcpy_dtoh_async(room, pointer, self.device.stream)
                     .map_err(failed("reading"))?;
                 self.device.synchronize()?;
-                to.copy_from_slice(room);
+                if whole {
+                    let widened = room.iter().map(|bits| bits.to_bits().cast_signed() as f32);
+                    to.iter_mut().zip(widened).for_each(|(to, n)| *to = n);
+                } else {
+                    to.copy_from_slice(room);
+                }
             }
         }
         Ok(())

@@ -106,3 +106,43 @@ KERNEL __launch_bounds__(32) route(ARGS(Route) p) {
     }
     for (int k = lane; k < p.top_k; k += 32) weights[k] = weight(k) / total * p.scale;
 }
+
+// y[t] = the first i with the largest x[t, i] · by; -1 where one is NaN or the largest is not finite.
+KERNEL __launch_bounds__(1024) likeliest(In x, float by, Rows<int> y, int cols) {
+    BEGIN();
+    __shared__ float tops[32];
+    __shared__ int places[32];
+    const float* from = x.row(blockIdx.x);
+    const float lowest = __uint_as_float(0xff800000u);
+    float top = lowest;
+    int place = 0x7fffffff, nan = 0;
+    // A thread's own come in order: only a larger one takes the place.
+    auto look = [&](float v, int i) {
+        v = __fmul_rn(v, by);
+        nan |= v != v;
+        if (v > top) top = v, place = i;
+    };
+    if (is_wide(from, 0, 0)) {
+#pragma unroll 4
+        for (int c = 4 * threadIdx.x; c + 3 < cols; c += 4096) {
+            float4 v = *(const float4*)(from + c);
+            look(v.x, c), look(v.y, c + 1), look(v.z, c + 2), look(v.w, c + 3);
+        }
+        int c = (cols & ~3) + threadIdx.x;
+        if (c < cols) look(from[c], c);
+    } else {
+        for (int c = threadIdx.x; c < cols; c += 1024) look(from[c], c);
+    }
+    auto join = [&](float v, int i) {
+        if (v > top || (v == top && i < place)) top = v, place = i;
+    };
+#pragma unroll
+    for (int o = 16; o; o >>= 1) join(__shfl_xor_sync(FULL, top, o), __shfl_xor_sync(FULL, place, o));
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, places[threadIdx.x / 32] = place;
+    nan = __syncthreads_or(nan);
+    if (threadIdx.x >= 32) return;
+    top = tops[threadIdx.x], place = places[threadIdx.x];
+#pragma unroll
+    for (int o = 16; o; o >>= 1) join(__shfl_xor_sync(FULL, top, o), __shfl_xor_sync(FULL, place, o));
+    if (threadIdx.x == 0) y.row(blockIdx.x)[0] = nan || !(fabsf(top) < __uint_as_float(0x7f800000u)) ? -1 : place;
+}
