@@ -5,7 +5,7 @@
 //! sampler chooses (prompt lookup, a form of speculative decoding). As rows do not depend on the rows beside them,
 //! the tokens are those of plain decoding, drawn with the same random numbers; a wrong guess costs time only.
 //!
-//! **Where a guess is looked for.** For n-grams of each of [`GRAMS`] a table of hashes holds where it stood last; the
+//! **Where a guess is looked for.** For n-grams of each of `GRAMS` a table of hashes holds where it stood last; the
 //! longest that is found is taken. Tables hold positions only, so a find is compared with the tokens. Indexing a
 //! token costs as many writes as there are tables.
 //!
@@ -49,7 +49,7 @@ pub struct Guessed {
 pub struct Lookup {
     /// Most tokens of a guess.
     most: usize,
-    /// For each of [`GRAMS`], by hash: how many tokens stood before the end of the n-gram; 0 for none.
+    /// For each of `GRAMS`, by hash: how many tokens stood before the end of the n-gram; 0 for none.
     tables: [Vec<u32>; GRAMS.len()],
     /// How many tokens are in the tables.
     indexed: usize,

@@ -90,7 +90,12 @@ impl LookingUp {
     /// The config with guesses; says what a device makes of them.
     pub fn config(&self, config: EngineConfig, model: &Model, terminal: &Terminal) -> EngineConfig {
         let network = &model.network;
-        if self.lookup > 0 && network.backend.tolerance(network.activations, strata_kernels::Format::F32) > 0.0 {
+        if self.lookup > 0
+            && network
+                .backend
+                .tolerance(network.activations, strata_kernels::Format::F32)
+                > 0.0
+        {
             terminal.note(
                 "--lookup: on this device sums depend on the rows beside them, so that of two tokens nearly as likely it may choose another than without",
             );

@@ -6,7 +6,7 @@
 //! since the pages of a longer state hold those of its beginnings.
 //!
 //! What is kept is a [`Policy`]. When the bytes are too many, the state goes whose loss costs least: see
-//! [`Cache::victim`]. The engine does the rest ([`Engine::keep_states`](crate::session::Engine::keep_states)).
+//! `Cache::victim`. The engine does the rest ([`Engine::keep_states`](crate::session::Engine::keep_states)).
 
 mod policy;
 mod tree;

@@ -228,7 +228,7 @@ impl State {
             return launch!(self, kernel, grid, 256, 0; scan);
         }
         let grid = (inner.div_ceil(SELECTIVE_CHANNELS), spans, 1);
-        launch!(self, kernel, grid, 16 * SELECTIVE_CHANNELS, 0; scan)
+        launch!(self, kernel, grid, 12 * SELECTIVE_CHANNELS, 0; scan)
     }
 
     pub fn ssd_scan(&mut self, op: SsdScan<'_>) -> Result<()> {

@@ -15,25 +15,26 @@ struct SelectiveScan {
 
 // Channels of a block: few, so that blocks share the processors evenly.
 #define A_BLOCK 8
-#define THREADS (8 * A_BLOCK) // that go on with states; as many prepare and finish
+#define SCANNING (4 * A_BLOCK) // threads that go on with states, two channels each
+#define MOVING (8 * A_BLOCK)   // threads that prepare and finish
 
-// Where the eight parts of a channel's output stand, of a token: so that neither writers nor readers meet.
+// Where the eight parts of a channel's output stand, of a token: so that writers do not meet.
 #define PARTS (9 * A_BLOCK)
-__device__ __forceinline__ int part_of(int channel) { return 8 * channel + channel / 4 * 4; }
+__device__ __forceinline__ int part_of(int channel) { return 8 * channel + channel / 4 * 8; }
 
-// Tiles of tokens go by. Half of a block takes the states through one; the other half meanwhile makes the step sizes
-// of the next, asks for inputs of the one after that, and sums and writes the outputs of the one before.
+// Tiles of tokens go by. Some threads of a block take the states through one; the others meanwhile make the step sizes
+// of the next, ask for inputs of the one after that, and sum and write the outputs of the one before.
 template <int S, bool SHARED>
 __device__ __forceinline__ void scan(const SelectiveScan& p) {
+    const int GROUP = SHARED ? 8 : 4;
     const int N = 8 * S, TOKENS = S <= 4 ? 32 : 16; // a thread has four channels of one
     __shared__ __align__(16) float bs[3][SHARED ? TOKENS : 1][N], cs[3][SHARED ? TOKENS : 1][N];
     __shared__ __align__(16) float parts[2][TOKENS][PARTS];
-    __shared__ __align__(16) float2 steps[2][TOKENS][A_BLOCK]; // step size, and that times x
+    __shared__ __align__(16) float2 steps[2][TOKENS][A_BLOCK + 2]; // step size, and that times x
     const Span span = p.spans[blockIdx.y];
-    const bool scans = threadIdx.x < THREADS;
-    const int tid = threadIdx.x % THREADS, lane = tid % 8, ch = tid / 8;
-    const int c0 = blockIdx.x * A_BLOCK, channel = c0 + ch;
-    const bool here = channel < p.inner;
+    const bool scans = threadIdx.x < SCANNING;
+    const int tid = scans ? threadIdx.x : threadIdx.x - SCANNING, lane = tid % 8, ch = tid / 8 * 2;
+    const int c0 = blockIdx.x * A_BLOCK;
     const int my_t = tid / (A_BLOCK / 4), my_c = tid % (A_BLOCK / 4) * 4;
     const bool wide = is_wide(p.x.p, p.x.stride, p.inner) && is_wide(p.dt.p, p.dt.stride, p.inner) &&
                       is_wide(p.y.p, p.y.stride, p.inner) && (!p.z.p || is_wide(p.z.p, p.z.stride, p.inner));
@@ -51,7 +52,7 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
     auto stage = [&](int tile) {
         if (!SHARED) return;
         const int to = tile % 3;
-        for (int i = tid; i < TOKENS * N / 4; i += THREADS) {
+        for (int i = tid; i < TOKENS * N / 4; i += MOVING) {
             int r = i / (N / 4), n = i % (N / 4) * 4, t = tile * TOKENS + r;
             bool in = t < span.len;
             i64 of = span.start + (in ? t : 0);
@@ -62,16 +63,20 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
     };
 
     float* state = p.state + span.slot * p.state_stride;
-    float h[S], a[S];
+    float h[2][S], a[2][S];
+    int group[2];
 #pragma unroll
-    for (int s = 0; s < S; s++) {
-        int n = state_of<S>(lane, s);
-        bool in = here && n < p.states;
-        in = in && scans;
-        h[s] = in ? state[(i64)n * p.inner + channel] : 0.0f;
-        a[s] = in ? p.a.row(n)[channel] * LOG2E : 0.0f;
+    for (int i = 0; i < 2; i++) {
+        const int channel = c0 + ch + i;
+        group[i] = min(channel, p.inner - 1) / p.group_width * p.states;
+#pragma unroll
+        for (int s = 0; s < S; s++) {
+            int n = state_of<S>(lane, s);
+            bool in = scans && channel < p.inner && n < p.states;
+            h[i][s] = in ? state[(i64)n * p.inner + channel] : 0.0f;
+            a[i][s] = in ? p.a.row(n)[channel] * LOG2E : 0.0f;
+        }
     }
-    const int group = here ? channel / p.group_width * p.states : 0;
 
     float bias[4], skip[4];
 #pragma unroll
@@ -84,35 +89,55 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
     auto prepare = [&](int tile, float4 x, float4 dt) {
         if (TOKENS < 32 && my_t >= TOKENS) return;
         const float xs[4] = {x.x, x.y, x.z, x.w}, ds[4] = {dt.x, dt.y, dt.z, dt.w};
+        float delta[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            float delta = softplus(ds[e] + bias[e]);
-            if (tile * TOKENS + my_t >= span.len) delta = 0.0f;
-            steps[tile & 1][my_t][my_c + e] = make_float2(delta, delta * xs[e]);
+            delta[e] = softplus(ds[e] + bias[e]);
+            if (tile * TOKENS + my_t >= span.len) delta[e] = 0.0f;
         }
+        float4* to = (float4*)&steps[tile & 1][my_t][my_c];
+        to[0] = make_float4(delta[0], delta[0] * xs[0], delta[1], delta[1] * xs[1]);
+        to[1] = make_float4(delta[2], delta[2] * xs[2], delta[3], delta[3] * xs[3]);
     };
-    auto one = [&](int tile, int t) {
-        float b[S], c[S];
-        if (SHARED) {
-            take<S>(bs[tile % 3][t], lane, b);
-            take<S>(cs[tile % 3][t], lane, c);
-        } else {
-            i64 row = span.start + min(tile * TOKENS + t, span.len - 1);
+    // Tokens from `t0` on. Their sums are stored when all are there: loads do not pass stores.
+    auto some = [&](int tile, int t0) {
+        float sums[GROUP][2];
 #pragma unroll
-            for (int s = 0; s < S; s++) {
-                int n = state_of<S>(lane, s);
-                b[s] = n < p.states ? p.b.row(row)[group + n] : 0.0f;
-                c[s] = n < p.states ? p.c.row(row)[group + n] : 0.0f;
+        for (int j = 0; j < GROUP; j++) {
+            const int t = t0 + j;
+            float b[2][S], c[2][S];
+            if (SHARED) {
+                take<S>(bs[tile % 3][t], lane, b[0]);
+                take<S>(cs[tile % 3][t], lane, c[0]);
+            } else {
+                i64 row = span.start + min(tile * TOKENS + t, span.len - 1);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int s = 0; s < S; s++) {
+                        int n = state_of<S>(lane, s);
+                        b[i][s] = n < p.states ? p.b.row(row)[group[i] + n] : 0.0f;
+                        c[i][s] = n < p.states ? p.c.row(row)[group[i] + n] : 0.0f;
+                    }
+            }
+            const float4 both = *(const float4*)&steps[tile & 1][t][ch];
+            const float delta[2] = {both.x, both.z}, u[2] = {both.y, both.w};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int of = SHARED ? 0 : i;
+                float sum = 0.0f;
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    h[i][s] = fmaf(exp2_fast(delta[i] * a[i][s]), h[i][s], u[i] * b[of][s]);
+                    sum = fmaf(c[of][s], h[i][s], sum);
+                }
+                sums[j][i] = sum;
             }
         }
-        const float2 step = steps[tile & 1][t][ch];
-        float sum = 0.0f;
 #pragma unroll
-        for (int s = 0; s < S; s++) {
-            h[s] = fmaf(exp2_fast(step.x * a[s]), h[s], step.y * b[s]);
-            sum = fmaf(c[s], h[s], sum);
-        }
-        parts[tile & 1][t][part_of(ch) + lane] = sum;
+        for (int j = 0; j < GROUP; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) parts[tile & 1][t0 + j][part_of(ch + i) + lane] = sums[j][i];
     };
     // In the order of `sum_parts`.
     auto finish = [&](int tile, float4 x, float4 z) {
@@ -145,20 +170,17 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
         for (int tile = 0; tile < tiles; tile++) {
             const int left = span.len - tile * TOKENS;
             __syncthreads();
-            if (left > 8) {
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++) one(tile, t);
-            } else {
 #pragma unroll 1
-                for (int t = 0; t < left; t++) one(tile, t);
-            }
+            for (int t = 0; t < min(left, TOKENS); t += GROUP) some(tile, t);
         }
         __syncthreads();
 #pragma unroll
-        for (int s = 0; s < S; s++) {
-            int n = state_of<S>(lane, s);
-            if (here && n < p.states) state[(i64)n * p.inner + channel] = h[s];
-        }
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+                int n = state_of<S>(lane, s), channel = c0 + ch + i;
+                if (channel < p.inner && n < p.states) state[(i64)n * p.inner + channel] = h[i][s];
+            }
         return;
     }
     const float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -185,13 +207,13 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
 }
 
 #define OF_STATES(S) \
-    KERNEL __launch_bounds__(2 * THREADS, 5) selective_scan_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, true>(p); }
+    KERNEL __launch_bounds__(SCANNING + MOVING, 5) selective_scan_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, true>(p); }
 OF_STATES(1)
 OF_STATES(2)
 OF_STATES(4)
 OF_STATES(8)
 #define OF_GROUPS(S) \
-    KERNEL __launch_bounds__(2 * THREADS, 5) selective_scan_groups_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, false>(p); }
+    KERNEL __launch_bounds__(SCANNING + MOVING, 5) selective_scan_groups_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, false>(p); }
 OF_GROUPS(1)
 OF_GROUPS(2)
 OF_GROUPS(4)
