@@ -18,8 +18,8 @@ const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_90", "sm_100", "sm_120"];
 
 /// Most registers of a thread: two blocks of 128 threads and more share a processor.
 const REGISTERS: usize = 192;
-/// Kernels that keep queries and sums in registers, two blocks a processor, may use all there are.
-const FULL: (&str, usize) = ("attention_units_", 255);
+/// Kernels that keep queries, or weights on their way, and sums in registers may use all there are.
+const FULL: ([&str; 2], usize) = (["attention_units_", "units_"], 255);
 
 /// What the compiler says of a kernel.
 #[derive(Debug, PartialEq)]
@@ -75,7 +75,7 @@ fn faults_of(unit: &Unit, architecture: &str) -> Vec<String> {
     }
     for u in &used {
         assert!(u.registers > 0, "{}: {}", u.kernel, compiled.log);
-        let most = if u.kernel.starts_with(FULL.0) {
+        let most = if FULL.0.iter().any(|kind| u.kernel.starts_with(kind)) {
             FULL.1
         } else {
             REGISTERS

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use strata::load::{LoadOptions, Silent, load};
 use strata::random_weights::RandomWeights;
 use strata::runner::{Network, Point};
-use strata::session::{Engine, EngineConfig, Request};
+use strata::sampler::SamplingParams;
+use strata::session::{Engine, EngineConfig, Output, Request};
 use strata::verify::{VerifyOptions, verify};
 use strata_kernels::reference::Reference;
 use strata_kernels::{Backend, DType};
@@ -231,4 +232,68 @@ fn the_watched_stream_depends_on_no_chunk_and_no_neighbour() {
             "{name}: chunked"
         );
     }
+}
+
+/// What sequences with these parameters generate, each token by the number of its sequence; or the first error.
+fn generated(std: f64, sampling: &[SamplingParams], seen: bool) -> Result<Vec<Vec<u32>>, String> {
+    let plan = hybrid();
+    let graph = Graph::lower(&plan, "plan").unwrap();
+    let backend: Arc<dyn Backend> = Arc::new(Reference);
+    let weights = RandomWeights::new(3, std, DType::F32, backend.clone());
+    let network = Arc::new(Network::build(graph, &weights, backend, DType::F32).unwrap());
+    let config = EngineConfig::new(64, sampling.len(), DType::F32);
+    let mut engine = Engine::new(network, config).unwrap();
+    let mut ids = Vec::new();
+    for (i, sampling) in sampling.iter().enumerate() {
+        let request = Request {
+            prompt: (0..3 + i % 4).map(|t| ((t * 5 + i) % 37) as u32).collect(),
+            max_tokens: 6,
+            sampling: sampling.clone(),
+            ..Request::default()
+        };
+        ids.push(engine.submit(request).unwrap());
+    }
+    let mut tokens = vec![Vec::new(); ids.len()];
+    loop {
+        let more = match seen {
+            true => engine.step(&mut |_, _, _| {}),
+            false => engine.advance(),
+        };
+        if !more.map_err(|e| e.to_string())? {
+            return Ok(tokens);
+        }
+        for output in engine.outputs() {
+            if let Output::Token { id, sampled } = output {
+                let at = ids.iter().position(|i| i == id).unwrap();
+                tokens[at].push(sampled.token);
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_are_the_same_whether_logits_are_seen_or_not() {
+    let greedy = SamplingParams::greedy();
+    let first = SamplingParams {
+        top_k: 1,
+        ..SamplingParams::default()
+    };
+    let drawn = SamplingParams {
+        seed: 4,
+        ..SamplingParams::default()
+    };
+    // More sequences than rows of logits are computed at a time.
+    let many = vec![greedy.clone(); 35];
+    for sampling in [
+        many,
+        vec![greedy.clone(), first, drawn],
+        vec![greedy.clone()],
+    ] {
+        let found = generated(0.3, &sampling, false).unwrap();
+        assert!(found.iter().all(|tokens| tokens.len() == 6));
+        assert_eq!(found, generated(0.3, &sampling, true).unwrap());
+    }
+    // Logits that no token can be taken from are told of in the same words.
+    let bad = generated(f64::NAN, std::slice::from_ref(&greedy), false).unwrap_err();
+    assert_eq!(bad, generated(f64::NAN, &[greedy], true).unwrap_err());
 }

@@ -1,7 +1,8 @@
 //! Weights in blocks. Uploaded, the blocks of a matrix are laid out by fields, so that what neighbouring
 //! threads read is side by side and aligned; the bytes stay as many.
 //!
-//! With BF16 activations inputs become 8-bit integers, as [`rounded`](crate::rounded) has it. Up to
+//! With BF16 activations inputs become 8-bit integers, as [`rounded`](crate::rounded) has it. Where
+//! [`row_blocks`](super::row_blocks) and [`block_units`](super::block_units) have kernels, those multiply. Else up to
 //! eight rows are multiplied straight from the blocks, by integer products; blocks are summed in another
 //! order than there. More rows go through matrix units: both sides are widened and rounded to BF16, the
 //! inputs after their rounding to integers, so that one row and many see the same inputs but for half a
