@@ -114,6 +114,10 @@ head: {norm: {eps: 1.0e-6}, tie: true}
 ";
 
 fn engine(dtype: DType, sequences: usize, chunk: usize) -> Engine {
+    engine_with(dtype, sequences, chunk, 0)
+}
+
+fn engine_with(dtype: DType, sequences: usize, chunk: usize, lookup: usize) -> Engine {
     let plan = Plan::parse(PLAN, "plan").unwrap();
     let graph = Graph::lower(&plan, "plan").unwrap();
     let backend = Arc::new(Cpu::new(CpuOptions {
@@ -122,7 +126,9 @@ fn engine(dtype: DType, sequences: usize, chunk: usize) -> Engine {
     }));
     let weights = RandomWeights::new(5, plan.init_std, dtype, backend.clone());
     let network = Arc::new(Network::build(graph, &weights, backend, dtype).unwrap());
-    let config = EngineConfig::new(1024, sequences, dtype).with_chunk(chunk);
+    let config = EngineConfig::new(1024, sequences, dtype)
+        .with_chunk(chunk)
+        .with_lookup(lookup);
     Engine::new(network, config).unwrap()
 }
 
@@ -174,6 +180,28 @@ fn warm_steps_allocate_nothing() {
                 (0..60).for_each(|_| step(&mut engine));
                 let what = format!("{dtype}, {sequences} sequences, {how}");
                 check(&what, &mut engine, 100, &mut faults);
+            }
+        }
+        // Tokens guessed ahead, among three that are chosen from: some right, some wrong.
+        let few = SamplingParams {
+            logit_bias: (0..3).map(|token| (token, 1e3)).collect(),
+            frequency_penalty: 0.5,
+            ..SamplingParams::greedy()
+        };
+        for sequences in [1, 3] {
+            let mut engine = engine_with(dtype, sequences, 16, 6);
+            let ids: Vec<SeqId> = (0..sequences)
+                .map(|i| submit(&mut engine, 5 + i, &few))
+                .collect();
+            (0..70).for_each(|_| step(&mut engine));
+            let what = format!("{dtype}, {sequences} sequences that guess");
+            check(&what, &mut engine, 20, &mut faults);
+            for id in ids {
+                let guessed = engine.guessed(id);
+                assert!(
+                    guessed.right > 0 && guessed.right < guessed.tokens,
+                    "{what}: {guessed:?}"
+                );
             }
         }
         // One prompt alone, and one beside sequences that decode; each after one of its like, since

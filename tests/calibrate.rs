@@ -16,6 +16,8 @@ use strata_converters::write::Quiet;
 use strata_kernels::DType;
 use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_layers::{Graph, Plan};
+use strata_tests::models::logits;
+use strata_tests::{Folder, command, finish};
 
 const PLAN: &str = "\
 plan: 1
@@ -200,24 +202,6 @@ fn cost(plain: &Model, quantised: &Model, tokens: &[u32]) -> (f64, f64, f64) {
     (compared.kl.mean, perplexity, compared.agreement.mean)
 }
 
-fn logits(model: &Model) -> Vec<f32> {
-    let mut engine =
-        Engine::new(model.network.clone(), EngineConfig::new(64, 1, DType::F32)).unwrap();
-    engine
-        .submit(Request {
-            prompt: (3..40).collect(),
-            prompt_logits: true,
-            ..Request::default()
-        })
-        .unwrap();
-    let mut rows = Vec::new();
-    while engine
-        .step(&mut |_, _, l| rows.extend_from_slice(l))
-        .unwrap()
-    {}
-    rows
-}
-
 #[test]
 fn a_calibrated_model_is_nearer_to_the_one_it_is_made_from() {
     let room = Room::new("calibrate-kl");
@@ -270,7 +254,8 @@ fn a_saved_matrix_does_what_its_text_did_and_a_gguf_file_holds_the_same_blocks()
     let text = room.file("text.txt", halves().0.as_bytes());
     let saved = room.0.join("importance.safetensors");
     let first = model(&options(Some("q4_k_m"), Some(&text), Some(saved.clone())));
-    let expected = logits(&first);
+    let tokens: Vec<u32> = (3..40).collect();
+    let expected = logits(&first, &tokens);
     let again = room.0.join("again.safetensors");
     let one = LoadOptions {
         threads: Some(1),
@@ -279,8 +264,8 @@ fn a_saved_matrix_does_what_its_text_did_and_a_gguf_file_holds_the_same_blocks()
     model(&one);
     assert!(std::fs::read(&saved).unwrap() == std::fs::read(&again).unwrap());
     let read = model(&options(Some("q4_k_m"), Some(&saved), None));
-    assert!(logits(&read) == expected);
-    assert!(logits(&model(&options(Some("q4_k_m"), None, None))) != expected);
+    assert!(logits(&read, &tokens) == expected);
+    assert!(logits(&model(&options(Some("q4_k_m"), None, None)), &tokens) != expected);
 
     for (calibrate, name) in [(&text, "a.gguf"), (&saved, "b.gguf")] {
         let file = room.0.join(name);
@@ -300,8 +285,36 @@ fn a_saved_matrix_does_what_its_text_did_and_a_gguf_file_holds_the_same_blocks()
             model: Some(file.display().to_string()),
             ..options(None, None, None)
         };
-        assert!(logits(&model(&written)) == expected, "{name}");
+        assert!(logits(&model(&written), &tokens) == expected, "{name}");
     }
+}
+
+/// A text from standard input is the text of a file.
+#[test]
+fn a_text_may_come_from_standard_input() {
+    let folder = Folder::new("calibrate-stdin");
+    let (text, _) = halves();
+    folder.write("text.txt", &text);
+    let mut saved = Vec::new();
+    for (from, input) in [("text.txt", ""), ("-", text.as_str())] {
+        let args = [
+            "convert",
+            "demo",
+            "a.gguf",
+            "--quantize",
+            "q4_0",
+            "--force",
+            "--calibrate",
+            from,
+            "--save-importance",
+            "a.safetensors",
+        ];
+        let done = finish(command(&args, &folder.0), input.as_bytes());
+        assert_eq!(done.status, 0, "{done:?}");
+        saved.push(std::fs::read(folder.0.join("a.safetensors")).unwrap());
+        std::fs::remove_file(folder.0.join("a.safetensors")).unwrap();
+    }
+    assert!(saved[0] == saved[1]);
 }
 
 fn refused(options: &LoadOptions) -> String {

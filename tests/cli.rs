@@ -1306,6 +1306,249 @@ fn inspect_bench_and_verify_tell_scripts_what_they_found() {
 }
 
 #[test]
+fn threads_are_those_that_the_process_may_use() {
+    let folder = Folder::new("threads");
+    let allowed = fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = allowed
+        .lines()
+        .find_map(|l| l.strip_prefix("Cpus_allowed_list:"))
+        .unwrap();
+    let first = allowed.trim().split([',', '-']).next().unwrap();
+    let bench = [
+        "bench",
+        "--prompt",
+        "2",
+        "--generate",
+        "1",
+        "--repeat",
+        "1",
+        "--json",
+    ];
+    let threads = |words: &[&str]| {
+        let mut command = Command::new("taskset");
+        command
+            .args(["-c", first])
+            .arg(strata())
+            .args(bench)
+            .args(words);
+        command
+            .current_dir(&folder.0)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        object(&finish(command, b""))["threads"].clone()
+    };
+    assert_eq!(threads(&[]), json!(1), "one processor, one thread");
+    assert_eq!(
+        threads(&["--threads", "3"]),
+        json!(3),
+        "as many as are asked for"
+    );
+}
+
+#[test]
+fn guesses_are_counted_and_change_no_token() {
+    let folder = Folder::new("lookup");
+    let page = fs::read_to_string(root().join("model-cards/demo/sample.md")).unwrap();
+    let file = folder.write(
+        "p.txt",
+        format!("{page}\n\nQ: Where does Mara Tolvin live?\nA:"),
+    );
+    let args = |more: &'static [&'static str]| {
+        let fixed = [
+            "generate",
+            "--prompt-file",
+            &file,
+            "--ignore-eos",
+            "--max-tokens",
+            "90",
+            "--json",
+        ];
+        let words: Vec<&str> = fixed.iter().copied().chain(more.iter().copied()).collect();
+        object(&run(&words, &folder.0))
+    };
+    let plain = args(&[]);
+    let guessed = args(&["--lookup", "16"]);
+    assert_eq!(plain["token_ids"], guessed["token_ids"]);
+    assert_eq!(plain.get("lookup"), None);
+    assert_eq!(
+        keys(&guessed["lookup"]),
+        ["most", "guessed_tokens", "right_tokens", "steps"]
+    );
+    let count = |key: &str| guessed["lookup"][key].as_u64().unwrap();
+    assert!(
+        count("right_tokens") > 10 && count("right_tokens") < count("guessed_tokens"),
+        "{guessed}"
+    );
+    assert!(count("steps") > 2, "{guessed}");
+    let mut chat = command(&["chat", "--lookup", "8", "--json"], &folder.0);
+    chat.arg("--document")
+        .arg(root().join("model-cards/demo/sample.md"));
+    let done = finish(chat, b"What is the favourite dish of Ines Quill?\n/stats\n");
+    assert_eq!(object(&done)["lookup"]["most"], json!(8), "{done:?}");
+    assert!(done.err.contains("guessed tokens were right"), "{done:?}");
+    let rows: &[Row<'_>] = &[
+        (&["generate", "--lookup", "257", "--prompt", "a"], 2, "257"),
+        (
+            &["generate", "--lookup", "x", "--prompt", "a"],
+            2,
+            "--lookup",
+        ),
+    ];
+    check(rows, &folder.0);
+}
+
+#[test]
+fn a_trace_tells_of_every_node() {
+    let folder = Folder::new("trace");
+    let args = [
+        "generate",
+        "--token-ids",
+        "5,6,7,8",
+        "--max-tokens",
+        "4",
+        "--ignore-eos",
+        "--json",
+    ];
+    assert_eq!(object(&run(&args, &folder.0)).get("trace"), None);
+    let mut by_variable = command(&args, &folder.0);
+    by_variable.env("STRATA_LOG", "time");
+    let by_option = [&args[..], &["--trace", "time"]].concat();
+    for done in [finish(by_variable, b""), run(&by_option, &folder.0)] {
+        let trace = object(&done)["trace"].clone();
+        assert_eq!(keys(&trace), ["limit", "prefill", "decode"]);
+        for (name, steps, rows) in [("prefill", 1, 4), ("decode", 3, 3)] {
+            let phase = &trace[name];
+            assert_eq!(
+                (phase["steps"].as_u64(), phase["rows"].as_u64()),
+                (Some(steps), Some(rows))
+            );
+            let nodes = phase["nodes"].as_array().unwrap();
+            let seconds: Vec<f64> = nodes
+                .iter()
+                .map(|n| n["seconds"].as_f64().unwrap())
+                .collect();
+            assert!(seconds.is_sorted_by(|a, b| a >= b), "the longest first");
+            let total = phase["seconds"].as_f64().unwrap();
+            assert!((seconds.iter().sum::<f64>() / total - 1.0).abs() < 1e-6);
+            let scan = nodes
+                .iter()
+                .find(|n| n["name"] == "blocks.0.mamba1")
+                .unwrap();
+            for key in ["seconds", "bytes", "flops", "share_of_limit"] {
+                assert!(scan[key].as_f64().unwrap() > 0.0, "{key}: {scan}");
+            }
+            let kinds = phase["kinds"].as_array().unwrap();
+            let scans = kinds.iter().find(|n| n["name"] == "mamba1").unwrap();
+            assert_eq!(scans["parts"], json!(6));
+        }
+    }
+    let done = run(
+        &[
+            "generate",
+            "--token-ids",
+            "5,6",
+            "--max-tokens",
+            "2",
+            "--trace",
+            "time",
+            "-v",
+        ],
+        &folder.0,
+    );
+    assert!(
+        done.err.contains("decode: ") && done.err.contains("blocks.7."),
+        "{done:?}"
+    );
+    let done = run(
+        &[
+            "bench",
+            "--prompt",
+            "4",
+            "--generate",
+            "2",
+            "--repeat",
+            "1",
+            "--trace",
+            "time",
+        ],
+        &folder.0,
+    );
+    assert!(
+        done.status == 0 && done.err.contains("prefill: "),
+        "{done:?}"
+    );
+    let mut unknown = command(&args, &folder.0);
+    unknown.env("STRATA_LOG", "everything");
+    let done = finish(unknown, b"");
+    assert!(
+        done.status == 1 && done.err.contains("STRATA_LOG"),
+        "{done:?}"
+    );
+}
+
+#[test]
+fn a_shape_becomes_a_checkpoint_of_the_weights_that_a_run_draws() {
+    let folder = Folder::new("random");
+    let token_ids = "1,2,3,4,5,6,7";
+    for name in [
+        "jamba/moe-shards",
+        "mamba2/tied",
+        "granite-moe-hybrid/moe-rope-shards",
+        "falcon-h1/plain-gate",
+    ] {
+        let config = text(&golden(name).join("config.json"));
+        let _ = fs::remove_dir_all(folder.0.join("drawn"));
+        let convert = [
+            "convert", &config, "drawn", "--random", "7", "--dtype", "f32", "--json",
+        ];
+        let done = run(&convert, &folder.0);
+        assert!(object(&done)["tensors"].as_u64().unwrap() > 5, "{name}");
+        let again = run(
+            &[
+                "convert", &config, "again", "--random", "7", "--dtype", "f32", "--force",
+            ],
+            &folder.0,
+        );
+        assert_eq!(again.status, 0, "{again:?}");
+        let file = |f: &str| fs::read(folder.0.join(f).join("model.safetensors")).unwrap();
+        assert!(file("drawn") == file("again"), "{name}: not the same twice");
+        let logits = |model: &[&str], out: &str| {
+            let tail = ["--token-ids", token_ids, "--output", out, "--dtype", "f32"];
+            let words = [&["logits"], model, &tail[..]].concat();
+            assert_eq!(run(&words, &folder.0).status, 0, "{name} {model:?}");
+            tensor(&folder.0.join(out), "logits").1
+        };
+        let drawn = logits(&[&config, "--random", "7"], "a.safetensors");
+        let read = logits(&["drawn"], "b.safetensors");
+        let scale = drawn.iter().map(|l| l.abs()).fold(0.0, f32::max);
+        let apart = drawn
+            .iter()
+            .zip(&read)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        // A_log = ln(-A) is rounded on the way.
+        assert!(apart < 1e-4 * scale, "{name}: {apart} of {scale}");
+    }
+    let config = text(&golden("jamba/moe-shards").join("config.json"));
+    folder.write("p.yaml", run(&["plan", "show", &config], &folder.0).out);
+    let rows: &[Row<'_>] = &[
+        (
+            &["convert", &config, "x.gguf", "--random", "1"],
+            1,
+            "folder",
+        ),
+        (
+            &["convert", "p.yaml", "x", "--random", "1"],
+            1,
+            "config.json",
+        ),
+        (&["convert", &config, "x"], 1, "--random"),
+    ];
+    check(rows, &folder.0);
+    assert!(!folder.0.join("x").exists());
+}
+
+#[test]
 fn classify_names_classes_and_says_what_is_no_image() {
     let folder = Folder::new("classify");
     let model = golden("vision-mamba/middle");

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use strata::load::{ConvertOptions, LoadOptions, Model, Silent, convert, load};
-use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::write::Quiet;
 use strata_kernels::DType;
+use strata_tests::models::on_cpu;
 
 /// A folder that vanishes with its owner.
 struct Room(PathBuf);
@@ -36,11 +36,8 @@ fn golden(name: &str) -> String {
 
 fn from(model: &str, plan: Option<PathBuf>) -> LoadOptions {
     LoadOptions {
-        model: Some(model.into()),
         plan,
-        device: "cpu".into(),
-        threads: Some(2),
-        ..LoadOptions::default()
+        ..on_cpu(Path::new(model))
     }
 }
 
@@ -60,21 +57,8 @@ fn options(from: LoadOptions, to: PathBuf) -> ConvertOptions {
 
 fn logits(options: &LoadOptions) -> Vec<f32> {
     let model: Model = load(options, &mut Silent::default()).unwrap_or_else(|e| panic!("{e}"));
-    let mut engine =
-        Engine::new(model.network.clone(), EngineConfig::new(64, 1, DType::F32)).unwrap();
-    engine
-        .submit(Request {
-            prompt: (1..24).collect(),
-            prompt_logits: true,
-            ..Request::default()
-        })
-        .unwrap();
-    let mut rows = Vec::new();
-    while engine
-        .step(&mut |_, _, l| rows.extend_from_slice(l))
-        .unwrap()
-    {}
-    rows
+    let tokens: Vec<u32> = (1..24).collect();
+    strata_tests::models::logits(&model, &tokens)
 }
 
 fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
@@ -244,21 +228,16 @@ fn int8_runs_close_to_what_it_is_made_from_and_is_no_gguf_file() {
 
     let room = Room::new("convert-int8");
     let file = room.path("demo.gguf");
-    for gguf in [true, false] {
-        let there = ConvertOptions {
-            gguf,
-            quantize: Some(recipe.clone()),
-            ..options(from("demo", None), file.clone())
-        };
-        let error = convert(&there, &mut Silent::default(), &mut Quiet).unwrap_err();
-        let error = error.to_string();
-        assert!(
-            error.contains("int8") && error.contains("loading"),
-            "{error}"
-        );
-        assert!(!gguf || error.contains("q8_0"), "{error}");
-        assert!(!file.exists());
-    }
+    let there = ConvertOptions {
+        gguf: true,
+        quantize: Some(recipe),
+        ..options(from("demo", None), file.clone())
+    };
+    let error = convert(&there, &mut Silent::default(), &mut Quiet).unwrap_err();
+    let error = error.to_string();
+    let says = |part: &str| error.contains(part);
+    assert!(says("q8_0") && says("folder of safetensors"), "{error}");
+    assert!(!file.exists());
 }
 
 #[test]
@@ -349,19 +328,82 @@ fn the_config_says_an_edited_stack_where_it_can() {
     assert_eq!(config["num_hidden_layers"], 5, "it stays as it was");
 }
 
+/// The places of a printed plan's stack.
+fn places(plan: &str) -> Vec<&str> {
+    let (_, stack) = plan.split_once("stack:\n").unwrap();
+    let places = stack.lines().map_while(|l| l.strip_prefix("  - "));
+    places.collect()
+}
+
+/// The plan with other places in its stack, and without the blocks that none uses.
+fn with_stack(plan: &str, edit: &[String]) -> String {
+    let (head, stack) = plan.split_once("stack:\n").unwrap();
+    let before = places(plan);
+    let rest: Vec<&str> = stack.lines().skip(before.len()).collect();
+    let lines: String = edit.iter().map(|p| format!("  - {p}\n")).collect();
+    let mut plan = format!("{head}stack:\n{lines}{}\n", rest.join("\n"));
+    let block = |place: &str| place.split('@').next().unwrap().to_string();
+    let used: Vec<String> = edit.iter().map(|p| block(p)).collect();
+    for unused in before.iter().map(|p| block(p)) {
+        if !used.contains(&unused) {
+            plan = without_block(&plan, &unused);
+        }
+    }
+    plan
+}
+
+/// Adapters of shared blocks, and layers of which each has another part of a tensor, have no names but by their
+/// places in the family's own stack: elsewhere they keep the plan's.
+#[test]
+fn what_a_family_cannot_name_in_an_edited_stack_has_the_plans_name() {
+    let room = Room::new("convert-own-names");
+    for family in [
+        "zamba2/one-block-adapters",
+        "zamba2/two-blocks-rope",
+        "zamba2/two-blocks-shards",
+        "hymba/memory-tokens",
+    ] {
+        let source = golden(family);
+        let planned = strata::load::plan(&from(&source, None), &mut Silent::default()).unwrap();
+        let text = planned.plan.print();
+        let stack: Vec<String> = places(&text).into_iter().map(ToString::to_string).collect();
+        let last = stack.last().unwrap().clone();
+        let edits = [
+            [&stack[..], &[last.clone()][..]].concat(),
+            stack[1..].to_vec(),
+            [&[last][..], &stack[..]].concat(),
+            [&stack[..], &stack[..]].concat(),
+        ];
+        let mut named = 0;
+        for (i, edit) in edits.iter().enumerate() {
+            let at = format!("{}-{i}", family.replace('/', "-"));
+            let file = room.path(&format!("{at}.yaml"));
+            std::fs::write(&file, with_stack(&text, edit)).unwrap();
+            let edited = from(&source, Some(file));
+            let to = room.path(&at);
+            convert(
+                &options(edited.clone(), to.clone()),
+                &mut Silent::default(),
+                &mut Quiet,
+            )
+            .unwrap_or_else(|e| panic!("{family}: {e}"));
+            let found = logits(&from(&to.display().to_string(), None));
+            assert!(found == logits(&edited), "{family} {edit:?}");
+            let tensors = bytes(&to);
+            named += usize::from(tensors.iter().any(|(name, _)| name.starts_with("blocks.")));
+            assert!(to.join("plan.yaml").exists());
+        }
+        assert!(named > 0, "{family}");
+    }
+}
+
 #[test]
 fn an_edited_plan_leaves_a_checkpoint_that_is_the_same_model() {
     let room = Room::new("convert-plan");
     let source = golden("jamba/moe-shards");
     let planned = strata::load::plan(&from(&source, None), &mut Silent::default()).unwrap();
     let text = planned.plan.print();
-    let stack = text.find("stack:").unwrap();
-    let end = stack + text[stack..].find("head:").unwrap();
-    let places: Vec<&str> = text[stack..end]
-        .lines()
-        .skip(1)
-        .map(|l| l.trim_start_matches("  - "))
-        .collect();
+    let places = places(&text);
     let block = |i: usize| places[i].split('@').next().unwrap();
     // Dropped, moved, used twice, merged, new.
     let same = (1..places.len()).find(|i| block(*i) == block(0)).unwrap();
@@ -380,20 +422,7 @@ fn an_edited_plan_leaves_a_checkpoint_that_is_the_same_model() {
         ],
     ];
     for (i, edit) in edits.iter().enumerate() {
-        let used: Vec<&str> = edit.iter().map(|p| p.split('@').next().unwrap()).collect();
-        let lines: Vec<String> = edit.iter().map(|p| format!("  - {p}\n")).collect();
-        let mut plan = format!(
-            "{}stack:\n{}{}",
-            &text[..stack],
-            lines.concat(),
-            &text[end..]
-        );
-        // Blocks that no place uses are faults.
-        for unused in places.iter().map(|p| p.split('@').next().unwrap()) {
-            if !used.contains(&unused) {
-                plan = without_block(&plan, unused);
-            }
-        }
+        let plan = with_stack(&text, edit);
         let file = room.path(&format!("plan{i}.yaml"));
         std::fs::write(&file, &plan).unwrap();
         let edited = from(&source, Some(file));

@@ -18,8 +18,17 @@ const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_90", "sm_100", "sm_120"];
 
 /// Most registers of a thread: two blocks of 128 threads and more share a processor.
 const REGISTERS: usize = 192;
-/// Kernels that keep queries, or weights on their way, and sums in registers may use all there are.
-const FULL: ([&str; 2], usize) = (["attention_units_", "units_"], 255);
+/// Kernels that keep queries, weights on their way, sums or states in registers, one block or two a processor, may
+/// use all there are.
+const FULL: ([&str; 4], usize) = (
+    [
+        "attention_units_",
+        "attention_hopper_",
+        "ssd_hopper_",
+        "units_",
+    ],
+    255,
+);
 
 /// What the compiler says of a kernel.
 #[derive(Debug, PartialEq)]
@@ -62,7 +71,10 @@ fn used(log: &str) -> Vec<Used> {
 }
 
 fn faults_of(unit: &Unit, architecture: &str) -> Vec<String> {
-    let compiled = match compile(unit, architecture) {
+    let Some(target) = unit.target(architecture) else {
+        return Vec::new();
+    };
+    let compiled = match compile(unit, target) {
         Ok(compiled) => compiled,
         Err(error) => return vec![error.to_string()],
     };

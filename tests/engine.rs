@@ -70,7 +70,7 @@ struct Expected {
     prompt: usize,
     seed: u64,
     limits: Limits,
-    cut: Option<usize>,
+    cuts: Vec<usize>,
     prompt_logits: bool,
     /// Prompt rows whose logits were seen, or were not to be.
     scored: Vec<bool>,
@@ -180,6 +180,8 @@ struct Seen {
     stalled: u64,
     refused: u64,
     failed: u64,
+    right: u64,
+    wrong: u64,
 }
 
 struct World {
@@ -253,15 +255,18 @@ impl World {
         } else {
             Vec::new()
         };
+        let mut cuts = Vec::new();
+        while random.percent(25) {
+            cuts.push(random.range(0, prompt.len() + 3));
+        }
+        cuts.sort_unstable();
         SequenceRequest {
             limits: Limits {
                 max_tokens: random.range(0, 30),
                 stop,
             },
             prompt_logits: random.percent(20),
-            cut: random
-                .percent(20)
-                .then(|| random.range(0, prompt.len() + 3)),
+            cuts,
             prompt,
         }
     }
@@ -314,7 +319,7 @@ impl World {
                 prompt: given,
                 seed,
                 limits: request.limits,
-                cut: request.cut,
+                cuts: request.cuts,
                 prompt_logits: request.prompt_logits,
                 scored: (0..given).map(|row| row < computed).collect(),
                 tokens: request.prompt,
@@ -421,6 +426,7 @@ impl World {
     /// One step; false if there is nothing to do.
     fn step(&mut self) -> bool {
         let before: BTreeSet<_> = self.scheduler.running().collect();
+        self.guess();
         match self.scheduler.next(&mut self.batch) {
             Step::Idle => {
                 assert!(self.scheduler.running().len() + self.scheduler.waiting().len() == 0);
@@ -446,6 +452,7 @@ impl World {
         self.seen.page_copies += self.batch.copies.len() as u64;
         self.check_batch(&before);
         self.check();
+        let kept = self.memory.slots.clone();
         let histories = self.memory.run(&self.batch);
         for _ in 0..2 {
             match self.random.range(0, 39) {
@@ -475,12 +482,28 @@ impl World {
         }
         let mut sampled = Vec::new();
         for (span, history) in self.batch.spans.iter().zip(histories) {
+            let returns = |memory: &mut Memory, right| {
+                if let Some(slot) = self.scheduler.returns(span, right) {
+                    memory.slots[slot.0 as usize] = kept[slot.0 as usize];
+                }
+            };
             let Some(expected) = self.expected.get_mut(&span.seq) else {
                 continue;
             };
-            let end = span.position + span.len;
-            assert_eq!(history, hash(&expected.tokens[..end]), "{span:?}");
+            let end = span.position + span.len - span.guessed;
+            let guesses = &self.batch.tokens_of(span)[span.len - span.guessed..];
+            let mut fed = expected.tokens[..end].to_vec();
+            fed.extend_from_slice(guesses);
+            assert_eq!(history, hash(&fed), "{span:?}");
             if expected.ended.is_some() {
+                // Its slot may be another's by now only if its state was taken.
+                if self
+                    .scheduler
+                    .sequence(span.seq)
+                    .is_some_and(Sequence::holds_state)
+                {
+                    returns(&mut self.memory, 0);
+                }
                 continue;
             }
             if span.logits == Logits::All {
@@ -493,7 +516,19 @@ impl World {
                     expected.tokens.len(),
                     "sampled in the middle, {span:?}"
                 );
-                sampled.push((span.seq, next_token(history, expected.seed)));
+                let mut right = 0;
+                loop {
+                    let token = next_token(hash(&fed[..end + right]), expected.seed);
+                    sampled.push((span.seq, token));
+                    let stops = expected.limits.stop.contains(&token);
+                    if guesses.get(right) != Some(&token) || stops {
+                        break;
+                    }
+                    right += 1;
+                }
+                self.seen.right += right as u64;
+                self.seen.wrong += (span.guessed - right) as u64;
+                returns(&mut self.memory, right);
             }
         }
         self.scheduler.done(&self.batch, &sampled, &mut events);
@@ -501,6 +536,33 @@ impl World {
             self.deliver(event);
         }
         true
+    }
+
+    /// Guesses of which some are right, for some that run.
+    fn guess(&mut self) {
+        let running: Vec<_> = self.scheduler.running().collect();
+        for id in running {
+            let expected = &self.expected[&id];
+            let most = self.scheduler.guesses(id);
+            let count = if self.random.percent(50) {
+                self.random.range(0, 9)
+            } else {
+                0
+            };
+            let wrong_at = self.random.range(0, 12);
+            let mut tokens = expected.tokens.clone();
+            for i in 0..count {
+                let token = next_token(hash(&tokens), expected.seed);
+                tokens.push(if i == wrong_at {
+                    (token + 1) % VOCAB as TokenId
+                } else {
+                    token
+                });
+            }
+            self.scheduler.guess(id, &tokens[expected.tokens.len()..]);
+            let sequence = self.scheduler.sequence(id).expect("it runs");
+            assert!(sequence.generated().len() + most < sequence.limits.max_tokens.max(1));
+        }
     }
 
     fn deliver(&mut self, event: Event) {
@@ -559,6 +621,7 @@ impl World {
         let mut start = 0;
         for (i, span) in batch.spans.iter().enumerate() {
             let sequence = scheduler.sequence(span.seq).expect("it is there");
+            let own = span.position + span.len - span.guessed;
             let end = span.position + span.len;
             assert_eq!((span.start, span.position), (start, sequence.computed));
             assert!(span.len > 0);
@@ -566,13 +629,14 @@ impl World {
             assert_eq!(sequence.status, Status::Running);
             assert_eq!(
                 i < batch.decodes,
-                sequence.is_decoding(),
+                sequence.is_decoding() && span.len == 1,
                 "decode rows come first"
             );
             assert_eq!(
-                batch.tokens_of(span),
-                &expected[&span.seq].tokens[span.position..end]
+                batch.tokens_of(span)[..own - span.position],
+                expected[&span.seq].tokens[span.position..own]
             );
+            assert!(span.guessed == 0 || own == sequence.tokens.len());
             assert_eq!(
                 (batch.pages_of(span), span.slot),
                 (&sequence.pages[..], sequence.slot)
@@ -583,7 +647,7 @@ impl World {
                 span.slot
                     .map_or(span.fresh, |slot| batch.clear.contains(&slot))
             );
-            let sample = end == sequence.tokens.len() && sequence.limits.max_tokens > 0;
+            let sample = own == sequence.tokens.len() && sequence.limits.max_tokens > 0;
             assert_eq!(
                 (span.sample, span.logits == Logits::None && sample),
                 (sample, false)
@@ -602,10 +666,10 @@ impl World {
                     );
                 }
             }
-            let cut = expected[&span.seq].cut;
+            let cuts = &expected[&span.seq].cuts;
             assert!(
-                !cut.is_some_and(|cut| span.position < cut && cut < end),
-                "no stop at the cut"
+                !cuts.iter().any(|cut| span.position < *cut && *cut < end),
+                "no stop at a cut"
             );
             match config.chunk {
                 Chunk::AtMost(rows) => assert!(span.len <= rows),
@@ -616,7 +680,7 @@ impl World {
                         "crosses a multiple of {rows}"
                     );
                     assert!(
-                        end % rows == 0 || end == sequence.tokens.len() || cut == Some(end),
+                        end % rows == 0 || own == sequence.tokens.len() || cuts.contains(&end),
                         "cut at {end}"
                     );
                 }
@@ -805,6 +869,8 @@ fn random_traffic_leaves_every_sequence_as_if_alone() {
         all.stalled += seen.stalled;
         all.refused += seen.refused;
         all.failed += seen.failed;
+        all.right += seen.right;
+        all.wrong += seen.wrong;
     }
     println!("{all:?}");
     let Seen {
@@ -822,6 +888,8 @@ fn random_traffic_leaves_every_sequence_as_if_alone() {
         stalled,
         refused,
         failed,
+        right,
+        wrong,
         ..
     } = all;
     for (count, name) in [
@@ -836,6 +904,8 @@ fn random_traffic_leaves_every_sequence_as_if_alone() {
         (stalled, "stalled"),
         (refused, "refused"),
         (failed, "failed"),
+        (right, "right guesses"),
+        (wrong, "wrong guesses"),
     ] {
         assert!(
             count >= 50,

@@ -1,13 +1,16 @@
 //! An engine holds what was estimated: weights, keys and values, state and buffers, each within one part
 //! in a hundred.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use strata::estimate::estimate;
+use strata::estimate::{Work, estimate, multiplied, work};
+use strata::footprint::Footprint;
 use strata::load::{LoadOptions, Model, Silent, load};
 use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::cards;
 use strata_kernels::{DType, Format};
+use strata_layers::Graph;
 
 const TYPES: [DType; 2] = [DType::F32, DType::BF16];
 
@@ -84,6 +87,45 @@ fn every_card_runs_in_the_memory_that_was_estimated() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// What a trace adds up is what estimates say: of every card, for the first token and for a later one.
+#[test]
+fn the_work_of_all_nodes_is_the_work_of_the_plan() {
+    for card in cards::all() {
+        let plan = card.plan(card.tiny(), card.family()).unwrap();
+        let graph = Graph::lower(&plan, "plan").unwrap();
+        let footprint = Footprint::of(Graph::lower(&plan, "plan").unwrap()).unwrap();
+        let config = EngineConfig::new(90, 1, DType::BF16);
+        let told = estimate(&graph, &config, &Format::BF16.into(), &footprint, 1);
+        let shapes: BTreeMap<String, u64> = graph
+            .weights()
+            .iter()
+            .map(|w| (w.path.clone(), 2 * w.spec.elements() as u64))
+            .collect();
+        let bytes = |path: &str| shapes[path];
+        let head = Work::product(1, graph.vocab * graph.d_model, 0);
+        for (position, flops) in [(0, told.flops_per_token), (89, told.flops_at_context)] {
+            let nodes = graph.nodes.iter();
+            let all = nodes
+                .map(|node| work(&graph, node, &[(position, 1)], &bytes, 2))
+                .fold(head, Work::and);
+            let error = (all.flops / flops - 1.0).abs();
+            assert!(error < 1e-9, "{}: {} and {flops}", card.family(), all.flops);
+            if position == 89 {
+                let read = all.bytes + (2 * graph.vocab * graph.d_model) as f64;
+                let head = graph.vocab * graph.d_model;
+                let matrices = 2.0 * (multiplied(&graph) + head as f64);
+                let kept = 90 * told.kv_bytes_per_token + 2 * told.state_bytes_per_sequence;
+                let expected = matrices + kept as f64;
+                // Layers that read another's keys and values read them once more.
+                let shared = graph.nodes.iter().any(|n| n.pages_of.is_some());
+                let error = (read / expected - 1.0).abs();
+                let family = card.family();
+                assert!(shared || error < 1e-9, "{family}: {read} and {expected}");
+            }
+        }
+    }
 }
 
 /// The folders of all goldens.

@@ -11,6 +11,7 @@ use strata::session::{Engine, EngineConfig, Output, Request};
 use strata::text::Tokenizer;
 use strata_converters::ModelFiles;
 use strata_kernels::{DType, Format};
+use strata_tests::models::{logits, on_cpu};
 
 /// Largest error, in standard deviations of the logits.
 const TOLERANCE: f32 = 1e-3;
@@ -21,32 +22,11 @@ fn root() -> PathBuf {
 
 fn open(path: &Path, device: &str) -> Result<Model, String> {
     let options = LoadOptions {
-        model: Some(path.display().to_string()),
         device: device.into(),
         dtype: Some(DType::F32),
-        threads: Some(2),
-        ..LoadOptions::default()
+        ..on_cpu(path)
     };
     load(&options, &mut Silent::default()).map_err(|e| format!("{}: {e}", path.display()))
-}
-
-/// The logits of every position.
-fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
-    let config = EngineConfig::new(256, 1, DType::F32);
-    let mut engine = Engine::new(model.network.clone(), config).unwrap();
-    engine
-        .submit(Request {
-            prompt: tokens.to_vec(),
-            prompt_logits: true,
-            ..Request::default()
-        })
-        .unwrap();
-    let mut rows = Vec::new();
-    while engine
-        .step(&mut |_, _, logits| rows.extend_from_slice(logits))
-        .unwrap()
-    {}
-    rows
 }
 
 fn greedy(model: &Model, prompt: &[u32], count: usize) -> Vec<u32> {

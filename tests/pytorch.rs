@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use strata::load::{LoadOptions, Silent, load};
-use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::{Checkpoint, ModelFiles};
 use strata_kernels::DType;
+use strata_tests::models::on_cpu;
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("pytorch")
@@ -122,11 +122,8 @@ fn what_is_no_dictionary_of_tensors_is_refused() {
 
 fn options(model: &Path) -> LoadOptions {
     LoadOptions {
-        model: Some(model.display().to_string()),
-        device: "cpu".into(),
         dtype: Some(DType::F32),
-        threads: Some(1),
-        ..LoadOptions::default()
+        ..on_cpu(model)
     }
 }
 
@@ -134,21 +131,8 @@ fn options(model: &Path) -> LoadOptions {
 fn logits(model: &Path) -> Vec<u32> {
     let model = load(&options(model), &mut Silent::default())
         .unwrap_or_else(|e| panic!("{}: {e}", model.display()));
-    let config = EngineConfig::new(64, 1, DType::F32);
-    let mut engine = Engine::new(model.network.clone(), config).unwrap();
-    let request = Request {
-        prompt: vec![1, 5, 28, 3, 3, 17, 0, 9],
-        prompt_logits: true,
-        ..Request::default()
-    };
-    engine.submit(request).unwrap();
-    let mut found = Vec::new();
-    while engine
-        .step(&mut |_, _, logits| found.extend(logits.iter().map(|l| l.to_bits())))
-        .unwrap()
-    {}
-    assert!(found.len() >= 8 * 29);
-    found
+    let logits = strata_tests::models::logits(&model, &[1, 5, 28, 3, 3, 17, 0, 9]);
+    logits.into_iter().map(f32::to_bits).collect()
 }
 
 /// A hash of the plan and of every weight.

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use strata::load::{ConvertOptions, LoadOptions, Row, Silent, convert, inspect, load};
-use strata::session::{Engine, EngineConfig, Request};
+use strata::recipe::Recipe;
 use strata_converters::write::Quiet;
-use strata_converters::{Checkpoint, ModelFiles};
-use strata_kernels::DType;
+use strata_converters::{Checkpoint, Config, ModelFiles};
+use strata_kernels::{DType, Format};
+use strata_tests::models::on_cpu;
 
 fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("quantized");
@@ -43,13 +44,38 @@ fn every_weight_is_what_torch_makes_of_it() {
         let mut checkpoint = open(&folder(release)).unwrap();
         let found: Vec<&str> = checkpoint.tensors().map(|(n, _)| n).collect();
         assert_eq!(found, names, "{release}");
+        let mut by_rows = 0;
+        for name in names.iter().filter(|n| **n != "norm.weight") {
+            let tensor = checkpoint.tensor(name).unwrap();
+            if tensor.format() == Format::Int8 {
+                // As it is stored: whole numbers, and the scale of the row.
+                by_rows += 1;
+                let view = expected.tensor(&format!("{name}.f32")).unwrap();
+                let values = tensor.to_f32();
+                let found: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                assert_eq!(found, view.data(), "{release}: {name} by rows");
+                let (mut pieces, columns) = (Vec::new(), tensor.shape().last().unwrap());
+                for row in 0..tensor.len() / columns {
+                    let piece = row * columns..(row + 1) * columns;
+                    checkpoint.widen(name, piece, &mut pieces).unwrap();
+                }
+                assert_eq!(pieces, tensor.bytes(), "{release}: {name} row by row");
+                let part = checkpoint.widen(name, 0..columns - 1, &mut pieces);
+                assert!(part.unwrap_err().to_string().contains("no scale each"));
+            }
+        }
+        assert_eq!(by_rows > 0, release == "compressed-int", "{release}");
+        checkpoint.widen_to_f32();
+        let stays = |n: &&str| checkpoint.tensor(n).unwrap().format() == Format::Int8;
+        assert_eq!(names.iter().filter(|n| stays(n)).count(), by_rows);
+        checkpoint.widen_all(false);
         for name in &names {
             let view = expected.tensor(name).unwrap();
             assert_eq!(checkpoint.get(name).unwrap().shape, view.shape());
             let tensor = checkpoint.tensor(name).unwrap();
             assert_eq!(tensor.bytes(), view.data(), "{release}: {name}");
         }
-        checkpoint.widen_to_f32();
+        checkpoint.widen_all(true);
         for name in names.iter().filter(|n| **n != "norm.weight") {
             let view = expected.tensor(&format!("{name}.f32")).unwrap();
             let tensor = checkpoint.tensor(name).unwrap();
@@ -68,7 +94,7 @@ fn every_weight_is_what_torch_makes_of_it() {
 #[test]
 fn what_is_widened_and_what_is_dropped_is_told() {
     let check = |release: &str, expected: &[&str]| {
-        let notes = open(&folder(release)).unwrap().notes().join("\n");
+        let notes = open(&folder(release)).unwrap().widening().join("\n");
         for expected in expected {
             assert!(notes.contains(expected), "{release}: {notes}");
         }
@@ -84,7 +110,8 @@ fn what_is_widened_and_what_is_dropped_is_told() {
         "compressed-int",
         &[
             "2 matrices are stored in INT4",
-            "3 matrices are stored in INT8",
+            "1 matrix is stored in INT8 and widened",
+            "2 matrices are stored in INT8 with a scale a row, as they run",
         ],
     );
     check("compressed-nvfp4", &["1 matrix is stored in FP4"]);
@@ -220,30 +247,20 @@ fn e4m3(bits: u8) -> f32 {
 
 fn options(model: &Path, dtype: Option<DType>) -> LoadOptions {
     LoadOptions {
-        model: Some(model.display().to_string()),
-        device: "cpu".into(),
         dtype,
-        threads: Some(1),
-        ..LoadOptions::default()
+        ..on_cpu(model)
     }
 }
 
 /// The logits of a few tokens, as bits.
 fn logits(model: &Path, dtype: Option<DType>) -> Vec<u32> {
-    let model = load(&options(model, dtype), &mut Silent::default()).unwrap();
-    let config = EngineConfig::new(64, 1, DType::F32);
-    let mut engine = Engine::new(model.network.clone(), config).unwrap();
-    let request = Request {
-        prompt: vec![1, 5, 28, 3, 3, 17, 0, 9],
-        prompt_logits: true,
-        ..Request::default()
-    };
-    engine.submit(request).unwrap();
-    let mut found = Vec::new();
-    let mut keep = |_, _, logits: &[f32]| found.extend(logits.iter().map(|l| l.to_bits()));
-    while engine.step(&mut keep).unwrap() {}
-    assert!(found.len() >= 8 * 29);
-    found
+    logits_of(&options(model, dtype))
+}
+
+fn logits_of(options: &LoadOptions) -> Vec<u32> {
+    let model = load(options, &mut Silent::default()).unwrap();
+    let logits = strata_tests::models::logits(&model, &[1, 5, 28, 3, 3, 17, 0, 9]);
+    logits.into_iter().map(f32::to_bits).collect()
 }
 
 /// A model of the goldens with its projections in FP8 and a scale a row, beside a twin that holds what
@@ -337,23 +354,198 @@ fn a_release_in_fp8_runs_as_what_it_stands_for() {
             logits(release, Some(DType::F32)) == logits(twin_f32, Some(DType::F32)),
             "{family} in F32"
         );
-        let converted = own.join(family).join("converted");
-        let conversion = ConvertOptions {
-            from: options(release, None),
-            to: converted.clone(),
-            gguf: false,
-            quantize: None,
-            dtype: None,
-            shard_bytes: 1 << 30,
-            force: true,
-            threads: 2,
-            seed: 0,
+        // A copy is the release again, bit for bit; with a type it is widened, and config.json says no more.
+        let [copy, wide, wide_f32] = ["copy", "wide", "wide-f32"].map(|f| own.join(family).join(f));
+        let mut config = Config::parse(&read(release, "config.json"), "config.json").unwrap();
+        let said = r#"{"quant_method": "compressed-tensors"}"#;
+        config.set("quantization_config", said).unwrap();
+        std::fs::write(release.join("config.json"), config.json()).unwrap();
+        convert(
+            &conversion(release, &copy, None),
+            &mut Silent::default(),
+            &mut Quiet,
+        )
+        .unwrap();
+        same_tensors(release, &copy);
+        assert!(read(&copy, "config.json").contains("quantization_config"));
+        for (to, dtype, expected) in [
+            (&wide, DType::BF16, &expected),
+            (&wide_f32, DType::F32, &logits(twin_f32, Some(DType::F32))),
+        ] {
+            let conversion = conversion(release, to, Some(dtype));
+            convert(&conversion, &mut Silent::default(), &mut Quiet).unwrap();
+            assert!(!read(to, "config.json").contains("quantization_config"));
+            assert!(logits(to, Some(dtype)) == *expected, "{family} widened");
+        }
+    }
+    std::fs::remove_dir_all(&own).unwrap();
+}
+
+fn read(folder: &Path, name: &str) -> String {
+    std::fs::read_to_string(folder.join(name)).unwrap()
+}
+
+fn conversion(from: &Path, to: &Path, dtype: Option<DType>) -> ConvertOptions {
+    ConvertOptions {
+        from: options(from, None),
+        to: to.to_path_buf(),
+        gguf: false,
+        quantize: None,
+        dtype,
+        shard_bytes: 1 << 30,
+        force: true,
+        threads: 2,
+        seed: 0,
+    }
+}
+
+/// The same tensors in both folders' model.safetensors: names, types, shapes and bytes.
+fn same_tensors(a: &Path, b: &Path) {
+    let [a, b] = [a, b].map(|f| std::fs::read(f.join("model.safetensors")).unwrap());
+    let [a, b] = [&a, &b].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+    let mut names = [a.names(), b.names()];
+    names.iter_mut().for_each(|n| n.sort_unstable());
+    assert_eq!(names[0], names[1]);
+    for name in a.names() {
+        let [a, b] = [a.tensor(name).unwrap(), b.tensor(name).unwrap()];
+        assert_eq!((a.dtype(), a.shape()), (b.dtype(), b.shape()), "{name}");
+        assert!(a.data() == b.data(), "{name}");
+    }
+}
+
+/// Folders in int8 run as the same matrices quantised while loading, and what is made from them is theirs.
+#[test]
+fn what_is_written_in_int8_runs_as_what_is_quantised_while_loading() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let own = std::env::temp_dir().join(format!("strata-int8-{}", std::process::id()));
+    std::fs::create_dir_all(&own).unwrap();
+    // What a folder keeps: tables, stacks of experts, and what the recipe keeps anyhow.
+    let recipe = own.join("recipe.yaml");
+    let text = "recipes: 1\nlinear:\n\
+        \x20 - {weights: ['*.router', '*.x_proj', '*.dt_proj', 'embed', '*.experts.*', 'head'], format: keep}\n\
+        \x20 - {weights: ['*'], format: int8}\n";
+    std::fs::write(&recipe, text).unwrap();
+    let linear = Recipe::find(&recipe.display().to_string()).unwrap();
+    for family in [
+        "jamba/dense-tied-bf16",
+        "nemotron-h/dense",
+        "falcon-h1/norm-first",
+    ] {
+        let from = golden.join(family);
+        let [int8, copy, wide] = ["int8", "copy", "wide"].map(|f| own.join(family).join(f));
+        let quantised = ConvertOptions {
+            quantize: Some(linear.clone()),
+            ..conversion(&from, &int8, None)
         };
-        convert(&conversion, &mut Silent::default(), &mut Quiet).unwrap();
+        let done = convert(&quantised, &mut Silent::default(), &mut Quiet).unwrap();
+        let notes = done.notes.join("\n");
+        assert!(notes.contains("matrices are written in int8"), "{notes}");
+        let config = read(&int8, "config.json");
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        let said = &config["quantization_config"];
+        assert_eq!(said["quant_method"], "compressed-tensors");
+        // Every matrix is written so or named as one that is not.
+        let bytes = std::fs::read(int8.join("model.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let mut written = 0;
+        for (name, view) in tensors.tensors() {
+            let Some(module) = name.strip_suffix(".weight") else {
+                continue;
+            };
+            let named = said["ignore"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|i| i == module);
+            assert_eq!(
+                named,
+                view.shape().len() == 2 && view.dtype() != Dtype::I8,
+                "{name}"
+            );
+            if view.dtype() == Dtype::I8 {
+                let scale = tensors.tensor(&format!("{name}_scale")).unwrap();
+                assert_eq!(
+                    (scale.dtype(), scale.shape()),
+                    (Dtype::F32, &[view.shape()[0], 1][..])
+                );
+                written += 1;
+            }
+        }
+        assert!(written >= 4, "{family}: {written}");
+        for dtype in [DType::BF16, DType::F32] {
+            let loaded = LoadOptions {
+                quantize: Some(linear.clone()),
+                ..options(&from, Some(dtype))
+            };
+            let expected = logits_of(&loaded);
+            assert!(logits(&int8, Some(dtype)) == expected, "{family} {dtype}");
+            assert!(logits(&from, Some(dtype)) != expected, "{family} {dtype}");
+        }
+        let rows = inspect(&options(&int8, None), &mut Silent::default())
+            .unwrap()
+            .rows;
+        let by_rows = rows.iter().filter(|r| r.dtype == "INT8").count();
+        assert!(by_rows >= written, "{rows:?}");
+        convert(
+            &conversion(&int8, &copy, None),
+            &mut Silent::default(),
+            &mut Quiet,
+        )
+        .unwrap();
+        same_tensors(&int8, &copy);
+        convert(
+            &conversion(&int8, &wide, Some(DType::F32)),
+            &mut Silent::default(),
+            &mut Quiet,
+        )
+        .unwrap();
+        assert!(!read(&wide, "config.json").contains("quantization_config"));
         assert!(
-            logits(&converted, Some(DType::BF16)) == expected,
-            "{family} converted"
+            logits(&int8, Some(DType::F32)) == logits(&wide, Some(DType::F32)),
+            "{family} widened"
         );
     }
+    // The table and stacks of experts stay, and that is told; experts apart from each other are written.
+    for (family, only_table) in [
+        ("granite-moe-hybrid/moe-rope-shards", false),
+        ("jamba/moe-shards", true),
+    ] {
+        let to = own.join(family);
+        let quantised = ConvertOptions {
+            quantize: Some(Recipe::find("int8").unwrap()),
+            ..conversion(&golden.join(family), &to, None)
+        };
+        let done = convert(&quantised, &mut Silent::default(), &mut Quiet).unwrap();
+        let notes = done.notes.join("\n");
+        assert!(notes.contains("no linear layer (a table, a stack of experts)"));
+        assert_eq!(
+            notes.contains(
+                "
+1 tensor"
+            ),
+            only_table,
+            "{notes}"
+        );
+        logits(&to, None);
+    }
+    let refused = |change: &dyn Fn(&mut ConvertOptions), expected: &str| {
+        let mut options = ConvertOptions {
+            quantize: Some(Recipe::find("int8").unwrap()),
+            ..conversion(
+                &golden.join("jamba/dense-tied-bf16"),
+                &own.join("not"),
+                None,
+            )
+        };
+        change(&mut options);
+        let error = convert(&options, &mut Silent::default(), &mut Quiet).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(!own.join("not").exists());
+    };
+    refused(&|o| o.gguf = true, "q8_0 is the nearest");
+    refused(
+        &|o| o.quantize = Some(Recipe::find("q4_k_m").unwrap()),
+        "write a GGUF file",
+    );
     std::fs::remove_dir_all(&own).unwrap();
 }

@@ -42,7 +42,10 @@ pub struct Checkpoint {
     label: String,
     shards: BTreeMap<String, Arc<dyn HostBytes>>,
     tensors: BTreeMap<String, TensorInfo>,
+    /// Of a quantised release, the tensors that its files have.
+    stored: Option<BTreeMap<String, TensorInfo>>,
     notes: Vec<String>,
+    widening: Vec<String>,
     /// Elements that were gathered or widened and that somebody still holds: several weights may be parts of
     /// one tensor.
     made: Mutex<BTreeMap<String, Weak<Vec<u8>>>>,
@@ -97,7 +100,9 @@ impl Checkpoint {
                 label: files.name().into(),
                 shards: gguf.shards().clone(),
                 tensors: gguf.tensors().clone(),
+                stored: None,
                 notes: Vec::new(),
+                widening: Vec::new(),
                 made: Mutex::default(),
             });
         }
@@ -106,20 +111,27 @@ impl Checkpoint {
             label: files.name().into(),
             shards: BTreeMap::new(),
             tensors: BTreeMap::new(),
+            stored: None,
             notes: Vec::new(),
+            widening: Vec::new(),
             made: Mutex::default(),
         };
         match selection::select(files, &mut report)? {
             Selected::File(name) => checkpoint.add(files, &name, &mut report),
             Selected::Index(index) => checkpoint.add_shards(files, index, &mut report),
         }
+        checkpoint.notes = report.take_notes();
+        let stored = checkpoint.tensors.clone();
         quantized::present(
             &mut checkpoint.tensors,
             &checkpoint.shards,
             files,
             &mut report,
         );
-        checkpoint.notes = report.take_notes();
+        if checkpoint.tensors.values().any(|i| i.wide.is_some()) {
+            checkpoint.stored = Some(stored);
+        }
+        checkpoint.widening = report.take_notes();
         report.finish()?;
         Ok(checkpoint)
     }
@@ -195,11 +207,22 @@ impl Checkpoint {
         &self.notes
     }
 
+    /// Of a quantised release: what its matrices are stored in and run as, and what of it is not used.
+    pub fn widening(&self) -> &[String] {
+        &self.widening
+    }
+
     /// All tensors, by name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
         self.tensors
             .iter()
             .map(|(name, info)| (name.as_str(), info))
+    }
+
+    /// All tensors as the files have them, by name: of a quantised release numbers and scales.
+    pub fn stored(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        let stored = self.stored.as_ref().unwrap_or(&self.tensors);
+        stored.iter().map(|(name, info)| (name.as_str(), info))
     }
 
     /// What is known about a tensor.
@@ -225,7 +248,21 @@ impl Checkpoint {
     /// The bytes of a tensor's elements in the order of their places, of whatever type they are: a view of
     /// the file, or of strided elements a copy.
     pub fn contents(&self, name: &str) -> Result<Contents> {
-        let info = self.info(name)?;
+        self.contents_of(name, self.info(name)?)
+    }
+
+    /// The bytes of a tensor as the files have it: see [`Checkpoint::stored`].
+    pub fn stored_contents(&self, name: &str) -> Result<Contents> {
+        match &self.stored {
+            None => self.contents(name),
+            Some(stored) => {
+                let info = stored.get(name).ok_or_else(|| self.missing(name))?;
+                self.contents_of(name, info)
+            }
+        }
+    }
+
+    fn contents_of(&self, name: &str, info: &TensorInfo) -> Result<Contents> {
         let fault = |why: &str| Error::file(&info.shard, format!("tensor {name:?}: {why}"));
         let shard = self.shards.get(&info.shard);
         let owner = shard.ok_or_else(|| fault("its file is not open"))?.clone();
@@ -262,7 +299,7 @@ impl Checkpoint {
             (None, Some(wide)) => {
                 let all = 0..view::elements(&info.shape).ok_or("its shape overflows")?;
                 let mut out = Vec::new();
-                wide.widen(bytes, &self.shards, all, info.dtype == "F32", &mut out)?;
+                wide.widen(bytes, &self.shards, all, info.runs_as()?, &mut out)?;
                 Ok(out)
             }
             (None, None) => Ok(bytes.to_vec()),
@@ -277,20 +314,39 @@ impl Checkpoint {
         let shard = self.shards.get(&info.shard);
         let bytes = shard.and_then(|s| s.bytes().get(info.range.clone()));
         let bytes = bytes.ok_or_else(|| fault("it lies outside its file"))?;
-        wide.widen(bytes, &self.shards, elements, info.dtype == "F32", to)
+        let format = info.runs_as().map_err(|why| fault(&why))?;
+        wide.widen(bytes, &self.shards, elements, format, to)
             .map_err(|why| fault(&why))
     }
 
-    /// Widens the weights of quantised releases to F32 instead of BF16.
+    /// Widens the weights of quantised releases to F32 instead of BF16. Those that run as they are stored,
+    /// which F32 holds exactly, stay so.
     pub fn widen_to_f32(&mut self) {
-        for info in self.tensors.values_mut().filter(|i| i.wide.is_some()) {
-            info.dtype = "F32".into();
+        for info in self.tensors.values_mut() {
+            if info.wide.as_ref().is_some_and(|w| !w.by_rows()) {
+                info.dtype = "F32".into();
+            }
         }
     }
 
+    /// Widens what runs as it is stored, too: to F32, or to BF16.
+    pub fn widen_all(&mut self, f32s: bool) {
+        for info in self.tensors.values_mut().filter(|i| i.wide.is_some()) {
+            info.dtype = if f32s { "F32" } else { "BF16" }.into();
+        }
+    }
+
+    /// Whether it is a quantised release.
+    pub fn is_quantized(&self) -> bool {
+        self.stored.is_some()
+    }
+
     fn info(&self, name: &str) -> Result<&TensorInfo> {
-        let info = self.get(name);
-        info.ok_or_else(|| Error::file(&self.label, format!("there is no tensor {name:?}")))
+        self.get(name).ok_or_else(|| self.missing(name))
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::file(&self.label, format!("there is no tensor {name:?}"))
     }
 }
 

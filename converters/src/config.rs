@@ -97,6 +97,24 @@ impl Config {
         }
     }
 
+    /// Puts the mapping that is this JSON text under a key.
+    pub fn set(&mut self, key: &str, json: &str) -> std::result::Result<(), Faults> {
+        let value = Config::parse(json, key)?.root;
+        self.remove(key);
+        if let Value::Map(entries) = &mut self.root.value {
+            let (key, at) = (key.into(), value.at);
+            entries.push(Entry { key, at, value });
+        }
+        Ok(())
+    }
+
+    /// Takes out a key and what is under it.
+    pub fn remove(&mut self, key: &str) {
+        if let Value::Map(entries) = &mut self.root.value {
+            entries.retain(|e| e.key != key);
+        }
+    }
+
     /// The config as the text of a config.json.
     pub fn json(&self) -> String {
         let mut out = serde_json::to_string_pretty(&json_of(&self.root.value)).unwrap_or_default();

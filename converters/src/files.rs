@@ -295,9 +295,9 @@ impl HostBytes for Mapped {
     }
 }
 
-/// Maps a file for reading.
+/// Maps a regular file for reading. It must not be shortened while it is used.
 #[allow(unsafe_code)]
-pub(crate) fn map_file(path: &Path) -> std::io::Result<Arc<dyn HostBytes>> {
+pub fn map_file(path: &Path) -> std::io::Result<Arc<dyn HostBytes>> {
     // Asked first: to open a pipe would wait for its other end.
     if !fs::metadata(path)?.is_file() {
         return Err(std::io::Error::other("is no regular file"));

@@ -70,6 +70,7 @@ impl Mapping {
         let file = card.map_or(checkpoint.label(), Card::file).to_string();
         let mut resolve = Resolve {
             map,
+            edited: origin == Origin::Edited,
             checkpoint: &checkpoint,
             used: BTreeSet::new(),
             rows: Vec::new(),
@@ -186,6 +187,8 @@ const HINTS: &str = "hints";
 
 struct Resolve<'a> {
     map: &'a TensorMap,
+    /// Whether somebody wrote the plan.
+    edited: bool,
     checkpoint: &'a Checkpoint,
     used: BTreeSet<String>,
     rows: Vec<Row>,
@@ -199,7 +202,11 @@ impl Resolve<'_> {
         let path = &want.path;
         let found = self.map.find(path);
         let at = found.at;
-        let there = found.sources.iter().find_map(|s| {
+        let sources = match self.edited {
+            true => self.map.find_edited(path).sources,
+            false => found.sources.clone(),
+        };
+        let there = sources.iter().find_map(|s| {
             let mut tensors = s.tensors().into_iter().map(|t| self.checkpoint.get(t));
             let first = tensors.next()??;
             tensors.all(|t| t.is_some()).then_some((s, first))

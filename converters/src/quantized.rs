@@ -12,9 +12,10 @@
 //! | ModelOpt, NVFP4 | `weight` U8 | `weight_scale`, × `weight_scale_2` |
 //! | fine-grained FP8 | `weight` | `weight_scale_inv` |
 //!
-//! Here `x.weight` takes their place in the checkpoint. Its elements are computed in f32 when they are
-//! asked for and rounded once, to BF16 unless f32 is wanted. What an engine would round activations with
-//! (`input_scale`, `k_scale`, …) is left out, and told.
+//! Here `x.weight` takes their place in the checkpoint. INT8 with a scale a row is the format int8: numbers and
+//! scale of a row are brought together when they are asked for. Other elements are then computed in f32 and
+//! rounded once, to BF16 unless f32 is wanted. What an engine would round activations with (`input_scale`,
+//! `k_scale`, …) is left out, and told.
 //!
 //! Sources: the packages compressed-tensors and ModelOpt, transformers' `finegrained_fp8`.
 
@@ -23,6 +24,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use strata_kernels::Format;
 use strata_kernels::tensor::HostBytes;
 use strata_layers::Mark;
 use strata_layers::param::list_of;
@@ -48,6 +50,8 @@ const ACTIVATIONS: [&str; 9] = [
     ".q_scale",
     ".kv_cache_scaling_factor",
 ];
+/// The format of rows of whole numbers with a scale each.
+const INT8: &str = "INT8";
 /// Rows and columns of a block of fine-grained FP8, if no config says otherwise.
 const BLOCK: usize = 128;
 
@@ -129,7 +133,7 @@ pub(crate) fn present(
         );
         return report.add(FILES, Mark::default(), message);
     }
-    let mut counts: BTreeMap<&'static str, usize> = BTreeMap::new();
+    let mut counts: BTreeMap<(&'static str, bool), usize> = BTreeMap::new();
     let names: Vec<String> = tensors.keys().cloned().collect();
     for name in names {
         // What was consumed with an earlier one is gone.
@@ -143,7 +147,7 @@ pub(crate) fn present(
                     tensors.remove(n);
                 });
                 if let Some(wide) = &made.info.wide {
-                    *counts.entry(wide.stored).or_default() += 1;
+                    *counts.entry((wide.stored, wide.by_rows())).or_default() += 1;
                 }
                 tensors.insert(made.name, made.info);
             }
@@ -153,15 +157,17 @@ pub(crate) fn present(
             }
         }
     }
-    for (stored, count) in &counts {
+    for ((stored, runs), count) in &counts {
         let plural = if *count == 1 {
             "matrix is"
         } else {
             "matrices are"
         };
-        report.note(format!(
-            "{count} {plural} stored in {stored} and widened while loading, to BF16 or with --dtype f32 to F32"
-        ));
+        let how = match runs {
+            true => "with a scale a row, as they run",
+            false => "and widened while loading, to BF16 or with --dtype f32 to F32",
+        };
+        report.note(format!("{count} {plural} stored in {stored} {how}"));
     }
     if scheme.found || !counts.is_empty() {
         let before = tensors.len();
@@ -314,7 +320,7 @@ fn weight(
             row,
         };
         let info = TensorInfo {
-            dtype: "BF16".into(),
+            dtype: if wide.by_rows() { INT8 } else { "BF16" }.into(),
             shape,
             wide: Some(Arc::new(wide)),
             ..info.clone()
@@ -483,8 +489,17 @@ impl Scheme {
 }
 
 impl Wide {
-    /// Elements `range` of the weight, appended as BF16 or F32. `numbers` are the stored bytes, and
-    /// `shards` the files of the scales.
+    /// Whether it is rows of the format int8.
+    pub(crate) fn by_rows(&self) -> bool {
+        let whole = matches!(self.blocks.last(), Some((_, 1))) && !self.outer.is_empty();
+        whole
+            && matches!(self.kind, Kind::I8 | Kind::Packed(8))
+            && self.global.is_none()
+            && Format::Int8.row_bytes(self.columns).is_some()
+    }
+
+    /// Elements `range` of the weight, appended in `format`: BF16, F32, or where [`Wide::by_rows`] is true
+    /// whole rows of int8. `numbers` are the stored bytes, and `shards` the files of the scales.
     ///
     /// w = q · s, with s = scale · global or scale / global, each step in f32.
     pub(crate) fn widen(
@@ -492,9 +507,62 @@ impl Wide {
         numbers: &[u8],
         shards: &Shards,
         range: Range<usize>,
-        f32s: bool,
+        format: Format,
         to: &mut Vec<u8>,
     ) -> Result<(), String> {
+        let scale = self.scales(shards)?;
+        let table: [f32; 256] = std::array::from_fn(|bits| match self.kind {
+            Kind::E4m3 => e4m3(bits as u8),
+            Kind::E5m2 => e5m2(bits as u8),
+            Kind::I8 => f32::from(bits as u8 as i8),
+            Kind::Packed(8) => bits as f32 - 128.0,
+            Kind::Fp4 => fp4(bits as u8),
+            Kind::Packed(_) => bits as f32 - 8.0,
+        });
+        let byte = |at: usize| usize::from(numbers.get(at).copied().unwrap_or(0));
+        let value = |at: usize| match self.kind {
+            Kind::Fp4 | Kind::Packed(4) => table[byte(at / 2) >> (4 * (at % 2)) & 15],
+            _ => table[byte(at)],
+        };
+        let columns = self.columns;
+        let (block, per_row) = self.blocks.last().copied().unwrap_or((1, 1));
+        let whole = range.start.is_multiple_of(columns) && range.end.is_multiple_of(columns);
+        if format == Format::Int8 && !(whole && self.by_rows()) {
+            return Err("its rows have no scale each".into());
+        }
+        to.reserve(format.bytes_of(&[range.len()]).unwrap_or(0));
+        let mut at = range.start;
+        while at < range.end {
+            let (row, column) = (at / columns, at % columns);
+            // Up to the end of the block, of the row or of what is wanted.
+            let end = (column / block + 1).saturating_mul(block).min(columns);
+            let count = (end - column).min(range.end - at);
+            let scale = scale(self.scales_before(row) * per_row + column / block);
+            let first = row * self.row + column;
+            let values = (first..first + count).map(|n| value(n) * scale);
+            match format {
+                Format::Int8 => {
+                    let start = to.len();
+                    match (&self.kind, numbers.get(first..first + count)) {
+                        (Kind::I8, Some(codes)) => to.extend_from_slice(codes),
+                        // Whole numbers of eight bits, exact in f32.
+                        _ => to.extend(
+                            (first..first + count).map(|n| (value(n) as i8).cast_unsigned()),
+                        ),
+                    }
+                    to.resize(start + columns.next_multiple_of(4), 0);
+                    to.extend(scale.to_le_bytes());
+                }
+                Format::F32 => to.extend(values.flat_map(f32::to_le_bytes)),
+                _ => to.extend(values.flat_map(|v| bf16::from_f32(v).to_le_bytes())),
+            }
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// The scale at each place.
+    fn scales<'a>(&'a self, shards: &'a Shards) -> Result<impl Fn(usize) -> f32 + 'a, String> {
         let bytes_of = |info: &TensorInfo| {
             let shard = shards.get(&info.shard);
             shard
@@ -507,7 +575,7 @@ impl Wide {
             Some((how, info)) => Some((*how, scale_value(&info.dtype, bytes_of(info)?))),
             None => None,
         };
-        let scale = |at: usize| {
+        Ok(move |at: usize| {
             let bytes = scales.get(at * width..(at + 1) * width).unwrap_or_default();
             let scale = scale_value(&self.scale.dtype, bytes);
             match global {
@@ -515,42 +583,7 @@ impl Wide {
                 Some((Global::Divides, global)) => scale / global,
                 None => scale,
             }
-        };
-        let table: [f32; 256] = std::array::from_fn(|bits| match self.kind {
-            Kind::E4m3 => e4m3(bits as u8),
-            Kind::E5m2 => e5m2(bits as u8),
-            Kind::I8 => f32::from(bits as u8 as i8),
-            Kind::Packed(8) => bits as f32 - 128.0,
-            Kind::Fp4 => fp4(bits as u8),
-            Kind::Packed(_) => bits as f32 - 8.0,
-        });
-        let value = |at: usize| {
-            let byte = |at: usize| usize::from(numbers.get(at).copied().unwrap_or(0));
-            match self.kind {
-                Kind::Fp4 | Kind::Packed(4) => table[byte(at / 2) >> (4 * (at % 2)) & 15],
-                _ => table[byte(at)],
-            }
-        };
-        let columns = self.columns;
-        let (block, per_row) = self.blocks.last().copied().unwrap_or((1, 1));
-        to.reserve(range.len() * if f32s { 4 } else { 2 });
-        let mut at = range.start;
-        while at < range.end {
-            let (row, column) = (at / columns, at % columns);
-            // Up to the end of the block, of the row or of what is wanted.
-            let end = (column / block + 1).saturating_mul(block).min(columns);
-            let count = (end - column).min(range.end - at);
-            let scale = scale(self.scales_before(row) * per_row + column / block);
-            let first = row * self.row + column;
-            let values = (first..first + count).map(|n| value(n) * scale);
-            if f32s {
-                to.extend(values.flat_map(f32::to_le_bytes));
-            } else {
-                to.extend(values.flat_map(|v| bf16::from_f32(v).to_le_bytes()));
-            }
-            at += count;
-        }
-        Ok(())
+        })
     }
 
     /// Rows of scales before that of a row, over all dimensions but the last.

@@ -341,8 +341,18 @@ impl TensorMap {
 
     /// Where a weight may come from.
     pub fn find(&self, path: &str) -> Found {
+        self.find_among(path, false)
+    }
+
+    /// Where a weight of an edited plan may come from: a tensor with our name first, which is there if the
+    /// family has no name for such a weight.
+    pub fn find_edited(&self, path: &str) -> Found {
+        self.find_among(path, true)
+    }
+
+    fn find_among(&self, path: &str, ours: bool) -> Found {
         if let Some(merged) = strata_layers::plan::merged(path) {
-            let each: Vec<Found> = merged.iter().map(|p| self.find(p)).collect();
+            let each: Vec<Found> = merged.iter().map(|p| self.find_among(p, ours)).collect();
             let ways = each.iter().map(|f| f.sources.len()).min().unwrap_or(0);
             let mean = |way: usize| {
                 let tensors = each.iter().map(|f| f.sources[way].tensor().to_string());
@@ -363,7 +373,7 @@ impl TensorMap {
             .rules
             .iter()
             .find_map(|r| Some((r, r.ours.captures(path)?)));
-        match rule {
+        let mut found = match rule {
             Some((rule, mut captures)) => {
                 self.add_numbers(&mut captures);
                 let theirs = rule.theirs.iter();
@@ -376,7 +386,11 @@ impl TensorMap {
                 sources: Vec::new(),
                 at: Mark::default(),
             },
+        };
+        if ours {
+            found.sources.insert(0, Source::Tensor(path.into()));
         }
+        found
     }
 
     /// Whether some numbers depend on the config.

@@ -14,7 +14,7 @@ pub struct Batch {
     pub tokens: Vec<TokenId>,
     /// One for each sequence that takes part, in the order of their rows.
     pub spans: Vec<Span>,
-    /// How many of the spans, from the first on, are single rows of sequences that decode.
+    /// How many of the spans, from the first on, are single rows of sequences that decode: no guess among them.
     pub decodes: usize,
     /// The page tables of all spans, one after the other.
     pub pages: Vec<PageId>,
@@ -39,9 +39,12 @@ pub struct Span {
     pub position: usize,
     /// Its pages, as a range of [`Batch::pages`]: enough for `position + len` tokens. None without attention.
     pub pages: Range<usize>,
+    /// How many of its rows, the last ones, are tokens that are only guessed.
+    pub guessed: usize,
     /// Which rows need logits.
     pub logits: Logits,
-    /// Whether the logits of the last row choose the next token. If so, [`done`] wants one.
+    /// Whether the logits of the last row that is no guess choose the next token, and those of each guess that was
+    /// right the one after it. If so, [`done`] wants one token, and one more for each right guess.
     ///
     /// [`done`]: crate::scheduler::Scheduler::done
     pub sample: bool,
@@ -54,7 +57,7 @@ pub struct Span {
 pub enum Logits {
     /// No row: the prompt goes on.
     None,
-    /// The last row: it chooses a token.
+    /// The last row that is no guess, and all guesses: they choose tokens.
     Last,
     /// Every row. Rows that were computed anew after a preemption may come a second time.
     All,

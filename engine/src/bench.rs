@@ -128,6 +128,9 @@ fn once(engine: &mut Engine, options: &BenchOptions) -> Result<(Duration, Durati
         starts.push(engine.snapshot(id)?);
         engine.remove(id);
     }
+    // A device may still be at work on that: reading waits for it.
+    let last = options.device.alloc(DType::F32, 1, 1)?;
+    options.device.read(&last, &mut [0.0])?;
 
     let start = Instant::now();
     let mut ids = Vec::new();

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use strata_layers::graph::{GraphWeight, Run};
-use strata_layers::{Graph, Role};
+use strata_layers::graph::{GraphWeight, Node, Run};
+use strata_layers::{Graph, LayerSpec, Role, WeightSpec};
 
 use crate::footprint::Footprint;
 use crate::recipe::Storage;
@@ -55,15 +55,91 @@ impl Estimate {
 /// Elements of the matrices of all layers that one token is multiplied with; those of its logits are
 /// not among them.
 pub fn multiplied(graph: &Graph) -> f64 {
-    let mut total = 0.0;
-    for (widths, spec) in layers(graph) {
-        let wanted = spec.weights(&widths);
-        let matrices = wanted.iter().filter(|w| w.role == Role::Matrix);
-        total += matrices
-            .map(|w| w.elements() as f64 * spec.share_used(w))
-            .sum::<f64>();
+    layers(graph)
+        .flat_map(|(widths, spec)| matrices(&widths, spec))
+        .map(|(w, share)| w.elements() as f64 * share)
+        .sum()
+}
+
+/// The matrices of a layer, and the share of each that one token is multiplied with.
+fn matrices(widths: &[usize], spec: &dyn LayerSpec) -> Vec<(WeightSpec, f64)> {
+    let wanted = spec.weights(widths).into_iter();
+    wanted
+        .filter(|w| w.role == Role::Matrix)
+        .map(|w| {
+            let share = spec.share_used(&w);
+            (w, share)
+        })
+        .collect()
+}
+
+/// What a part of a step does: the same products, scans, states, keys and values that [`estimate`] adds up.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Work {
+    /// Operations.
+    pub flops: f64,
+    /// Bytes of matrices, keys, values and states that are read, and of states that are written.
+    pub bytes: f64,
+}
+
+impl Work {
+    /// A product of `rows` rows with a matrix of so many elements and bytes.
+    pub fn product(rows: usize, elements: usize, bytes: u64) -> Work {
+        Work {
+            flops: 2.0 * rows as f64 * elements as f64,
+            bytes: bytes as f64,
+        }
     }
-    total
+
+    /// One and another.
+    pub fn and(self, other: Work) -> Work {
+        Work {
+            flops: self.flops + other.flops,
+            bytes: self.bytes + other.bytes,
+        }
+    }
+}
+
+/// What a node does in a step over `rows`: the position of the first row and the number of rows of each sequence.
+/// `bytes` are those of the weight at a path; keys and values have `kv_bytes` an element.
+pub fn work(
+    graph: &Graph,
+    node: &Node,
+    rows: &[(usize, usize)],
+    bytes: &dyn Fn(&str) -> u64,
+    kv_bytes: usize,
+) -> Work {
+    let Run::Layer { spec, weights } = &node.run else {
+        return Work::default();
+    };
+    let widths = graph.widths_of(node);
+    let all: usize = rows.iter().map(|(_, len)| len).sum();
+    let mut work = Work::default();
+    for (matrix, share) in matrices(&widths, &**spec) {
+        let product = Work::product(all, matrix.elements(), bytes(&matrix.path(weights)));
+        work.flops += product.flops * share;
+        // Of experts that rows choose evenly, those that some row chose.
+        work.bytes += product.bytes * (1.0 - (1.0 - share).powi(all as i32));
+    }
+    let pages = node
+        .pages_of
+        .map_or(node, |of| &graph.nodes[of])
+        .state
+        .pages;
+    let slot: usize = node
+        .state
+        .slot
+        .iter()
+        .map(strata_layers::Part::elements)
+        .sum();
+    for (position, len) in rows {
+        let positions = *position..position + len;
+        work.flops += positions.map(|p| spec.other_flops(&widths, p)).sum::<f64>();
+        // Rows of one sequence share what they look back on.
+        let kept = pages.map_or(0, |p| p.elements()) * kv_bytes * (position + len);
+        work.bytes += (kept + 2 * 4 * slot) as f64;
+    }
+    work
 }
 
 fn layers(graph: &Graph) -> impl Iterator<Item = (Vec<usize>, &dyn strata_layers::LayerSpec)> {

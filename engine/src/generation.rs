@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::ids::{SeqId, TokenId};
+use crate::lookup::Guessed;
 use crate::sampler::Sampled;
 use crate::sequence::Reason;
 use crate::session::{Engine, Error as EngineError, Output};
@@ -47,6 +48,8 @@ pub struct Generated {
     pub prefill: Duration,
     /// From the first token to the last.
     pub decode: Duration,
+    /// Tokens guessed ahead, and how many were right; those behind a stop string among them.
+    pub guessed: Guessed,
 }
 
 /// Something that ends a generation early.
@@ -80,6 +83,80 @@ pub trait Watch {
     }
 }
 
+/// The text of one sequence as its tokens come.
+pub struct Assembly {
+    detokenizer: Option<Detokenizer>,
+    held: StopStrings,
+    eos: Vec<TokenId>,
+    stopped: bool,
+    /// What is settled.
+    pub text: String,
+    /// The tokens, with the end token if there was one.
+    pub tokens: Vec<Sampled>,
+}
+
+impl Assembly {
+    /// Of a sequence that ends before any of `stops`, or at one of `eos`.
+    pub fn new(
+        tokenizer: Option<&Arc<Tokenizer>>,
+        stops: &[String],
+        eos: &[TokenId],
+    ) -> Result<Self, Error> {
+        Ok(Assembly {
+            detokenizer: tokenizer.map(|t| Detokenizer::new(t.clone(), true)),
+            held: StopStrings::new(stops.to_vec())?,
+            eos: eos.to_vec(),
+            stopped: false,
+            text: String::new(),
+            tokens: Vec::new(),
+        })
+    }
+
+    /// Takes a token; the text that it settled. Whoever finds it [`Assembly::stopped`] then ends the sequence.
+    /// Tokens of the same step that follow a stop string were not asked for, and are left out.
+    pub fn push(&mut self, sampled: &Sampled) -> Result<String, Error> {
+        if self.stopped {
+            return Ok(String::new());
+        }
+        let ends = self.eos.contains(&sampled.token);
+        let piece = match &mut self.detokenizer {
+            Some(detokenizer) if !ends => detokenizer.push(sampled.token)?,
+            _ => String::new(),
+        };
+        let passed = self.held.push(&piece);
+        self.text.push_str(&passed.text);
+        self.tokens.push(sampled.clone());
+        self.stopped |= passed.stop.is_some();
+        Ok(passed.text)
+    }
+
+    /// Whether a stop string came.
+    pub fn stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// Why it ended, and the text that was held back until then.
+    pub fn end(&mut self, why: Reason) -> Result<(StopReason, String), Error> {
+        let reason = match why {
+            _ if self.stopped => StopReason::Stop,
+            Reason::Stop => StopReason::Eos,
+            Reason::Length => StopReason::Length,
+            Reason::Cancelled | Reason::Failed => StopReason::Interrupted,
+        };
+        if self.stopped {
+            return Ok((reason, String::new()));
+        }
+        let tail = match &mut self.detokenizer {
+            Some(detokenizer) => detokenizer.finish()?,
+            None => String::new(),
+        };
+        let mut rest = self.held.push(&tail).text;
+        rest.push_str(&self.held.finish());
+        self.text.push_str(&rest);
+        Ok((reason, rest))
+    }
+}
+
 /// Runs a submitted sequence to its end.
 pub fn generate(
     engine: &mut Engine,
@@ -89,18 +166,14 @@ pub fn generate(
     eos: &[TokenId],
     watch: &mut dyn Watch,
 ) -> Result<Generated, Error> {
-    let mut detokenizer = tokenizer.map(|t| Detokenizer::new(t.clone(), true));
-    let mut held = StopStrings::new(stops.to_vec())?;
-    let mut text = String::new();
-    let mut tokens: Vec<Sampled> = Vec::new();
-    let mut reason = None;
+    let mut assembly = Assembly::new(tokenizer, stops, eos)?;
+    let mut ended = None;
     let start = Instant::now();
     let mut first = None;
     let mut last = start;
-    while reason.is_none() {
+    while ended.is_none() {
         if watch.interrupted() {
             engine.finish(id, Reason::Cancelled);
-            reason = Some(StopReason::Interrupted);
             break;
         }
         if !engine.advance()? {
@@ -109,59 +182,38 @@ pub fn generate(
         if first.is_none() {
             watch.prompt(engine.computed(id));
         }
-        let mut stopped = false;
         for output in engine.outputs() {
             match output {
                 Output::Token { id: of, sampled } if *of == id => {
                     last = Instant::now();
                     first.get_or_insert(last);
-                    let ends = eos.contains(&sampled.token);
-                    let piece = match &mut detokenizer {
-                        Some(detokenizer) if !ends => detokenizer.push(sampled.token)?,
-                        _ => String::new(),
-                    };
-                    let passed = held.push(&piece);
-                    text.push_str(&passed.text);
-                    watch.token(sampled, &passed.text)?;
-                    tokens.push(sampled.clone());
-                    stopped = passed.stop.is_some();
+                    let text = assembly.push(sampled)?;
+                    watch.token(sampled, &text)?;
+                    if assembly.stopped() {
+                        break; // tokens of the same step that follow were not asked for
+                    }
                 }
-                Output::Finished {
-                    id: of,
-                    reason: why,
-                } if *of == id => {
-                    reason = Some(match why {
-                        Reason::Stop => StopReason::Eos,
-                        Reason::Cancelled | Reason::Failed => StopReason::Interrupted,
-                        Reason::Length => StopReason::Length,
-                    });
-                }
+                Output::Finished { id: of, reason } if *of == id => ended = Some(*reason),
                 Output::Token { .. } | Output::Finished { .. } => {}
             }
         }
-        if stopped {
+        if assembly.stopped() {
             engine.finish(id, Reason::Stop);
-            reason = Some(StopReason::Stop);
+            ended = Some(Reason::Stop);
         }
     }
-    let reason = reason.unwrap_or(StopReason::Interrupted);
+    let (reason, rest) = assembly.end(ended.unwrap_or(Reason::Cancelled))?;
     if reason != StopReason::Stop {
-        let tail = match &mut detokenizer {
-            Some(detokenizer) => detokenizer.finish()?,
-            None => String::new(),
-        };
-        let mut rest = held.push(&tail).text;
-        rest.push_str(&held.finish());
-        text.push_str(&rest);
         watch.rest(&rest)?;
     }
     let first = first.unwrap_or_else(Instant::now);
     let decode = last.saturating_duration_since(first);
     Ok(Generated {
-        text,
-        tokens,
+        text: assembly.text,
+        tokens: assembly.tokens,
         reason,
         prefill: first - start,
         decode,
+        guessed: engine.guessed(id),
     })
 }

@@ -75,6 +75,67 @@ pub fn svg(title: &str, x: &str, range: (f64, f64), panels: &[Panel]) -> String 
     out
 }
 
+/// A map of parts of a whole, from 0 to 1: a row of cells for each name of `down`, each cell with its per cent.
+pub fn map(
+    title: &str,
+    (x, across): (&str, &[String]),
+    (y, down): (&str, &[String]),
+    cell: &dyn Fn(usize, usize) -> f64,
+) -> String {
+    const HIGH: f64 = 34.0;
+    let wide = (WIDTH - LEFT - RIGHT) / across.len().max(1) as f64;
+    let bottom = TOP + HIGH * down.len() as f64;
+    let height = bottom + BOTTOM;
+    let mut out = String::new();
+    // Writing to a String does not fail.
+    let _ = write!(
+        out,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" role=\"img\">\n<title>{title}</title>\n<style>{STYLE}.cell{{fill:#0969da;stroke:#6e7781}}</style>\n<rect class=\"paper\" width=\"{WIDTH}\" height=\"{height}\"/>\n<text class=\"title\" x=\"{LEFT}\" y=\"24\">{title}</text>\n<text x=\"{LEFT}\" y=\"{:.1}\">{}</text>\n",
+        TOP - 8.0,
+        escape(y),
+        title = escape(title)
+    );
+    for (i, name) in down.iter().enumerate() {
+        let top = TOP + HIGH * i as f64;
+        let _ = writeln!(
+            out,
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+            LEFT - 8.0,
+            top + HIGH / 2.0 + 4.0,
+            escape(name)
+        );
+        for j in 0..across.len() {
+            let part = cell(i, j).clamp(0.0, 1.0);
+            let left = LEFT + wide * j as f64;
+            let _ = writeln!(
+                out,
+                "<rect class=\"cell\" fill-opacity=\"{:.2}\" x=\"{left:.1}\" y=\"{top:.1}\" width=\"{wide:.1}\" height=\"{HIGH}\"/>\n<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{:.0} %</text>",
+                0.6 * part,
+                left + wide / 2.0,
+                top + HIGH / 2.0 + 4.0,
+                100.0 * part
+            );
+        }
+    }
+    for (j, name) in across.iter().enumerate() {
+        let _ = writeln!(
+            out,
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+            LEFT + wide * (j as f64 + 0.5),
+            bottom + 18.0,
+            escape(name)
+        );
+    }
+    let _ = write!(
+        out,
+        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>\n</svg>\n",
+        (LEFT + WIDTH - RIGHT) / 2.0,
+        bottom + 40.0,
+        escape(x)
+    );
+    out
+}
+
 fn draw_panel(out: &mut String, panel: &Panel, axis: &Axis, top: f64) {
     let right = WIDTH - RIGHT;
     let across = |v: f64| LEFT + (right - LEFT) * axis.part(v);

@@ -68,6 +68,20 @@ impl Pools {
         sequence.pages.resize_with(length, || alloc(pool));
     }
 
+    /// Whether sequences have state that cannot be shortened.
+    pub(crate) fn keeps_slots(&self) -> bool {
+        self.slots.is_some()
+    }
+
+    /// Gives back the pages behind those of the computed tokens.
+    pub(crate) fn shrink(&mut self, sequence: &mut Sequence) {
+        let Some(pool) = &mut self.pages else { return };
+        let needed = pool.pages_for(sequence.computed);
+        for page in sequence.pages.drain(needed..).rev() {
+            pool.release(page);
+        }
+    }
+
     pub(crate) fn retain(&mut self, pages: &[PageId]) {
         if let Some(pool) = &mut self.pages {
             pages.iter().for_each(|&page| pool.retain(page));

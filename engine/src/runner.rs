@@ -16,6 +16,7 @@ use self::head::LOGIT_ROWS;
 pub use self::head::Row;
 use crate::estimate::Allocated;
 use crate::state_store::StateStore;
+use crate::trace::{Part, Trace};
 
 /// A graph with its weights on a device. Shared by all that run it.
 #[derive(Clone)]
@@ -28,6 +29,8 @@ pub struct Network {
     pub activations: DType,
     /// Bytes of all weights in the form they run in, those of mapped files among them.
     pub weight_bytes: u64,
+    /// Bytes of each weight, by its path.
+    bytes: Arc<BTreeMap<String, u64>>,
     /// The paths of the weights that lie at each place of memory.
     paths: Arc<BTreeMap<Place, Vec<String>>>,
     /// The formats that matrices are stored in.
@@ -127,11 +130,13 @@ impl Network {
             spec.build(&weights).map(Some)
         };
         let layers = Arc::new(graph.nodes.iter().map(build).collect::<Result<_>>()?);
+        let bytes = source.counted.take();
         Ok(Network {
             graph: Arc::new(graph),
             backend,
             activations,
-            weight_bytes: source.counted.borrow().values().sum(),
+            weight_bytes: bytes.values().sum(),
+            bytes: Arc::new(bytes),
             paths: Arc::new(source.paths.take()),
             formats: Arc::new(source.formats.take()),
             layers,
@@ -182,6 +187,11 @@ impl Network {
     /// The paths of the weights that lie at each place of memory: several where weights share it.
     pub(crate) fn paths(&self) -> &Arc<BTreeMap<Place, Vec<String>>> {
         &self.paths
+    }
+
+    /// Bytes of the weight at a path, in the form it runs in.
+    pub fn bytes_of(&self, path: &str) -> u64 {
+        self.bytes.get(path).copied().unwrap_or(0)
     }
 
     /// The formats that matrices are stored in.
@@ -251,6 +261,8 @@ pub struct Runner {
     prefix_ids: Vec<u32>,
     empty: LayerState,
     id: u64,
+    /// Times of the parts of steps, while somebody wants them.
+    pub(crate) trace: Option<Box<Trace>>,
     picked: Tensor,
     logits: Tensor,
     host_logits: Vec<f32>,
@@ -280,6 +292,7 @@ impl Runner {
             prefix_ids: Vec::new(),
             empty: LayerState::default(),
             id: RUNNERS.fetch_add(1, Ordering::Relaxed),
+            trace: None,
             picked: backend.alloc(DType::F32, LOGIT_ROWS, graph.d_model)?,
             logits: backend.alloc(DType::F32, LOGIT_ROWS, graph.vocab)?,
             host_logits: vec![0.0; LOGIT_ROWS * graph.vocab],
@@ -353,6 +366,7 @@ impl Runner {
             return self.decode(step, rows, sink);
         }
         self.embed(step, rows)?;
+        self.lap(Part::Embedding);
         if let Some(watch) = &mut watch {
             self.tell(0, rows, &mut **watch)?;
         }
@@ -369,6 +383,9 @@ impl Runner {
             self.max_rows
         );
         self.most_rows = self.most_rows.max(rows);
+        if let Some(trace) = &mut self.trace {
+            trace.begin(step.ragged.spans, step.logits.len());
+        }
         rows
     }
 
@@ -389,6 +406,7 @@ impl Runner {
         };
         backend.repeat(&repeat, &mut || {
             self.embed(step, rows)?;
+            self.lap(Part::Embedding);
             self.nodes(step.ragged, rows, None)?;
             self.project(&step.logits[..first], rows).map(|_| ())
         })?;
@@ -545,6 +563,7 @@ impl Runner {
                     }
                 }
             }
+            self.lap(Part::Node(i));
             if let Some(watch) = &mut watch {
                 self.tell(node.output, rows, &mut **watch)?;
             }
@@ -573,6 +592,13 @@ impl Runner {
             .read(&self.value(value, rows), &mut values)?;
         points.into_iter().for_each(|p| watch(p, &values));
         Ok(())
+    }
+
+    /// A part of a step is done.
+    fn lap(&mut self, part: Part) {
+        if let Some(trace) = &mut self.trace {
+            trace.lap(part);
+        }
     }
 
     fn context<'a>(

@@ -19,9 +19,12 @@
 use std::collections::{BTreeMap, VecDeque};
 
 mod config;
+mod guesses;
+mod line;
 mod rows;
 
 pub use config::{BadConfig, Chunk, ForkRefused, Refused, SchedulerConfig};
+pub use line::NoSlot;
 
 use crate::batch::{Batch, Logits};
 use crate::ids::{PageId, SeqId, SlotId, TokenId};
@@ -229,7 +232,7 @@ impl Scheduler {
     pub fn next(&mut self, batch: &mut Batch) -> Step {
         assert!(!self.in_flight, "the step before is not done");
         batch.reset();
-        self.admit();
+        while self.admit_first() {}
         let Some(oldest) = self.running.first() else {
             return match self.waiting.front() {
                 None => Step::Idle,
@@ -258,19 +261,41 @@ impl Scheduler {
         Step::Run
     }
 
-    /// Takes note that the step is done. `sampled` has a token for each span with `sample`, in their order;
-    /// those of sequences that ended meanwhile may be left out. What happened is appended to `events`.
+    /// Takes note that the step is done. `sampled` has a token for each span with `sample`, in their order, and
+    /// behind it one for each guess of the span that was right; those of sequences that ended meanwhile may be left
+    /// out. What happened is appended to `events`.
+    ///
+    /// Where a guess was wrong, the slot of the span must be again what it was before the step
+    /// (see [`Scheduler::returns`]): its rows are then computed once more, without the wrong ones.
     pub fn done(&mut self, batch: &Batch, sampled: &[(SeqId, TokenId)], events: &mut Vec<Event>) {
         assert!(self.in_flight, "no step is under way");
         self.in_flight = false;
-        let mut sampled = sampled.iter().peekable();
+        let mut tokens = 0;
         for span in &batch.spans {
-            let token = sampled.next_if(|(id, _)| *id == span.seq && span.sample);
+            let first = tokens;
+            while tokens - first <= span.guessed
+                && sampled
+                    .get(tokens)
+                    .is_some_and(|(id, _)| *id == span.seq && span.sample)
+            {
+                tokens += 1;
+            }
+            let found = &sampled[first..tokens];
             let Some(sequence) = self.sequences.get_mut(&span.seq) else {
                 continue;
             };
+            sequence.guess.clear();
             // None scheduled: its state was taken back during the step.
-            sequence.computed += std::mem::take(&mut sequence.scheduled);
+            let scheduled = std::mem::take(&mut sequence.scheduled);
+            let wrong = span.guessed - found.len().saturating_sub(1);
+            if scheduled > 0 && wrong > 0 {
+                if !self.pools.keeps_slots() {
+                    sequence.computed += scheduled - wrong;
+                }
+                self.pools.shrink(sequence);
+            } else {
+                sequence.computed += scheduled;
+            }
             if sequence.status != Status::Running {
                 continue;
             }
@@ -279,9 +304,11 @@ impl Scheduler {
             }
             if span.sample {
                 let id = span.seq;
-                let &(_, token) = token.unwrap_or_else(|| panic!("no token for {id:?}"));
-                sequence.tokens.push(token);
-                events.push(Event::Token { id, token });
+                assert!(!found.is_empty(), "no token for {id:?}");
+                for &(_, token) in found {
+                    sequence.tokens.push(token);
+                    events.push(Event::Token { id, token });
+                }
             }
             let reason = if span.sample && sequence.ends_with_stop() {
                 Reason::Stop
@@ -297,7 +324,7 @@ impl Scheduler {
             });
         }
         assert!(
-            sampled.next().is_none(),
+            tokens == sampled.len(),
             "a token for a sequence that wants none, or out of order"
         );
     }
@@ -443,110 +470,6 @@ impl Scheduler {
     }
 }
 
-/// Entering and leaving.
-impl Scheduler {
-    fn check(&self, request: &SequenceRequest) -> Result<(), Refused> {
-        let (prompt, max_tokens) = (request.prompt.len(), request.limits.max_tokens);
-        let context = self.config.context;
-        if prompt == 0 {
-            return Err(Refused::EmptyPrompt);
-        }
-        if prompt.saturating_add(max_tokens) > context {
-            return Err(Refused::TooLong {
-                prompt,
-                max_tokens,
-                context,
-            });
-        }
-        if let Some(pool) = &self.pools.pages {
-            let (wanted, pages) = (
-                pool.pages_for(most_computed(prompt, max_tokens)),
-                pool.total(),
-            );
-            if wanted > pages {
-                return Err(Refused::TooManyPages {
-                    prompt,
-                    max_tokens,
-                    wanted,
-                    pages,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    fn enqueue(
-        &mut self,
-        request: SequenceRequest,
-        computed: usize,
-        pages: &[PageId],
-        slot: Option<SlotId>,
-    ) -> SeqId {
-        let mut sequence = Sequence::new(SeqId(self.next_id), request);
-        self.next_id += 1;
-        sequence.computed = computed;
-        sequence.pages.extend_from_slice(pages);
-        sequence.slot = slot;
-        let place = sequence.place();
-        if sequence.holds_state() {
-            self.idle.push(place.id);
-        }
-        self.sequences.insert(place.id, sequence);
-        self.waiting.push_back(place);
-        place.id
-    }
-
-    /// Admits from the front of the queue while there is room.
-    fn admit(&mut self) {
-        let mut outstanding = self.outstanding();
-        while self.running.len() < self.running_limit
-            && let Some(&Place { id, .. }) = self.waiting.front()
-        {
-            loop {
-                let wanted = self.wanted_by(id);
-                let pages = wanted.pages + outstanding + self.spare_pages();
-                if self.pools.free_pages() >= pages && self.pools.free_slots() >= wanted.slots {
-                    outstanding += wanted.pages;
-                    break;
-                }
-                match self.idle_victim(id) {
-                    Some(i) if self.running.is_empty() || self.is_finished(self.idle[i]) => {
-                        self.give_up_state(self.idle[i]);
-                    }
-                    _ => return,
-                }
-            }
-            let place = self.waiting.pop_front().expect("looked at above");
-            self.idle.retain(|idle| *idle != id);
-            let sequence = self.sequences.get_mut(&id).expect("queued sequences exist");
-            if sequence.slot.is_none() {
-                sequence.slot = self.pools.alloc_slot();
-            }
-            sequence.status = Status::Running;
-            self.pools.reserve(sequence);
-            insert_running(&mut self.running, place);
-        }
-    }
-
-    /// Takes a sequence out of the queue or from the running ones.
-    fn leave_line(&mut self, id: SeqId) {
-        let sequence = &self.sequences[&id];
-        let place = sequence.place();
-        match sequence.status {
-            Status::Finished(_) => {}
-            Status::Running => {
-                let i = self.running.binary_search(&place).expect("it runs");
-                self.running.remove(i);
-            }
-            Status::Waiting | Status::Preempted => {
-                let i = self.waiting.binary_search(&place).expect("it waits");
-                self.waiting.remove(i);
-                self.idle.retain(|idle| *idle != id);
-            }
-        }
-    }
-}
-
 /// State: what is needed, and who gives way.
 impl Scheduler {
     /// Pages the running sequences still need for the tokens they have.
@@ -633,11 +556,6 @@ impl Sequence {
             self.generated().len() >= wanted
         }
     }
-}
-
-/// Tokens whose state is ever needed: the last one sampled is not fed again.
-fn most_computed(prompt: usize, max_tokens: usize) -> usize {
-    prompt.saturating_add(max_tokens.saturating_sub(1))
 }
 
 fn insert_running(running: &mut Vec<Place>, place: Place) {

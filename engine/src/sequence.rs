@@ -11,8 +11,9 @@ pub struct SequenceRequest {
     pub limits: Limits,
     /// Whether the logits of every prompt row are wanted, not only those that choose a token.
     pub prompt_logits: bool,
-    /// A position at which a chunk of the prompt must end, so that the state there can be copied.
-    pub cut: Option<usize>,
+    /// Positions at which a chunk of the prompt must end, in ascending order, so that the state there can be
+    /// copied.
+    pub cuts: Vec<usize>,
 }
 
 /// When a generation ends by itself.
@@ -86,8 +87,12 @@ pub struct Sequence {
     pub limits: Limits,
     /// See [`SequenceRequest::prompt_logits`].
     pub prompt_logits: bool,
-    /// See [`SequenceRequest::cut`].
-    pub cut: Option<usize>,
+    /// See [`SequenceRequest::cuts`].
+    pub cuts: Vec<usize>,
+    /// Tokens that may follow, to be computed with the others in the coming step: see [`Scheduler::guess`].
+    ///
+    /// [`Scheduler::guess`]: crate::scheduler::Scheduler::guess
+    pub(crate) guess: Vec<TokenId>,
     /// Rows in the step that is running now.
     pub(crate) scheduled: usize,
     /// Tokens whose logits were asked for by `prompt_logits` and computed.
@@ -107,7 +112,8 @@ impl Sequence {
             status: Status::Waiting,
             limits: request.limits,
             prompt_logits: request.prompt_logits,
-            cut: request.cut,
+            cuts: request.cuts,
+            guess: Vec::new(),
             scheduled: 0,
             scored: 0,
         }
@@ -126,7 +132,8 @@ impl Sequence {
             status: Status::Waiting,
             limits: self.limits.clone(),
             prompt_logits: self.prompt_logits,
-            cut: self.cut,
+            cuts: self.cuts.clone(),
+            guess: Vec::new(),
             scheduled: 0,
             scored: self.scored,
         }
@@ -153,6 +160,12 @@ impl Sequence {
     /// Whether its next row is that of a token it generated itself, all before it being computed.
     pub fn is_decoding(&self) -> bool {
         self.computed > 0 && self.remaining() == 1 && self.tokens.len() > self.prompt_len
+    }
+
+    /// The first position behind what is computed at which a chunk must end.
+    pub fn next_cut(&self) -> Option<usize> {
+        let next = self.cuts.partition_point(|cut| *cut <= self.computed);
+        self.cuts.get(next).copied()
     }
 
     /// Whether it is at its end.

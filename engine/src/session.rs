@@ -5,17 +5,30 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use strata_kernels::ops::Likeliest;
-use strata_kernels::{DType, Ragged, Span, Tensor};
+use strata_kernels::{Ragged, Span};
+
+mod cached;
+mod config;
+mod error;
+mod guesses;
+mod snapshots;
+
+pub use config::{DEFAULT_CHUNK, DEFAULT_PAGE, EngineConfig};
+pub use error::Error;
+pub use snapshots::SnapshotId;
+pub(crate) use snapshots::{Snapshot, State};
 
 use crate::batch::{Batch, Logits};
-pub use crate::engine_config::{DEFAULT_CHUNK, DEFAULT_PAGE, EngineConfig};
 use crate::estimate::Allocated;
-use crate::ids::{PageId, SeqId, SlotId, TokenId};
+use crate::ids::{SeqId, TokenId};
+use crate::lookup::Lookup;
+use crate::prefix_cache::Cache;
 use crate::runner::{self, Network, Point, Row, Runner};
-use crate::sampler::{SampleError, Sampled, Sampler, SamplingFaults, SamplingParams};
-use crate::scheduler::{BadConfig, Event, ForkRefused, Refused, Scheduler, SchedulerConfig, Step};
+use crate::sampler::{Sampled, Sampler, SamplingParams};
+use crate::scheduler::{Event, Scheduler, SchedulerConfig, Step};
 use crate::sequence::{Limits, Reason, Sequence, SequenceRequest};
 use crate::state_store::{StateSize, StateStore};
+use crate::trace::Trace;
 
 /// What someone wants generated.
 #[derive(Debug, Clone, Default)]
@@ -30,6 +43,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Whether the logits of every prompt row are wanted.
     pub prompt_logits: bool,
+    /// Numbers of prompt tokens after which the state is to be kept, if the engine keeps any, and given up last.
+    pub marks: Vec<usize>,
 }
 
 /// What happened in a step.
@@ -67,71 +82,17 @@ pub struct Watched<'a> {
     pub rows: &'a [f32],
 }
 
-/// What can go wrong in an engine.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
-pub enum Error {
-    #[error(transparent)]
-    Kernel(#[from] strata_kernels::Error),
-    #[error(transparent)]
-    Refused(#[from] Refused),
-    #[error(transparent)]
-    Fork(#[from] ForkRefused),
-    #[error(transparent)]
-    Sampling(#[from] SamplingFaults),
-    #[error(transparent)]
-    Sample(#[from] SampleError),
-    #[error(transparent)]
-    Config(#[from] BadConfig),
-    #[error("token id {token} at position {position} is outside the vocabulary of {vocab}")]
-    TokenOutside {
-        token: TokenId,
-        position: usize,
-        vocab: usize,
-    },
-    #[error("this model reads images, not text; use `strata classify`")]
-    ReadsImages,
-    #[error("{what} need {bytes} bytes, more than this machine can address")]
-    TooLarge { what: &'static str, bytes: u128 },
-    #[error("sequence {0:?} has no state: it has not run yet, or its state was given to another")]
-    NoState(SeqId),
-    #[error("there is no snapshot {0:?}")]
-    NoSnapshot(SnapshotId),
-    #[error(
-        "the prompt leaves the snapshot at token {position}: it has {found}, the snapshot {expected}"
-    )]
-    Diverged {
-        position: usize,
-        found: String,
-        expected: TokenId,
-    },
-    #[error("no slot is free for a restored sequence: {running} sequences are running")]
-    NoSlot { running: usize },
-    #[error("no page is free for {tokens} restored tokens")]
-    NoPages { tokens: usize },
-}
-
-/// Names a snapshot of an engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SnapshotId(u64);
-
-/// The state of a sequence after some of its tokens: pages, shared with whoever else has them, and a
-/// copy of its slot.
-pub(crate) struct Snapshot {
-    pub tokens: Vec<TokenId>,
-    pub pages: Vec<PageId>,
-    /// (1, elements) of each part of a slot, in the order of the store.
-    pub slot: Vec<Tensor>,
-}
-
 /// A network with its sequences.
 pub struct Engine {
     runner: Runner,
     scheduler: Scheduler,
     config: EngineConfig,
     samplers: BTreeMap<SeqId, Sampler>,
+    /// Of sequences that have generated, where guesses are made.
+    lookups: BTreeMap<SeqId, Lookup>,
     snapshots: BTreeMap<SnapshotId, Snapshot>,
     next_snapshot: u64,
+    cache: Option<Cache>,
     outputs: Vec<Output>,
     // Filled anew for every step; they keep their memory.
     batch: Batch,
@@ -140,6 +101,9 @@ pub struct Engine {
     logit_rows: Vec<usize>,
     tokens: Vec<(SeqId, TokenId)>,
     events: Vec<Event>,
+    guessing: Vec<SeqId>,
+    guess: Vec<TokenId>,
+    said: Vec<TokenId>,
 }
 
 impl Engine {
@@ -175,7 +139,7 @@ impl Engine {
         let scheduler = Scheduler::new(SchedulerConfig {
             page_size: config.page_size as u32,
             pages: has_pages.then_some(page_count),
-            slots: has_slots.then_some(slot_count),
+            slots: has_slots.then_some(slot_count / (config.slots() / config.owned_slots()) as u32),
             token_budget: config.token_budget,
             max_sequences: config.max_sequences,
             chunk: config.chunk,
@@ -194,8 +158,10 @@ impl Engine {
             scheduler,
             config,
             samplers: BTreeMap::new(),
+            lookups: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             next_snapshot: 0,
+            cache: None,
             outputs: Vec::new(),
             batch: Batch::new(),
             spans: Vec::new(),
@@ -203,6 +169,9 @@ impl Engine {
             logit_rows: Vec::new(),
             tokens: Vec::new(),
             events: Vec::new(),
+            guessing: Vec::new(),
+            guess: Vec::new(),
+            said: Vec::new(),
         })
     }
 
@@ -248,11 +217,29 @@ impl Engine {
         self.runner.buffer_bytes()
     }
 
+    /// Times the parts of steps from here on.
+    pub fn trace(&mut self) {
+        let network = self.runner.network().clone();
+        let (network, kv) = (network, self.config.kv_dtype);
+        self.runner.trace = Some(Box::new(Trace::new(network, kv)));
+    }
+
+    /// What the parts of steps took; none if nobody asked for it.
+    pub fn traced(&self) -> Option<&Trace> {
+        self.runner.trace.as_deref()
+    }
+
     /// Takes a request on.
-    pub fn submit(&mut self, request: Request) -> Result<SeqId, Error> {
+    pub fn submit(&mut self, mut request: Request) -> Result<SeqId, Error> {
+        let marks = std::mem::take(&mut request.marks);
         let (sequence, sampler) = self.accept(request)?;
         let id = self.scheduler.submit(sequence)?;
         self.samplers.insert(id, sampler);
+        if let Some(cache) = &mut self.cache
+            && !marks.is_empty()
+        {
+            cache.marks.insert(id, marks);
+        }
         Ok(id)
     }
 
@@ -286,7 +273,7 @@ impl Engine {
             prompt,
             limits,
             prompt_logits,
-            cut: None,
+            cuts: Vec::new(),
         };
         Ok((sequence, sampler))
     }
@@ -306,12 +293,21 @@ impl Engine {
 
     /// Ends a sequence, for instance at a stop string. False if it is at its end already.
     pub fn finish(&mut self, id: SeqId, reason: Reason) -> bool {
-        self.scheduler.finish(id, reason)
+        let ended = self.scheduler.finish(id, reason);
+        if ended && reason == Reason::Stop {
+            self.keep_end(id);
+        }
+        ended
     }
 
     /// Forgets a sequence, whatever it is doing.
     pub fn remove(&mut self, id: SeqId) -> bool {
         self.samplers.remove(&id);
+        if let Some(cache) = &mut self.cache {
+            cache.reuses.remove(&id);
+            cache.marks.remove(&id);
+        }
+        self.lookups.remove(&id);
         self.scheduler.remove(id)
     }
 
@@ -343,14 +339,22 @@ impl Engine {
         observe: Option<&mut Observe<'_>>,
     ) -> Result<bool, Error> {
         self.outputs.clear();
-        match self.scheduler.next(&mut self.batch) {
-            Step::Idle => return Ok(false),
-            Step::Short(wanted) => {
-                // Only snapshots hold pages outside the scheduler. Their owner must drop some.
-                let tokens = wanted.pages * self.config.page_size;
-                return Err(Error::NoPages { tokens });
+        self.admit_with_states();
+        // Who watches is told of tokens that are said, not of guesses.
+        if self.config.lookup > 0 && watch.is_none() {
+            self.guess();
+        }
+        loop {
+            match self.scheduler.next(&mut self.batch) {
+                Step::Idle => return Ok(false),
+                Step::Short(_) if self.give_way() => {}
+                Step::Short(wanted) => {
+                    // Only snapshots hold pages outside the scheduler. Their owner must drop some.
+                    let tokens = wanted.pages * self.config.page_size;
+                    return Err(Error::NoPages { tokens });
+                }
+                Step::Run => break,
             }
-            Step::Run => {}
         }
         match self.run(watch, observe) {
             Ok(()) => {
@@ -362,6 +366,7 @@ impl Engine {
                         self.outputs.push(Output::Finished { id, reason });
                     }
                 }
+                self.keep_of_step();
                 Ok(true)
             }
             Err(error) => {
@@ -413,10 +418,14 @@ impl Engine {
                 slot: span.slot.map_or(0, |s| s.0 as usize),
                 pages: span.pages.clone(),
             });
+            if let Some(slot) = span.slot.filter(|_| span.guessed > 0) {
+                let copy = slot.0 as usize + self.config.owned_slots();
+                runner.state.copy_slot(slot.0 as usize, copy)?;
+            }
             let end = span.start + span.len;
             match span.logits {
                 Logits::None => {}
-                Logits::Last => logit_rows.push(end - 1),
+                Logits::Last => logit_rows.extend(end - 1 - span.guessed..end),
                 Logits::All => {
                     let hidden = prefix.saturating_sub(span.position).min(span.len);
                     logit_rows.extend(span.start + hidden..end);
@@ -436,8 +445,10 @@ impl Engine {
 
         self.tokens.clear();
         let (samplers, tokens, outputs) = (&mut self.samplers, &mut self.tokens, &mut self.outputs);
-        let mut at = 0;
-        let mut failed = None;
+        let said = &mut self.said;
+        let (mut at, mut failed) = (0, None);
+        // Tokens of the span that were chosen, and whether the next row follows them.
+        let (mut chosen, mut follows) = (0, true);
         let graph = &runner.network().graph;
         let blind = watch.is_none() && observe.is_none() && graph.vocab <= Likeliest::MOST;
         let likeliest = blind
@@ -470,12 +481,17 @@ impl Engine {
         let mut sink = |row, of: Row<'_>| {
             while batch.spans[at].start + batch.spans[at].len <= row {
                 at += 1;
+                (chosen, follows) = (0, true);
             }
             let span = &batch.spans[at];
+            if !follows {
+                return; // behind a wrong guess
+            }
             if let (Some(observe), Row::Logits(logits)) = (&mut observe, of) {
                 observe(span.seq, span.position + row - span.start - prefix, logits);
             }
-            if !span.sample || row + 1 < span.start + span.len || failed.is_some() {
+            let guesses = span.start + span.len - span.guessed;
+            if !span.sample || row + 1 < guesses || failed.is_some() {
                 return;
             }
             let sequence = scheduler
@@ -484,13 +500,25 @@ impl Engine {
             let sampler = samplers
                 .get_mut(&span.seq)
                 .expect("every sequence has a sampler");
-            let (prompt, generated) = sequence.tokens.split_at(sequence.prompt_len);
+            let (prompt, mut generated) = sequence.tokens.split_at(sequence.prompt_len);
+            if chosen > 0 {
+                if chosen == 1 {
+                    said.clear();
+                    said.extend_from_slice(generated);
+                }
+                said.push(batch.tokens[row]);
+                generated = &said[..];
+            }
             let sampled = match of {
                 Row::Logits(logits) => sampler.sample(logits, &prompt[prefix..], generated),
                 Row::Likeliest(token) => Ok(Sampled::plain(token)),
             };
             match sampled {
                 Ok(sampled) => {
+                    chosen += 1;
+                    let next = batch.tokens.get(row + 1);
+                    follows = next == Some(&sampled.token)
+                        && !sequence.limits.stop.contains(&sampled.token);
                     tokens.push((span.seq, sampled.token));
                     outputs.push(Output::Token {
                         id: span.seq,
@@ -507,139 +535,10 @@ impl Engine {
                 sink(row, Row::Logits(logits));
             })?;
         }
-        failed.map_or(Ok(()), |error| Err(error.into()))
-    }
-
-    /// Keeps the state of a sequence as it is now, between two steps.
-    pub fn snapshot(&mut self, id: SeqId) -> Result<SnapshotId, Error> {
-        let sequence = self.scheduler.sequence(id).ok_or(Error::NoState(id))?;
-        if !sequence.holds_state() {
-            return Err(Error::NoState(id));
+        if let Some(error) = failed {
+            return Err(error.into());
         }
-        let tokens = sequence.tokens[..sequence.computed].to_vec();
-        let (pages, slot) = (sequence.pages.clone(), sequence.slot);
-        let mut copy = Vec::new();
-        if let Some(slot) = slot {
-            let row = slot.0 as usize;
-            let backend = self.runner.state.backend().clone();
-            for part in self.runner.state.parts().filter(|p| !p.paged) {
-                let mut own = backend.alloc(DType::F32, 1, part.tensor.cols())?;
-                backend.copy(&part.tensor.row_range(row..row + 1), &mut own)?;
-                copy.push(own);
-            }
-        }
-        if let Some(pool) = self.scheduler.pages_mut() {
-            pages.iter().for_each(|p| pool.retain(*p));
-        }
-        Ok(self.keep(Snapshot {
-            tokens,
-            pages,
-            slot: copy,
-        }))
-    }
-
-    pub(crate) fn keep(&mut self, snapshot: Snapshot) -> SnapshotId {
-        let id = SnapshotId(self.next_snapshot);
-        self.next_snapshot += 1;
-        self.snapshots.insert(id, snapshot);
-        id
-    }
-
-    /// The tokens whose state a snapshot holds.
-    pub fn snapshot_tokens(&self, id: SnapshotId) -> Result<&[TokenId], Error> {
-        let tokens = &self.get(id)?.tokens;
-        Ok(&tokens[self.prefix().len().min(tokens.len())..])
-    }
-
-    pub(crate) fn get(&self, id: SnapshotId) -> Result<&Snapshot, Error> {
-        self.snapshots.get(&id).ok_or(Error::NoSnapshot(id))
-    }
-
-    /// Takes a request on whose prompt begins with the tokens of a snapshot and goes on by at least
-    /// one: those are not computed again. The snapshot stays as it is.
-    pub fn restore(&mut self, id: SnapshotId, request: Request) -> Result<SeqId, Error> {
-        let snapshot = self.get(id)?;
-        let (prompt, tokens) = (&request.prompt, self.snapshot_tokens(id)?);
-        if let Some(position) = (0..tokens.len()).find(|i| prompt.get(*i) != Some(&tokens[*i])) {
-            let found = prompt
-                .get(position)
-                .map_or("no token".into(), |t| format!("token {t}"));
-            let expected = tokens[position];
-            return Err(Error::Diverged {
-                position,
-                found,
-                expected,
-            });
-        }
-        let (computed, pages) = (snapshot.tokens.len(), snapshot.pages.clone());
-        let (sequence, sampler) = self.accept(request)?;
-        let slot = if snapshot.slot.is_empty() {
-            None
-        } else {
-            Some(self.fill_slot(id)?)
-        };
-        if let Some(pool) = self.scheduler.pages_mut() {
-            pages.iter().for_each(|p| pool.retain(*p));
-        }
-        match self.scheduler.adopt(sequence, computed, &pages, slot) {
-            Ok(seq) => {
-                self.samplers.insert(seq, sampler);
-                Ok(seq)
-            }
-            Err(refused) => {
-                self.release(&pages);
-                if let (Some(pool), Some(slot)) = (self.scheduler.slots_mut(), slot) {
-                    pool.release(slot);
-                }
-                Err(refused.into())
-            }
-        }
-    }
-
-    /// A new slot with the contents of a snapshot's.
-    fn fill_slot(&mut self, id: SnapshotId) -> Result<SlotId, Error> {
-        let running = self.scheduler.running().count();
-        let pool = self
-            .scheduler
-            .slots_mut()
-            .expect("a snapshot with a slot comes from a pool");
-        let slot = pool.alloc().ok_or(Error::NoSlot { running })?;
-        let row = slot.0 as usize;
-        let parts = self.runner.state.parts().filter(|p| !p.paged);
-        for (part, own) in parts.zip(&self.snapshots[&id].slot) {
-            let mut to = part.tensor.row_range(row..row + 1);
-            self.runner.state.backend().copy(own, &mut to)?;
-        }
-        Ok(slot)
-    }
-
-    /// Forgets a snapshot.
-    pub fn drop_snapshot(&mut self, id: SnapshotId) -> Result<(), Error> {
-        let snapshot = self.snapshots.remove(&id).ok_or(Error::NoSnapshot(id))?;
-        self.release(&snapshot.pages);
-        Ok(())
-    }
-
-    pub(crate) fn release(&mut self, pages: &[PageId]) {
-        if let Some(pool) = self.scheduler.pages_mut() {
-            for page in pages {
-                pool.release(*page);
-            }
-        }
-    }
-
-    /// New pages for `tokens` tokens, held by the caller.
-    pub(crate) fn alloc_pages(&mut self, tokens: usize) -> Result<Vec<PageId>, Error> {
-        let count = tokens.div_ceil(self.config.page_size);
-        let Some(pool) = self.scheduler.pages_mut() else {
-            return Ok(Vec::new());
-        };
-        if pool.free() < count {
-            return Err(Error::NoPages { tokens });
-        }
-        Ok((0..count)
-            .map(|_| pool.alloc().expect("as many are free"))
-            .collect())
+        self.settle()
     }
 
     /// The memory behind all state.

@@ -197,6 +197,7 @@ pub fn verify(
     verify.forked(&whole, &prompt)?;
     verify.restored(&whole, &prompt, folder)?;
     verify.sampled(&prompt)?;
+    verify.looked_up()?;
     Ok(verify.checks)
 }
 
@@ -246,6 +247,7 @@ impl Verify<'_> {
             stop,
             sampling,
             prompt_logits: true,
+            marks: Vec::new(),
         }
     }
 
@@ -505,6 +507,34 @@ impl Verify<'_> {
             .unwrap_or_default();
         (self.report)(Progress::Ran(&engine));
         self.compare("sampled sequences repeat by seed", start, &alone, &found);
+        Ok(())
+    }
+
+    /// Tokens guessed ahead, in a prompt that repeats itself: they are kept only if they are what plain decoding gives.
+    fn looked_up(&mut self) -> Result<(), Error> {
+        let start = Instant::now();
+        let half = self.prompt(21, self.options.prompt.div_ceil(2));
+        let prompt: Vec<TokenId> = half
+            .iter()
+            .chain(&half)
+            .copied()
+            .take(self.options.prompt)
+            .collect();
+        // Two tokens to choose from: guesses are now right, now wrong.
+        let sampling = SamplingParams {
+            logit_bias: half.iter().take(2).map(|token| (*token, 1e3)).collect(),
+            ..greedy()
+        };
+        let chunk = Chunk::AtMost(self.options.prompt);
+        let plain = self.run_alone(self.network, &prompt, chunk, sampling.clone())?;
+        let config = self.config(1).with_lookup(6);
+        let mut engine = Engine::new(self.network.clone(), config)?;
+        let id = engine.submit(self.request(&prompt, sampling))?;
+        let found = run(&mut engine, usize::MAX)?
+            .remove(&id)
+            .unwrap_or_default();
+        (self.report)(Progress::Ran(&engine));
+        self.compare("guessed ahead equals plain", start, &plain, &found);
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! What the tests of the command share: see ARCHITECTURE.md for the tests.
 
+pub mod models;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};

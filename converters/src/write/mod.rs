@@ -43,6 +43,10 @@ enum Encoding {
     Stored(String, u64),
     /// In a format that runs.
     Made(Format),
+    /// The whole numbers of rows in the format int8.
+    Codes,
+    /// The scales of such rows, which have so many columns.
+    Scales(usize),
 }
 
 /// What is open while a target's pieces are made.
@@ -128,6 +132,29 @@ impl Target {
         }
     }
 
+    /// Rows of (rows, columns) in the format int8, as safetensors has them: the numbers, and beside them a scale
+    /// a row, F32 of (rows, 1).
+    pub fn by_rows(
+        [numbers, scales]: [String; 2],
+        [rows, columns]: [usize; 2],
+        open: impl Fn() -> Result<Content> + Send + Sync + 'static,
+    ) -> [Self; 2] {
+        let open = Arc::new(open);
+        let again = open.clone();
+        let numbers = Target::made(numbers, vec![rows, columns], Format::Int8, move || open());
+        let scales = Target::made(scales, vec![rows, 1], Format::Int8, move || again());
+        [
+            Target {
+                encoding: Encoding::Codes,
+                ..numbers
+            },
+            Target {
+                encoding: Encoding::Scales(columns),
+                ..scales
+            },
+        ]
+    }
+
     /// The same, quantised row by row: of each run of elements, how much the columns of the weight that they are
     /// from count. Formats without blocks do not ask.
     pub fn weighing(self, importance: Vec<Option<Arc<[f32]>>>) -> Self {
@@ -160,6 +187,8 @@ impl Target {
                     Error::file(&self.name, why)
                 })
             }
+            Encoding::Codes => Ok(self.elements() as u64),
+            Encoding::Scales(_) => Ok(4 * self.elements() as u64),
         }
     }
 
@@ -167,7 +196,7 @@ impl Target {
     pub fn format(&self) -> Option<Format> {
         match self.encoding {
             Encoding::Made(format) => Some(format),
-            Encoding::Stored(..) => None,
+            Encoding::Stored(..) | Encoding::Codes | Encoding::Scales(_) => None,
         }
     }
 
@@ -175,6 +204,8 @@ impl Target {
     pub fn dtype(&self) -> Option<&str> {
         match &self.encoding {
             Encoding::Stored(dtype, _) => Some(dtype),
+            Encoding::Codes => Some("I8"),
+            Encoding::Scales(_) => Some("F32"),
             Encoding::Made(format) => match format {
                 Format::F32 => Some("F32"),
                 Format::F16 => Some("F16"),
@@ -188,22 +219,31 @@ impl Target {
     fn pieces(&self) -> usize {
         match &self.encoding {
             Encoding::Stored(_, bytes) => bytes.div_ceil(4 * PIECE as u64) as usize,
-            Encoding::Made(_) => self.elements().div_ceil(self.piece_elements()),
+            _ => self.source_elements().div_ceil(self.piece_elements()),
         }
     }
 
     /// Elements of a piece: whole rows where rows are quantised as such.
     fn piece_elements(&self) -> usize {
-        match self.shape.last() {
-            Some(&columns) if !self.importance.is_empty() => {
-                (PIECE / columns.max(1)).max(1) * columns.max(1)
-            }
-            _ => PIECE,
-        }
+        let columns = match (&self.encoding, self.shape.last()) {
+            (Encoding::Scales(columns), _) => *columns,
+            (Encoding::Codes, Some(columns)) => *columns,
+            (_, Some(columns)) if !self.importance.is_empty() => *columns,
+            _ => return PIECE,
+        };
+        (PIECE / columns.max(1)).max(1) * columns.max(1)
     }
 
     fn elements(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Elements of what it is made from.
+    fn source_elements(&self) -> usize {
+        match self.encoding {
+            Encoding::Scales(columns) => self.elements() * columns,
+            _ => self.elements(),
+        }
     }
 
     /// The bytes of one piece.
@@ -218,6 +258,9 @@ impl Target {
             }
             (Content::Made { runs, undo }, Encoding::Made(format)) => {
                 self.make(piece, *format, runs, undo, to)?;
+            }
+            (Content::Made { runs, undo }, Encoding::Codes | Encoding::Scales(_)) => {
+                self.make_rows(piece, runs, undo, to)?;
             }
             (Content::Widened(checkpoint, tensor), _) => {
                 let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
@@ -246,6 +289,40 @@ impl Target {
         Ok(content)
     }
 
+    /// The source's elements of a piece.
+    fn wanted(&self, piece: usize) -> Range<usize> {
+        let each = self.piece_elements();
+        piece * each..((piece + 1) * each).min(self.source_elements())
+    }
+
+    /// A piece of rows in int8: their numbers or their scales.
+    fn make_rows(
+        &self,
+        piece: usize,
+        runs: &[Part],
+        undo: &[Step],
+        to: &mut Vec<u8>,
+    ) -> Result<()> {
+        let values = widened(self.wanted(piece), runs, undo)?;
+        let (columns, scales) = match (&self.encoding, self.shape.last()) {
+            (Encoding::Scales(columns), _) => (*columns, true),
+            (_, last) => (last.copied().unwrap_or(1), false),
+        };
+        let mut row = Vec::new();
+        for values in values.chunks(columns.max(1)) {
+            row.clear();
+            encode(Format::Int8, values, None, &mut row)
+                .map_err(|why| Error::file(&self.name, why))?;
+            let scale = row.len() - 4;
+            to.extend_from_slice(if scales {
+                &row[scale..]
+            } else {
+                &row[..columns]
+            });
+        }
+        Ok(())
+    }
+
     fn make(
         &self,
         piece: usize,
@@ -254,40 +331,24 @@ impl Target {
         undo: &[Step],
         to: &mut Vec<u8>,
     ) -> Result<()> {
-        let each = self.piece_elements();
-        let wanted = piece * each..((piece + 1) * each).min(self.elements());
+        let wanted = self.wanted(piece);
         let as_is = |run: &Part| run.tensor.format() == format && run.change.is_none();
-        let same = runs.iter().all(as_is);
-        let mut first = 0;
-        let mut values = Vec::new();
-        for run in runs {
-            let (tensor, range) = (&run.tensor, &run.elements);
-            let (start, end) = (first, first + range.len());
-            first = end;
-            let part = wanted.start.max(start)..wanted.end.min(end);
-            if part.is_empty() {
-                continue;
-            }
-            let from = range.start + (part.start - start)..range.start + (part.end - start);
-            let done = values.len();
-            // The same bytes, if what is cut are whole blocks.
-            match tensor.elements(from.clone()) {
-                Some(bytes) if undo.is_empty() && same => to.extend_from_slice(bytes),
-                _ => {
-                    values.resize(done + from.len(), 0.0);
-                    tensor.widen(from.clone(), &mut values[done..])?;
-                    if let Some(step) = &run.change {
-                        values[done..].iter_mut().for_each(|v| *v = step.apply(*v));
-                    }
-                }
-            }
-            tensor.forget(from);
+        // The same bytes, if what is cut are whole blocks.
+        let before = to.len();
+        let same = undo.is_empty()
+            && runs.iter().all(as_is)
+            && cut(wanted.clone(), runs).all(|(run, from)| {
+                let found = run.tensor.elements(from);
+                found.map(|b| to.extend_from_slice(b)).is_some()
+            });
+        if same {
+            cut(wanted, runs).for_each(|(run, from)| run.tensor.forget(from));
+            return Ok(());
         }
-        for value in &mut values {
-            *value = undo.iter().rev().fold(*value, |v, step| step.apply(v));
-        }
+        to.truncate(before);
+        let values = widened(wanted.clone(), runs, undo)?;
         let named = |why| Error::file(&self.name, why);
-        if self.importance.is_empty() || values.is_empty() {
+        if self.importance.is_empty() {
             return encode(format, &values, None, to).map_err(named);
         }
         let columns = self.shape.last().copied().unwrap_or(1);
@@ -335,6 +396,36 @@ impl Target {
         }
         told
     }
+}
+
+/// The parts of runs, one behind the other, that are the elements `wanted` of them all.
+fn cut(wanted: Range<usize>, runs: &[Part]) -> impl Iterator<Item = (&Part, Range<usize>)> {
+    let mut first = 0;
+    runs.iter().filter_map(move |run| {
+        let (start, end) = (first, first + run.elements.len());
+        first = end;
+        let part = wanted.start.max(start)..wanted.end.min(end);
+        let at = run.elements.start;
+        (!part.is_empty()).then(|| (run, at + (part.start - start)..at + (part.end - start)))
+    })
+}
+
+/// The values of the elements `wanted` of runs.
+fn widened(wanted: Range<usize>, runs: &[Part], undo: &[Step]) -> Result<Vec<f32>> {
+    let mut values = Vec::with_capacity(wanted.len());
+    for (run, from) in cut(wanted, runs) {
+        let done = values.len();
+        values.resize(done + from.len(), 0.0);
+        run.tensor.widen(from.clone(), &mut values[done..])?;
+        if let Some(step) = &run.change {
+            values[done..].iter_mut().for_each(|v| *v = step.apply(*v));
+        }
+        run.tensor.forget(from);
+    }
+    for value in &mut values {
+        *value = undo.iter().rev().fold(*value, |v, step| step.apply(v));
+    }
+    Ok(values)
 }
 
 /// Values in a format, appended: whole blocks. With weights they are a row.

@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::output::{Terminal, bytes};
+use super::trace::Tracing;
 use super::{Common, Environment};
 use crate::bench::{BenchOptions, Figure, bench};
 use crate::session::Engine;
@@ -44,6 +45,8 @@ pub struct Bench {
     #[arg(long, value_name = "N")]
     context: Option<usize>,
     #[command(flatten)]
+    tracing: Tracing,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -73,6 +76,7 @@ impl Bench {
         let limits = model.limits();
         let bar = terminal.bar("timing", options.repeat, "runs");
         let mut engine = Engine::new(model.network.clone(), options.config())?;
+        self.tracing.begin(environment, &model, &mut engine)?;
         let benched = bench(&mut engine, &options, &mut |done, _| {
             bar.set_position(done as u64)
         })
@@ -94,7 +98,7 @@ impl Bench {
         let figure = |f: Figure| json!({"median": f.median, "min": f.min, "max": f.max});
         let mut out = io::stdout().lock();
         if self.common.source.json {
-            let object = json!({
+            let mut object = json!({
                 "model": model.name,
                 "device": self.common.device,
                 "dtype": model.dtype_word(),
@@ -115,6 +119,9 @@ impl Bench {
                     "flops_per_second": limits.flops_per_second,
                 },
             });
+            if engine.traced().is_some() {
+                object["trace"] = Tracing::json(&engine, || limits);
+            }
             return writeln!(out, "{object}").context("standard output");
         }
         let percent = |of: f64, limit: f64| if limit > 0.0 { 100.0 * of / limit } else { 0.0 };
@@ -137,6 +144,9 @@ impl Bench {
             bytes(slot as u64),
             bytes(kv as u64),
         )
-        .context("standard output")
+        .context("standard output")?;
+        let verbose = self.common.source.verbose;
+        Tracing::print(&engine, terminal, verbose, || limits);
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use super::generate::Sampling;
+use super::generate::{LookingUp, Sampling};
 use super::output::{Terminal, rate};
 use super::{
     Common, Environment, catch_interrupts, clear_interrupt, describe, interrupted, read_text,
@@ -17,6 +17,7 @@ use super::{
 use crate::generation::{self, Watch};
 use crate::ids::TokenId;
 use crate::load::Model;
+use crate::lookup::Guessed;
 use crate::sampler::Sampled;
 use crate::session::{Engine, Request, SnapshotId};
 use crate::state_file;
@@ -39,6 +40,8 @@ pub struct Chat {
     /// Most tokens of the conversation [default: what the model was made for]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+    #[command(flatten)]
+    lookup: LookingUp,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -78,10 +81,12 @@ impl Chat {
         model.tokenizer()?;
         let context = self.context.unwrap_or(model.plan.context);
         let config = self.common.engine_config(&model, context, 1);
+        let config = self.lookup.config(config, &model, terminal);
         catch_interrupts()?;
         let mut conversation = Conversation {
             engine: Engine::new(model.network.clone(), config)?,
             sampling: self.sampling.clone(),
+            lookup: self.lookup.clone(),
             max_tokens: self.max_tokens,
             context,
             json: self.common.source.json,
@@ -153,6 +158,7 @@ struct Spent {
     read: usize,
     reused: usize,
     generated: usize,
+    guessed: Guessed,
     reading: std::time::Duration,
     generating: std::time::Duration,
 }
@@ -162,6 +168,7 @@ struct Conversation<'a> {
     model: Model,
     terminal: &'a Terminal,
     sampling: Sampling,
+    lookup: LookingUp,
     max_tokens: usize,
     context: usize,
     json: bool,
@@ -262,7 +269,7 @@ impl Conversation<'_> {
             max_tokens,
             stop: eos.clone(),
             sampling: self.sampling.params(&self.model),
-            prompt_logits: false,
+            ..Request::default()
         };
         let id = match self.kept.last() {
             Some(kept) => self.engine.restore(kept.snapshot, request)?,
@@ -292,14 +299,18 @@ impl Conversation<'_> {
         self.spent.read += prompt.len() - reused;
         self.spent.reused += reused;
         self.spent.generated += done.tokens.len();
+        self.spent.guessed.tokens += done.guessed.tokens;
+        self.spent.guessed.right += done.guessed.right;
+        self.spent.guessed.steps += done.guessed.steps;
         self.spent.reading += reading;
         self.spent.generating += done.decode;
         let answer = done.text.trim().to_string();
         if self.json {
-            let object = json!({
+            let mut object = json!({
                 "text": answer, "stop_reason": done.reason.word(), "prompt_tokens": prompt.len(),
                 "reused_tokens": reused, "generated_tokens": done.tokens.len(),
             });
+            self.lookup.json(done.guessed, &mut object);
             writeln!(io::stdout(), "{object}")?;
         } else {
             writeln!(io::stdout())?;
@@ -394,6 +405,7 @@ impl Conversation<'_> {
                     read,
                     reused,
                     generated,
+                    guessed,
                     reading,
                     generating,
                 } = &self.spent;
@@ -403,6 +415,9 @@ impl Conversation<'_> {
                     rate(*generated, *generating),
                     self.model.summary(),
                 ));
+                if let Some(said) = self.lookup.said(*guessed) {
+                    self.terminal.note(&said);
+                }
             }
             other => bail!("there is no command /{other}; /help lists them"),
         }

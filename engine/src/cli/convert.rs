@@ -34,7 +34,8 @@ pub struct Convert {
     /// The form to write [default: gguf if the name ends so, else safetensors]
     #[arg(long = "to", value_enum, value_name = "FORM", id = "form")]
     form: Option<Form>,
-    /// Quantise matrices: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, or a file of a recipe
+    /// Quantise matrices: of a GGUF file by a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), to a block format, or by a
+    /// file of a recipe; of a folder to int8
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find)]
     quantize: Option<Recipe>,
     #[command(flatten)]

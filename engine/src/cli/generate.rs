@@ -10,11 +10,13 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::output::{Terminal, rate};
+use super::trace::Tracing;
 use super::{Common, Environment, catch_interrupts, interrupted, parse_token_ids, read_text};
 use crate::generation::{self, Watch};
 use crate::load::Model;
+use crate::lookup::Guessed;
 use crate::sampler::{Sampled, SamplingParams};
-use crate::session::{Engine, Request};
+use crate::session::{Engine, EngineConfig, Request};
 
 /// Tokens that are generated when nobody says how many.
 const DEFAULT_TOKENS: usize = 256;
@@ -28,6 +30,7 @@ what was printed.
 
 Examples:
   strata generate --chat --prompt-file notes.md --prompt \"Where does Mara live?\"
+  strata generate --chat --prompt-file notes.md --prompt \"Quote the second paragraph.\" --lookup 32
   strata generate ./Jamba2-3B --prompt \"Once\" --temperature 0.7 --top-p 0.9 --seed 1
   strata generate ./Jamba2-3B --token-ids 1,2,3 --max-tokens 8 --json";
 
@@ -65,9 +68,60 @@ pub struct Generate {
     #[arg(long, value_name = "N")]
     context: Option<usize>,
     #[command(flatten)]
+    lookup: LookingUp,
+    #[command(flatten)]
+    tracing: Tracing,
+    #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
     common: Common,
+}
+
+/// Guesses at what follows.
+#[derive(Debug, Clone, Args)]
+pub struct LookingUp {
+    /// Guess up to N tokens ahead from what was said before, 32 for instance: the same tokens sooner where the text
+    /// quotes the prompt
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=256))]
+    lookup: u16,
+}
+
+impl LookingUp {
+    /// The config with guesses; says what a device makes of them.
+    pub fn config(&self, config: EngineConfig, model: &Model, terminal: &Terminal) -> EngineConfig {
+        let network = &model.network;
+        if self.lookup > 0
+            && network
+                .backend
+                .tolerance(network.activations, strata_kernels::Format::F32)
+                > 0.0
+        {
+            terminal.note(
+                "--lookup: on this device sums depend on the rows beside them, so that of two tokens nearly as likely it may choose another than without",
+            );
+        }
+        config.with_lookup(usize::from(self.lookup))
+    }
+
+    /// What came of guessing, if any was asked for.
+    pub fn said(&self, guessed: Guessed) -> Option<String> {
+        (self.lookup > 0).then(|| {
+            format!(
+                "{} of {} guessed tokens were right, in {} steps",
+                guessed.right, guessed.tokens, guessed.steps
+            )
+        })
+    }
+
+    /// The same for scripts.
+    pub fn json(&self, guessed: Guessed, object: &mut Value) {
+        if self.lookup > 0 {
+            object["lookup"] = json!({
+                "most": self.lookup, "guessed_tokens": guessed.tokens, "right_tokens": guessed.right,
+                "steps": guessed.steps,
+            });
+        }
+    }
 }
 
 /// How tokens are chosen. What is not given comes from the model's generation_config.json.
@@ -180,6 +234,7 @@ impl Generate {
         if let Some(chunk) = self.chunk {
             config = config.with_chunk(chunk as usize);
         }
+        let config = self.lookup.config(config, &model, terminal);
         let sampling = self.sampling.params(&model);
         if self.sampling.seed.is_some() && sampling.temperature == 0.0 {
             terminal.note("greedy decoding: --seed has no effect without --temperature");
@@ -190,13 +245,14 @@ impl Generate {
             model.eos()
         };
         let mut engine = Engine::new(model.network.clone(), config)?;
+        self.tracing.begin(environment, &model, &mut engine)?;
         let prompt_tokens = tokens.len();
         let id = engine.submit(Request {
             prompt: tokens,
             max_tokens,
             stop: eos.clone(),
             sampling,
-            prompt_logits: false,
+            ..Request::default()
         })?;
 
         catch_interrupts()?;
@@ -245,6 +301,10 @@ impl Generate {
             if self.sampling.logprobs.is_some() {
                 object["logprobs"] = done.tokens.iter().map(|t| logprobs(t, &model)).collect();
             }
+            self.lookup.json(done.guessed, &mut object);
+            if engine.traced().is_some() {
+                object["trace"] = Tracing::json(&engine, || model.limits());
+            }
             writeln!(io::stdout(), "{object}").context("standard output")?;
         } else {
             writeln!(io::stdout()).context("standard output")?;
@@ -259,7 +319,12 @@ impl Generate {
                     read.min(prompt_tokens),
                     done.reason.word()
                 ));
+                if let Some(said) = self.lookup.said(done.guessed) {
+                    terminal.note(&said);
+                }
             }
+            let verbose = self.common.source.verbose;
+            Tracing::print(&engine, terminal, verbose, || model.limits());
         }
         Ok(())
     }

@@ -5,12 +5,14 @@ mod bench;
 mod chat;
 mod classify;
 mod convert;
+mod doc;
 mod generate;
 mod inspect;
 mod logits;
 mod output;
 mod perplexity;
 mod plan;
+mod trace;
 mod verify;
 
 use std::io;
@@ -43,6 +45,8 @@ Examples:
   strata generate --chat --prompt-file notes.md --prompt \"Where does Mara live?\"
   strata generate ./Jamba2-3B --prompt \"The capital of France is\" --max-tokens 20
   strata chat ai21labs/AI21-Jamba2-3B
+  strata doc read notes.md -o notes.state    read once, then ask for ever:
+  strata doc ask notes.state \"Where does Mara live?\"
   strata plan show ./Jamba2-3B > my.yaml     then edit it, and:
   strata generate ./Jamba2-3B --plan my.yaml --prompt \"Hello\"
   strata bench config.json --random 1        any size, without a checkpoint
@@ -54,6 +58,8 @@ Examples:
 enum Command {
     Generate(generate::Generate),
     Chat(chat::Chat),
+    #[command(subcommand)]
+    Doc(doc::Doc),
     Logits(logits::Logits),
     Classify(classify::Classify),
     #[command(subcommand)]
@@ -72,6 +78,8 @@ pub struct Environment {
     pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
+    /// What to tell of a run: see `--trace`.
+    pub log: Option<String>,
     /// Where a GPU's libraries may be, and where its kernels are kept.
     pub cuda: CudaPlaces,
 }
@@ -131,8 +139,8 @@ pub struct Common {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Computing")]
 struct Calibrating {
-    /// Quantise so that what this text lets the model compute changes least: a text, which is run first, or what
-    /// --save-importance wrote (.safetensors)
+    /// Quantise so that what this text lets the model compute changes least: a text (- is standard input), which is
+    /// run first, or what --save-importance wrote (.safetensors)
     #[arg(long, value_name = "TEXT", requires = "quantize")]
     calibrate: Option<PathBuf>,
     /// Keep what --calibrate found, the mean square of each input column of each matrix
@@ -250,6 +258,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
     match cli.command {
         Command::Generate(command) => command.run(environment, &terminal),
         Command::Chat(command) => command.run(environment, &terminal),
+        Command::Doc(command) => command.run(environment, &terminal),
         Command::Logits(command) => command.run(environment, &terminal),
         Command::Classify(command) => command.run(environment, &terminal),
         Command::Plan(command) => command.run(environment, &terminal),

@@ -23,7 +23,7 @@ use crate::session::{Engine, EngineConfig, Request};
 /// How much columns of matrices count, and from where that is known.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Calibration {
-    /// A text, or what was written as `save` (then its name ends with .safetensors).
+    /// A text, or what was written as `save` (then its name ends with .safetensors). `-` is standard input.
     pub file: PathBuf,
     /// Where to write what was gathered.
     pub save: Option<PathBuf>,
@@ -63,7 +63,13 @@ pub(super) fn importance(
     let importance = if saved {
         read(file)?
     } else {
-        let text = read_text(file)?;
+        let text = match file.as_os_str() == "-" {
+            true => std::io::read_to_string(std::io::stdin()).map_err(|source| Error::Io {
+                path: "standard input".into(),
+                source,
+            })?,
+            false => read_text(file)?,
+        };
         let device = match options.device.as_str() {
             gpu if gpu.starts_with("cuda") => {
                 notes.push(format!(

@@ -8,7 +8,7 @@ use strata_converters::mapping::Mapping;
 use strata_converters::published::{self, Assembled, Run, Step};
 use strata_converters::tensor_map::Source;
 use strata_converters::write::{self, Content, Folder, Part, Target, safetensors};
-use strata_converters::{ModelFiles, Origin};
+use strata_converters::{Checkpoint, Config, ModelFiles, Origin};
 use strata_kernels::{DType, Format};
 use strata_layers::plan::{self, Place};
 use strata_layers::{Graph, Plan, Role};
@@ -16,6 +16,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::calibrate;
 use super::convert_gguf::{from_gguf, to_gguf};
+use super::convert_int8::{declare, int8, refusal};
+use super::convert_random::convert_random;
 use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
@@ -23,7 +25,7 @@ use crate::random_weights;
 use crate::recipe::Recipe;
 
 /// What other programs know a model by.
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 
 /// What to write, and how.
 #[derive(Debug, Clone)]
@@ -36,7 +38,7 @@ pub struct ConvertOptions {
     pub gguf: bool,
     /// Element type of matrices; none keeps what they have.
     pub dtype: Option<DType>,
-    /// Quantises matrices; for GGUF files.
+    /// Quantises matrices: in blocks for GGUF files, in int8 for folders.
     pub quantize: Option<Recipe>,
     /// Most bytes of a file.
     pub shard_bytes: u64,
@@ -68,32 +70,38 @@ pub fn convert(
     load: &mut dyn LoadProgress,
     progress: &mut dyn write::Progress,
 ) -> Result<Converted> {
-    let Located::Files(files) = locate(&options.from, load)? else {
+    let located = locate(&options.from, load)?;
+    if let Some(seed) = options.from.random {
+        return convert_random(options, &located, seed, progress);
+    }
+    let Located::Files(files) = located else {
         return Err(Error::Input(
-            "convert needs a checkpoint, not a config or a plan alone".into(),
+            "convert needs a checkpoint, not a config or a plan alone; --random SEED draws one"
+                .into(),
         ));
     };
     let mut planned = planned(&options.from, &Located::Files(files.clone()))?;
-    let mapping = mapped(&mut planned, &files)?;
+    check_forms(options, &files, &planned)?;
+    let edited_plan = planned.origin == Origin::Edited;
+    // What nobody asks to change is written as it is stored, of quantised releases numbers and scales.
+    let copies =
+        !options.gguf && !edited_plan && options.dtype.is_none() && options.quantize.is_none();
+    let mut checkpoint = Checkpoint::open(&files)?;
+    if !copies {
+        checkpoint.widen_all(options.dtype == Some(DType::F32));
+    }
+    let was_quantized = checkpoint.is_quantized();
+    let mapping = mapped(&mut planned, checkpoint)?;
     let mut converted = Converted {
         notes: mapping.notes().to_vec(),
         ..Converted::default()
     };
-    if !options.gguf && options.quantize.is_some() {
-        return Err(Error::Input(
-            "safetensors has no block formats, and int8 is not written to it: write a GGUF file (--to gguf) in blocks, or quantise while loading".into(),
-        ));
-    }
-    let mut formats = options.quantize.iter().flat_map(Recipe::formats);
-    if let Some(format) = formats.find(|f| f.scales_rows()) {
-        return Err(Error::Input(format!(
-            "GGUF has no {format}: --quantize q8_0 is the nearest that it has, and --quantize {format} is for running a model, which is quantised while loading"
-        )));
-    }
-    if options.gguf && planned.origin == Origin::Edited {
-        return Err(Error::Input(
-            "a plan of one's own goes to a folder first; its GGUF file is made from there".into(),
-        ));
+    if was_quantized {
+        let note = match copies {
+            true => "the weights stay quantised as they are; --dtype bf16 would widen them",
+            false => "the quantised weights of this release are widened",
+        };
+        converted.notes.push(note.into());
     }
     let sourced = LoadOptions {
         device: "cpu".into(),
@@ -114,20 +122,21 @@ pub fn convert(
         );
     }
     let mut texts = text_files(&files)?;
+    if was_quantized && !copies {
+        plain_config(&mut texts)?;
+    }
     let mut targets = if let Some(gguf) = files.gguf() {
-        if planned.origin == Origin::Edited {
-            return Err(Error::Input(
-                "a GGUF file goes to a folder first; a plan of one's own is applied to that".into(),
-            ));
-        }
         let (targets, config) = from_gguf(&planned, gguf, &mapping, options.dtype)?;
         if let Some(config) = config {
             texts.insert(CONFIG.into(), config.into_bytes());
         }
         targets
-    } else if planned.origin == Origin::Edited {
+    } else if edited_plan {
         let new_plan = renumbered(&planned.plan);
-        let targets = edited(
+        let Edited {
+            targets,
+            only_plan_names,
+        } = edited(
             &planned,
             &new_plan,
             &mapping,
@@ -136,6 +145,7 @@ pub fn convert(
         )?;
         // Whoever reads config.json alone sees the same model where it can say so.
         let known = planned.config.as_ref().zip(planned.card.as_ref());
+        let known = known.filter(|_| !only_plan_names);
         let solved = known.and_then(|(config, card)| card.solve(config, &new_plan));
         match solved {
             Some(solved) if solved.changed.is_empty() => {}
@@ -156,7 +166,7 @@ pub fn convert(
         }
         targets
     } else {
-        copied(&mapping)?
+        copied(&mapping, copies)?
     };
     if let Some(dtype) = options.dtype {
         if files.gguf().is_none() {
@@ -166,15 +176,46 @@ pub fn convert(
             set_dtype(config, dtype);
         }
     }
+    if let Some(recipe) = &options.quantize {
+        let weights = planned.graph.weights();
+        let (card, notes) = (planned.card.as_ref(), &mut converted.notes);
+        let (made, ignored) = int8(targets, &weights, card, &mapping, recipe, notes)?;
+        targets = made;
+        match change_config(&mut texts, |config| declare(config, &ignored))? {
+            true => {}
+            false => converted.notes.push(
+                "there is no config.json that could tell other programs so: scales beside the matrices do".into(),
+            ),
+        }
+    }
 
+    let headers = |hash: &mut Xxh3| identity(&files, &mapping, hash);
+    write_folder(options, &targets, texts, &headers, converted, progress)
+}
+
+/// Writes tensors and what belongs beside them. `identify` hashes what decides their elements.
+pub(super) fn write_folder(
+    options: &ConvertOptions,
+    targets: &[Target],
+    mut texts: BTreeMap<String, Vec<u8>>,
+    identify: &dyn Fn(&mut Xxh3) -> Result<()>,
+    mut converted: Converted,
+    progress: &mut dyn write::Progress,
+) -> Result<Converted> {
     converted.tensors = targets.len();
-    for target in &targets {
+    for target in targets {
         converted.bytes += target.bytes()?;
     }
     check_space(&options.to, converted.bytes)?;
     progress.begin(converted.bytes);
-    let shards = safetensors::shards(&targets, options.shard_bytes)?;
-    let identity = identity(&files, &mapping, &shards)?;
+    let shards = safetensors::shards(targets, options.shard_bytes)?;
+    let mut hash = Xxh3::new();
+    identify(&mut hash)?;
+    for (name, shard) in &shards {
+        hash.update(name.as_bytes());
+        hash.update(&safetensors::header(shard)?);
+    }
+    let identity = hash.digest();
     let folder_options = write::Options {
         force: options.force,
     };
@@ -211,6 +252,68 @@ pub fn convert(
     Ok(converted)
 }
 
+/// Fails if what is wanted is no form that there is.
+fn check_forms(options: &ConvertOptions, files: &ModelFiles, planned: &Planned) -> Result<()> {
+    let edited = planned.origin == Origin::Edited;
+    let from_gguf = files.gguf().is_some();
+    if options.gguf {
+        let mut formats = options.quantize.iter().flat_map(Recipe::formats);
+        if let Some(format) = formats.find(|f| f.scales_rows()) {
+            return Err(Error::Input(format!(
+                "GGUF has no {format}: --quantize q8_0 is the nearest that it has; {format} is written to a folder of safetensors"
+            )));
+        }
+        if edited {
+            return Err(Error::Input(
+                "a plan of one's own goes to a folder first; its GGUF file is made from there"
+                    .into(),
+            ));
+        }
+        return Ok(());
+    }
+    if edited && from_gguf {
+        return Err(Error::Input(
+            "a GGUF file goes to a folder first; a plan of one's own is applied to that".into(),
+        ));
+    }
+    let Some(recipe) = &options.quantize else {
+        return Ok(());
+    };
+    match refusal(recipe) {
+        Some(refusal) => Err(refusal),
+        None if edited || from_gguf => Err(Error::Input(
+            "this goes to a folder first, in the type that it has; that folder is written in int8"
+                .into(),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Changes config.json, if there is one.
+fn change_config(
+    texts: &mut BTreeMap<String, Vec<u8>>,
+    change: impl FnOnce(&mut Config) -> Result<()>,
+) -> Result<bool> {
+    let Some(bytes) = texts.get_mut(CONFIG) else {
+        return Ok(false);
+    };
+    let mut config = Config::parse(&String::from_utf8_lossy(bytes), CONFIG)?;
+    change(&mut config)?;
+    *bytes = config.json().into_bytes();
+    Ok(true)
+}
+
+/// Takes out what says that weights are quantised, once they are not.
+fn plain_config(texts: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
+    texts.remove("hf_quant_config.json");
+    change_config(texts, |config| {
+        config.remove("quantization_config");
+        config.remove("compression_config");
+        Ok(())
+    })?;
+    Ok(())
+}
+
 /// Fails unless there is room for so many bytes where `to` will be, beside those that an earlier run left.
 pub(super) fn check_space(to: &Path, bytes: u64) -> Result<()> {
     let room = match to.parent() {
@@ -232,12 +335,24 @@ pub(super) fn check_space(to: &Path, bytes: u64) -> Result<()> {
     }
 }
 
-/// Every tensor as it is, those that feed no weight too.
-fn copied(mapping: &Mapping) -> Result<Vec<Target>> {
+/// Every tensor as it is, those that feed no weight too; of quantised releases numbers and scales, or what
+/// they stand for.
+fn copied(mapping: &Mapping, as_stored: bool) -> Result<Vec<Target>> {
     let checkpoint = mapping.checkpoint();
-    let mut tensors: Vec<_> = checkpoint.tensors().collect();
+    let mut tensors: Vec<_> = match as_stored {
+        true => checkpoint.stored().collect(),
+        false => checkpoint.tensors().collect(),
+    };
     tensors.sort_by_key(|(_, info)| (info.shard.clone(), info.range.start));
-    let target = |(name, _): (&str, &_)| stored(mapping, name, name);
+    let target = |(name, info): (&str, &TensorInfo)| {
+        if !as_stored {
+            return stored(mapping, name, name);
+        }
+        let (checkpoint, tensor) = (checkpoint.clone(), name.to_string());
+        let open = move || checkpoint.stored_contents(&tensor);
+        let (shape, bytes) = (info.shape.clone(), info.bytes());
+        Ok(Target::stored(name, shape, &info.dtype, bytes, open))
+    };
     tensors.into_iter().map(target).collect()
 }
 
@@ -269,15 +384,23 @@ fn renumbered(plan: &Plan) -> Plan {
     }
 }
 
+/// What a plan that somebody wrote is made of.
+struct Edited {
+    targets: Vec<Target>,
+    /// Whether some have the plan's names, which only the plan tells.
+    only_plan_names: bool,
+}
+
 /// The tensors of a plan that somebody wrote, under the names that the family publishes: moved blocks are
-/// renamed, merged ones averaged, new ones drawn.
+/// renamed, merged ones averaged, new ones drawn. What the family has no name for, or one name for what
+/// differs here, gets the plan's name.
 fn edited(
     planned: &Planned,
     new_plan: &Plan,
     mapping: &Mapping,
     seed: u64,
     notes: &mut Vec<String>,
-) -> Result<Vec<Target>> {
+) -> Result<Edited> {
     let identity = strata_converters::tensor_map::TensorMap::default();
     let map = planned.card.as_ref().map_or(&identity, |c| c.tensors());
     let rows: BTreeMap<&str, &Source> = mapping
@@ -289,36 +412,37 @@ fn edited(
     // (new tensor, old tensors), in the order of the plan; and weights that are drawn.
     let mut moved: Vec<(String, Vec<String>)> = Vec::new();
     let mut drawn: Vec<(Source, Vec<usize>)> = Vec::new();
-    let mut specs = Vec::new();
+    let mut ours: Vec<(String, String)> = Vec::new();
     for weight in graph.weights() {
         let old = old_path(&weight.path, &planned.plan);
         let sources = map.find(&weight.path).sources;
-        let unnamed = || {
-            Error::Input(format!(
-                "{}: the card has no name for it in a checkpoint of its own",
-                weight.path
-            ))
-        };
         let Some(row) = rows.get(old.as_str()) else {
-            let source = sources.into_iter().next().ok_or_else(unnamed)?;
+            let named = sources.into_iter().next();
+            let source = named.unwrap_or_else(|| {
+                ours.push((weight.path.clone(), old));
+                Source::Tensor(weight.path.clone())
+            });
             drawn.push((source, weight.spec.shape.clone()));
-            specs.push(weight.spec.clone());
             continue;
         };
         // In the same form as the checkpoint has it.
-        let way = map
-            .find(&old)
-            .sources
-            .iter()
-            .position(|s| s.to_string() == row.to_string());
-        let source = sources
-            .into_iter()
-            .nth(way.unwrap_or(0))
-            .ok_or_else(unnamed)?;
+        let mut ways = map.find(&old).sources.into_iter();
+        let way = ways.position(|s| s.to_string() == row.to_string());
+        let named = way.and_then(|way| sources.get(way));
+        // Elsewhere the family may take another part of such a tensor.
+        let same_part = |s: &&Source| {
+            let here = s.to_string().replace(s.tensor(), row.tensor());
+            row.tensors().len() > 1 || here == row.to_string()
+        };
+        let name = named.filter(same_part).map(|s| s.tensor().to_string());
         let from: Vec<String> = row.tensors().into_iter().map(ToString::to_string).collect();
-        let name = source.tensor().to_string();
-        if !moved.iter().any(|(n, _)| *n == name) {
-            moved.push((name, from));
+        let taken = name
+            .as_ref()
+            .and_then(|name| moved.iter().find(|(n, _)| n == name));
+        match (name, taken) {
+            (Some(_), Some((_, other))) if *other == from => {}
+            (Some(name), None) => moved.push((name, from)),
+            (Some(_), Some(_)) | (None, _) => ours.push((weight.path.clone(), old)),
         }
     }
     let mut targets = Vec::new();
@@ -327,6 +451,23 @@ fn edited(
             [one] => stored(mapping, one, name)?,
             several => mean(mapping, several, name)?,
         });
+    }
+    let only_plan_names = !ours.is_empty();
+    for (name, old) in ours
+        .into_iter()
+        .filter(|(_, old)| rows.contains_key(old.as_str()))
+    {
+        let weight = mapping.load(&old)?;
+        let (shape, elements) = (weight.shape().to_vec(), 0..weight.len());
+        let runs = vec![(weight.clone(), elements).into()];
+        let undo = Vec::new();
+        let content = move || {
+            Ok(Content::Made {
+                runs: runs.clone(),
+                undo: undo.clone(),
+            })
+        };
+        targets.push(Target::made(name, shape, weight.format(), content));
     }
     if !drawn.is_empty() {
         let values: Vec<_> = graph
@@ -356,7 +497,10 @@ fn edited(
             })?);
         }
     }
-    Ok(targets)
+    Ok(Edited {
+        targets,
+        only_plan_names,
+    })
 }
 
 /// The path that the weight at `path` of a renumbered plan has in the plan before.
@@ -514,7 +658,7 @@ fn text_files(files: &ModelFiles) -> Result<BTreeMap<String, Vec<u8>>> {
 }
 
 /// Changes the element type that a config.json names, and nothing else of it.
-fn set_dtype(config: &mut Vec<u8>, dtype: DType) {
+pub(super) fn set_dtype(config: &mut Vec<u8>, dtype: DType) {
     let word = match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
@@ -540,13 +684,8 @@ fn set_dtype(config: &mut Vec<u8>, dtype: DType) {
     *config = text.into_bytes();
 }
 
-/// Stands for all that decides the bytes that are written.
-fn identity(
-    files: &ModelFiles,
-    mapping: &Mapping,
-    shards: &[(String, Vec<&Target>)],
-) -> Result<u64> {
-    let mut hash = Xxh3::new();
+/// Hashes the files that decide the elements that are written.
+fn identity(files: &ModelFiles, mapping: &Mapping, hash: &mut Xxh3) -> Result<()> {
     hash.update(files.name().as_bytes());
     let mut seen = std::collections::BTreeSet::new();
     for (_, info) in mapping.checkpoint().tensors() {
@@ -557,9 +696,5 @@ fn identity(
             hash.update(&changed.to_le_bytes());
         }
     }
-    for (name, shard) in shards {
-        hash.update(name.as_bytes());
-        hash.update(&safetensors::header(shard)?);
-    }
-    Ok(hash.digest())
+    Ok(())
 }

@@ -50,11 +50,12 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
     let mut used = BTreeSet::new();
     let mut planned = planned(options, &Located::Files(files.clone()));
     let mapping = match &mut planned {
-        Ok(planned) => mapped(planned, &files),
+        Ok(planned) => mapped(planned, Checkpoint::open(&files)?),
         Err(_) => Err(Error::Input(String::new())),
     };
     if let Ok(mapping) = &mapping {
         notes.extend(mapping.notes().iter().cloned());
+        notes.extend(checkpoint.widening().iter().cloned());
         for row in mapping.rows() {
             let tensor = row.source.tensor().to_string();
             let expression = row.source.to_string();
@@ -94,17 +95,16 @@ pub fn inspect(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result
 
 fn dtype(info: &TensorInfo) -> String {
     match &info.wide {
-        Some(wide) => format!("{} as {}", wide.stored, info.dtype),
-        None => info.dtype.clone(),
+        Some(wide) if wide.stored != info.dtype => format!("{} as {}", wide.stored, info.dtype),
+        _ => info.dtype.clone(),
     }
 }
 
 /// What a weight of `wide` bytes in memory takes in the file, scales not counted.
 fn bytes(info: &TensorInfo, wide: usize) -> u64 {
-    let elements: usize = info.shape.iter().product();
     match (&info.wide, info.runs_as()) {
         (Some(_), Ok(format)) => {
-            let all = format.row_bytes(elements).unwrap_or(0).max(1);
+            let all = format.bytes_of(&info.shape).unwrap_or(0).max(1);
             (wide as u128 * info.range.len() as u128 / all as u128) as u64
         }
         _ => wide as u64,

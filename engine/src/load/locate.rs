@@ -230,9 +230,8 @@ fn config_name(path: &Path) -> String {
     }
 }
 
-/// Opens the checkpoint and finds every weight of the plan in it.
-pub(super) fn mapped(planned: &mut Planned, files: &ModelFiles) -> Result<Mapping> {
-    let mut checkpoint = Checkpoint::open(files)?;
+/// Finds every weight of the plan in a checkpoint.
+pub(super) fn mapped(planned: &mut Planned, mut checkpoint: Checkpoint) -> Result<Mapping> {
     if planned.dtype == Some(DType::F32) {
         checkpoint.widen_to_f32();
     }

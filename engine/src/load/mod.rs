@@ -3,6 +3,8 @@
 mod calibrate;
 mod convert;
 mod convert_gguf;
+mod convert_int8;
+mod convert_random;
 mod device;
 mod inspect;
 mod limits;
@@ -15,7 +17,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use strata_converters::Config;
+use strata_converters::{Checkpoint, Config};
 use strata_kernels::{DType, Format};
 use strata_layers::graph::GraphWeight;
 use strata_layers::yaml::Value;
@@ -29,6 +31,7 @@ use crate::recipe::{Recipe, Storage};
 use crate::runner::Network;
 use crate::text;
 
+pub use strata_converters::files::map_file;
 pub use strata_converters::write::Progress as WriteProgress;
 
 pub use calibrate::Calibration;
@@ -36,7 +39,7 @@ pub use convert::{ConvertOptions, Converted, convert};
 pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
 pub use locate::{Planned, plan};
-pub use model::{Limits, Model};
+pub use model::{Limits, Model, dtype_of_word};
 
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
@@ -146,8 +149,9 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             )
         }
         (None, Located::Files(files)) => {
-            let mapping = mapped(&mut planned, files)?;
+            let mapping = mapped(&mut planned, Checkpoint::open(files)?)?;
             notes.extend(mapping.notes().iter().cloned());
+            notes.extend(mapping.checkpoint().widening().iter().cloned());
             if !mapping.drawn().is_empty() {
                 let count = mapping.drawn().len();
                 notes.push(format!(

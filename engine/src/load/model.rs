@@ -63,6 +63,14 @@ pub(super) enum Weights {
     Checkpoint(Mapping),
 }
 
+/// The type that `--dtype` calls so: the way back from [`Model::dtype_word`].
+pub fn dtype_of_word(word: &str) -> Option<DType> {
+    let types = [DType::F32, DType::BF16, DType::F16];
+    types
+        .into_iter()
+        .find(|t| t.to_string().eq_ignore_ascii_case(word))
+}
+
 /// What a machine can do at most.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Limits {
@@ -96,6 +104,11 @@ impl Model {
             .and_then(|t| t.eos_id())
             .into_iter()
             .collect()
+    }
+
+    /// Whether it has a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
     }
 
     /// Messages under the model's chat template.
@@ -143,6 +156,7 @@ impl Model {
 
     /// The compute type, as `--dtype` has it.
     pub fn dtype_word(&self) -> &'static str {
+        // See `dtype_of_word`.
         match self.kv_dtype {
             DType::F32 => "f32",
             DType::BF16 => "bf16",
@@ -170,6 +184,9 @@ impl Model {
                     hash.update(host.bytes());
                 }
             }
+        }
+        if let Some(recipe) = &self.storage.recipe {
+            hash.update(format!("{recipe:?}").as_bytes());
         }
         Ok(Fingerprint {
             plan: format!("{:032x}", xxh3_128(plan.print().as_bytes())),

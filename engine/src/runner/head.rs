@@ -5,6 +5,7 @@ use strata_kernels::{Repeat, Result, Tensor};
 
 use super::{Runner, Step};
 use crate::ids::TokenId;
+use crate::trace::Part;
 
 /// Rows of logits that are computed at a time: the output matrix is read once for all of them, and
 /// their memory stays small beside any vocabulary.
@@ -57,6 +58,7 @@ impl Runner {
     /// A step up to the likeliest tokens, all of it on the device.
     fn choose(&mut self, step: &Step<'_>, rows: usize) -> Result<()> {
         self.embed(step, rows)?;
+        self.lap(Part::Embedding);
         self.nodes(step.ragged, rows, None)?;
         let mut first = 0;
         for wanted in step.logits.chunks(LOGIT_ROWS) {
@@ -69,6 +71,7 @@ impl Runner {
             })?;
             first += wanted.len();
         }
+        self.lap(Part::Head);
         Ok(())
     }
 
@@ -96,6 +99,7 @@ impl Runner {
                 sink(wanted[i], logits);
             })?;
         }
+        self.lap(Part::Head);
         Ok(())
     }
 

@@ -23,8 +23,9 @@ impl Scheduler {
                 prompts.push((sequence.remaining(), i));
             }
         }
+        let mut left = self.config.token_budget - rows.iter().sum::<usize>();
         if prompts.is_empty() {
-            return;
+            return self.share_guesses(left);
         }
         let rest = if self.oldest_first {
             &mut prompts[1..]
@@ -33,28 +34,75 @@ impl Scheduler {
         };
         rest.sort_unstable();
         self.oldest_first = !self.oldest_first;
-        let mut left = self.config.token_budget - self.rows.iter().sum::<usize>();
         for &(_, i) in &self.prompts {
             let rows = self.piece(&self.sequences[&self.running[i].id], left);
             self.rows[i] = rows;
             left -= rows;
         }
+        self.share_guesses(left);
+    }
+
+    /// Adds rows for guesses, of those that are left to sequences whose own tokens all have theirs. Guesses take
+    /// pages that nobody else will want: never state.
+    fn share_guesses(&mut self, mut left: usize) {
+        if self
+            .running
+            .iter()
+            .all(|place| self.sequences[&place.id].guess.is_empty())
+        {
+            return;
+        }
+        let taking = self.running.iter().zip(&self.rows).filter(|(_, r)| **r > 0);
+        let wanted = taking.map(|(place, rows)| {
+            let sequence = &self.sequences[&place.id];
+            let end = sequence.computed + rows;
+            self.pools.pages_to_reach(sequence, end)
+        });
+        let mut spare = self.pools.free_pages().saturating_sub(wanted.sum());
+        for i in 0..self.running.len() {
+            let sequence = &self.sequences[&self.running[i].id];
+            let own = self.rows[i];
+            let mut guessed = 0;
+            if own > 0 && own == sequence.remaining() && sequence.guesses() > 0 {
+                let most = self.room(sequence) - own;
+                guessed = sequence.guess.len().min(most).min(left);
+                let end = sequence.computed + own;
+                let held = self.pools.pages_for(end);
+                let more = self.pools.pages_for(end + guessed) - held;
+                if more > spare {
+                    let page_size = self.config.page_size as usize;
+                    guessed = guessed.min((held + spare) * page_size - end);
+                }
+                spare -= self.pools.pages_for(end + guessed) - held;
+                left -= guessed;
+                self.rows[i] += guessed;
+            }
+            let sequence = self.sequences.get_mut(&self.running[i].id);
+            sequence
+                .expect("running sequences exist")
+                .guess
+                .truncate(guessed);
+        }
+    }
+
+    /// Most rows of a sequence in a step, whether it has as many tokens or not.
+    fn room(&self, sequence: &Sequence) -> usize {
+        let computed = sequence.computed;
+        let to_cut = sequence.next_cut().map(|cut| cut - computed);
+        let in_chunk = match self.config.chunk {
+            Chunk::AtMost(rows) => rows,
+            Chunk::Every(rows) => rows - computed % rows,
+        };
+        to_cut.unwrap_or(in_chunk).min(in_chunk)
     }
 
     /// The rows a sequence takes when `left` are to be had.
     pub(super) fn piece(&self, sequence: &Sequence, left: usize) -> usize {
-        let (computed, remaining) = (sequence.computed, sequence.remaining());
-        let to_cut = sequence
-            .cut
-            .and_then(|cut| cut.checked_sub(computed))
-            .filter(|&rows| rows > 0);
-        let most = remaining.min(to_cut.unwrap_or(remaining));
+        let most = sequence.remaining().min(self.room(sequence));
         match self.config.chunk {
-            Chunk::AtMost(rows) => most.min(rows).min(left),
-            Chunk::Every(rows) => {
-                let whole = most.min(rows - computed % rows);
-                if whole <= left { whole } else { 0 }
-            }
+            Chunk::AtMost(_) => most.min(left),
+            Chunk::Every(_) if most <= left => most,
+            Chunk::Every(_) => 0,
         }
     }
 
@@ -118,7 +166,8 @@ impl Scheduler {
                     .sequences
                     .get_mut(&place.id)
                     .expect("running sequences exist");
-                if rows > 0 && sequence.is_decoding() == decoding {
+                let single = sequence.is_decoding() && rows == 1;
+                if rows > 0 && single == decoding {
                     push_span(batch, sequence, rows);
                 }
             }
@@ -131,12 +180,15 @@ impl Scheduler {
 
 fn push_span(batch: &mut Batch, sequence: &mut Sequence, rows: usize) {
     let (position, end) = (sequence.computed, sequence.computed + rows);
-    let sample = end == sequence.tokens.len() && sequence.limits.max_tokens > 0;
+    let guessed = end.saturating_sub(sequence.tokens.len());
+    let own = end - guessed;
+    let sample = own == sequence.tokens.len() && sequence.limits.max_tokens > 0;
     let all = sequence.prompt_logits && position < sequence.prompt_len && end > sequence.scored;
     let (start, first_page) = (batch.tokens.len(), batch.pages.len());
     batch
         .tokens
-        .extend_from_slice(&sequence.tokens[position..end]);
+        .extend_from_slice(&sequence.tokens[position..own]);
+    batch.tokens.extend_from_slice(&sequence.guess[..guessed]);
     batch.pages.extend_from_slice(&sequence.pages);
     if position == 0 {
         batch.clear.extend(sequence.slot);
@@ -149,6 +201,7 @@ fn push_span(batch: &mut Batch, sequence: &mut Sequence, rows: usize) {
         len: rows,
         position,
         pages: first_page..batch.pages.len(),
+        guessed,
         logits: if all {
             Logits::All
         } else if sample {

@@ -200,7 +200,7 @@ fn a_chunk_ends_where_a_snapshot_is_wanted() {
     let mut scheduler = scheduler(CONFIG);
     scheduler
         .submit(SequenceRequest {
-            cut: Some(8),
+            cuts: vec![8],
             ..request(11, 9)
         })
         .unwrap();

@@ -13,6 +13,8 @@ const KEYS: usize = 32;
 /// The same in attention_units.cu.
 const QUERIES_OF_UNITS: usize = 64;
 const KEYS_OF_UNITS: usize = 64;
+/// Queries of a tile in attention_hopper.cu.
+const QUERIES_OF_HOPPER: usize = 128;
 /// Columns of values that 128 threads keep sums of.
 const MOST_COLUMNS: usize = 256;
 
@@ -76,6 +78,18 @@ struct Attend {
     splits: i32,
 }
 
+/// A kernel for matrix units.
+#[derive(Clone, Copy)]
+struct Units {
+    kernel: &'static str,
+    /// Of a tile.
+    queries: usize,
+    threads: usize,
+    shared: usize,
+    /// Blocks that a processor holds at once.
+    blocks: usize,
+}
+
 // SAFETY: laid out as there.
 unsafe impl Param for Rotation {}
 // SAFETY: as above.
@@ -137,8 +151,9 @@ impl State {
         launch!(self, "kv_write", grid, 128, 0; write)
     }
 
-    /// The kernel for matrix units, if these sizes have one.
-    fn for_units(op: &Attention<'_>) -> Option<&'static str> {
+    /// The kernel for matrix units, if these sizes have one: Hopper's, where a prompt is read, has tiles of
+    /// 128 queries, the other tiles of 64.
+    fn for_units(&self, op: &Attention<'_>) -> Option<Units> {
         let pages = [op.k_pages, op.v_pages];
         let fits = pages.iter().all(|p| {
             p.dtype() == DType::BF16
@@ -148,17 +163,48 @@ impl State {
         if !fits || op.head_dim != op.v_head_dim {
             return None;
         }
-        match op.head_dim {
-            64 => Some("attention_units_64"),
-            80 => Some("attention_units_80"),
-            96 => Some("attention_units_96"),
-            128 => Some("attention_units_128"),
-            _ => None,
+        let dim = op.head_dim;
+        let hopper = match dim {
+            64 => "attention_hopper_64",
+            80 => "attention_hopper_80",
+            96 => "attention_hopper_96",
+            128 => "attention_hopper_128",
+            192 => "attention_hopper_192",
+            256 => "attention_hopper_256",
+            _ => "",
+        };
+        let queries = Rows::of(op.q).is_ok_and(|q| q.wide());
+        if self.device.has(hopper) && queries && op.q.rows() > op.ragged.spans.len() {
+            // The queries and two stages of keys and values, in panels of 64 columns that begin at multiples of
+            // 1,024 bytes.
+            let keys = if dim <= 128 { 128 } else { 64 };
+            return Some(Units {
+                kernel: hopper,
+                queries: QUERIES_OF_HOPPER,
+                threads: 256,
+                shared: 128 * dim.div_ceil(64) * (QUERIES_OF_HOPPER + 4 * keys) + 1024,
+                blocks: 1,
+            });
         }
+        let kernel = match dim {
+            64 => "attention_units_64",
+            80 => "attention_units_80",
+            96 => "attention_units_96",
+            128 => "attention_units_128",
+            _ => return None,
+        };
+        Some(Units {
+            kernel,
+            queries: QUERIES_OF_UNITS,
+            threads: 128,
+            // Two stages of keys and values, in rows with eight elements of padding.
+            shared: 2 * 2 * 2 * KEYS_OF_UNITS * (dim + 8),
+            blocks: 2,
+        })
     }
 
     pub fn attention(&mut self, op: Attention<'_>) -> Result<()> {
-        let by_units = State::for_units(&op);
+        let by_units = self.for_units(&op);
         let deep = op.head_dim.next_multiple_of(4);
         let keys = (deep + 1).max(op.v_head_dim);
         let shared = 4 * (QUERIES * deep + KEYS * keys);
@@ -174,11 +220,11 @@ impl State {
         }
         let batch = self.lists.batch(&op.ragged)?;
         let group = op.heads / op.kv_heads;
-        let queries = by_units.map_or(QUERIES, |_| QUERIES_OF_UNITS);
+        let (queries, at_once) = by_units.map_or((QUERIES, 2), |u| (u.queries, u.blocks));
         let (tiles, count) = self.lists.tiles(&op.ragged, group, queries)?;
         // Where tiles are few, several blocks share the keys of each.
         let reach = reach(&op.ragged);
-        let wanted = (2 * self.device.processors) / (count * op.kv_heads).max(1);
+        let wanted = (at_once * self.device.processors) / (count * op.kv_heads).max(1);
         let splits = wanted.clamp(1, reach.div_ceil(2 * KEYS).max(1));
         let parts = if splits > 1 {
             self.scratch(4 * op.q.rows() * op.heads * splits * (op.v_head_dim + 2))?
@@ -209,12 +255,10 @@ impl State {
             parts,
             splits: splits as i32,
         };
-        if let Some(kernel) = by_units {
-            // Two stages of keys and values, in rows with eight elements of padding.
-            let shared = 2 * 2 * 2 * KEYS_OF_UNITS * (op.head_dim + 8);
-            launch!(self, kernel, (count, op.kv_heads, splits), 128, shared; attend)?;
-        } else {
-            launch!(self, "attention", (count, op.kv_heads, splits), 128, shared; attend)?;
+        let grid = (count, op.kv_heads, splits);
+        match by_units {
+            Some(u) => launch!(self, u.kernel, grid, u.threads, u.shared; attend)?,
+            None => launch!(self, "attention", grid, 128, shared; attend)?,
         }
         if splits > 1 {
             launch!(self, "attention_sum", (op.q.rows(), op.heads, 1), 128, 4 * splits;

@@ -24,20 +24,40 @@ pub struct Unit {
     source: &'static str,
     /// The kernels in it.
     pub kernels: &'static [&'static str],
+    /// The one architecture it is for, as the compiler names it with all of its instructions; none if it is
+    /// for all.
+    only: Option<&'static str>,
+}
+
+impl Unit {
+    /// What to compile it for, where the GPU is an `architecture` such as `sm_90`; none if it is not for that.
+    pub fn target<'a>(&self, architecture: &'a str) -> Option<&'a str> {
+        match self.only {
+            None => Some(architecture),
+            Some(only) => (only.strip_suffix('a') == Some(architecture)).then_some(only),
+        }
+    }
 }
 
 macro_rules! unit {
     ($name:literal: $($kernel:literal),* $(,)?) => {
+        unit!($name for None, $($kernel),*)
+    };
+    ($name:literal for $only:expr, $($kernel:literal),* $(,)?) => {
         Unit {
             name: $name,
             source: include_str!(concat!("kernels/", $name)),
             kernels: &[$($kernel),*],
+            only: $only,
         }
     };
 }
 
+/// Files for the matrix units of this generation only.
+const HOPPER: Option<&str> = Some("sm_90a");
+
 /// All files of kernels.
-pub const UNITS: [Unit; 20] = [
+pub const UNITS: [Unit; 23] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
     unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
@@ -71,13 +91,20 @@ pub const UNITS: [Unit; 20] = [
     unit!("attention_units.cu": "attention_units_64", "attention_units_80", "attention_units_96",
         "attention_units_128"),
     unit!("route.cu": "route", "likeliest"),
+    unit!("expert_units.cu": "expert_units"),
+    unit!("attention_hopper.cu" for HOPPER, "attention_hopper_64", "attention_hopper_80",
+        "attention_hopper_96", "attention_hopper_128", "attention_hopper_192", "attention_hopper_256"),
+    unit!("ssd_hopper.cu" for HOPPER, "ssd_prepare_64", "ssd_segments_64", "ssd_hopper_64",
+        "ssd_prepare_128", "ssd_segments_128", "ssd_hopper_128"),
 ];
 
 /// What the files include: name and text.
-const HEADERS: [(&CStr, &str); 5] = [
+const HEADERS: [(&CStr, &str); 7] = [
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
     (c"blocks.cuh", include_str!("kernels/blocks.cuh")),
     (c"common.cuh", include_str!("kernels/common.cuh")),
+    (c"experts.cuh", include_str!("kernels/experts.cuh")),
+    (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"products.cuh", include_str!("kernels/products.cuh")),
     (c"scan.cuh", include_str!("kernels/scan.cuh")),
 ];
@@ -96,23 +123,26 @@ pub(super) fn version() -> Result<(i32, i32)> {
     Ok((major, minor))
 }
 
-/// All kernels for an architecture, from the cache where it has them; what it lacks is compiled on as
-/// many threads as there are files.
+/// All kernels for an architecture, file by file, from the cache where it has them; what it lacks is compiled
+/// on as many threads as there are files. None for files of another architecture.
 pub(super) fn compile_all(
     architecture: &str,
     cache: Option<&Arc<dyn KernelCache>>,
-) -> Result<Vec<Vec<u8>>> {
+) -> Result<Vec<Option<Vec<u8>>>> {
     let compiler = version()?;
     let one = |unit: &'static Unit| {
-        let key = key(unit, architecture, compiler);
+        let Some(target) = unit.target(architecture) else {
+            return Ok(None);
+        };
+        let key = key(unit, target, compiler);
         if let Some(found) = cache.and_then(|c| c.load(&key)) {
-            return Ok(found);
+            return Ok(Some(found));
         }
-        let cubin = compile(unit, architecture)?.cubin;
+        let cubin = compile(unit, target)?.cubin;
         if let Some(cache) = cache {
             cache.store(&key, &cubin);
         }
-        Ok(cubin)
+        Ok(Some(cubin))
     };
     std::thread::scope(|scope| {
         let running: Vec<_> = UNITS
@@ -238,6 +268,17 @@ fn key(unit: &Unit, architecture: &str, (major, minor): (i32, i32)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_of_one_architecture_are_for_no_other() {
+        let of = |name: &str| UNITS.iter().find(|u| u.name == name).unwrap();
+        let targets = |name| ["sm_80", "sm_90", "sm_100"].map(|a| of(name).target(a));
+        assert_eq!(
+            targets("norms.cu"),
+            [Some("sm_80"), Some("sm_90"), Some("sm_100")]
+        );
+        assert_eq!(targets("ssd_hopper.cu"), [None, Some("sm_90a"), None]);
+    }
 
     #[test]
     fn keys_tell_files_and_architectures_apart() {

@@ -61,7 +61,18 @@ const LARGE: [&str; 7] = [
     "route",
 ];
 /// The same, by how their names begin.
-const LARGE_KINDS: [&str; 5] = ["few_", "row_q4", "row_q6", "row_q8", "ssd_chunked_"];
+const LARGE_KINDS: [&str; 10] = [
+    "few_",
+    "row_q4",
+    "row_q6",
+    "row_q8",
+    "ssd_chunked_",
+    "ssd_prepare_",
+    "ssd_segments_",
+    "ssd_hopper_",
+    "attention_hopper_",
+    "expert_units",
+];
 const OWN_SHARED: usize = 4096;
 
 impl Device {
@@ -149,6 +160,7 @@ impl Device {
     fn load(&mut self, architecture: &str, cache: Option<&Arc<dyn KernelCache>>) -> Result<()> {
         let cubins = compile_all(architecture, cache)?;
         for (unit, cubin) in UNITS.iter().zip(&cubins) {
+            let Some(cubin) = cubin else { continue };
             // SAFETY: a whole image, as the compiler wrote it; the cache checks what it stores.
             let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
             let module = module.map_err(failed(unit.name))?;
@@ -170,6 +182,11 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    /// Whether this GPU has a kernel: some are for one architecture only.
+    pub fn has(&self, kernel: &str) -> bool {
+        self.kernels.contains_key(kernel)
     }
 
     /// Makes the context this thread's.

@@ -6,7 +6,7 @@ use cudarc::driver::result;
 
 use super::device::{Allocation, Param, failed, launch};
 use super::linear::{in_chunks, of_type};
-use super::{Rows, State, address, blocks, dense};
+use super::{Rows, State, address, blocks, dense, rows};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::ops::ExpertLinear;
@@ -15,6 +15,9 @@ use crate::tensor::DType;
 /// Choices that go one by one: each reads its expert by itself.
 const ONE_BY_ONE: usize = 16;
 const TILE: usize = 64;
+/// Rows and outputs of a tile in expert_units.cu, and what four stages of it take.
+const TILE_OF_UNITS: usize = 128;
+const STAGES_OF_UNITS: usize = 4 * 2 * TILE_OF_UNITS * 2 * (32 + 8);
 const WARPS: usize = 8;
 /// Bytes that widened rows of all experts take at most, beyond a tile of each.
 const WIDENED: usize = 256 << 20;
@@ -133,23 +136,36 @@ impl State {
             let grid = (n.div_ceil(WARPS), choices, 1);
             return launch!(self, of_type(first.dtype(), names), grid, 32 * WARPS, 0; product);
         }
-        let sorted = self.sort_choices(&product, choices, op.w.len(), 0)?.0;
-        let most = tiles(choices, op.w.len());
+        let experts = op.w.len();
+        let rounded = op.activations == DType::BF16 && first.dtype() == DType::BF16;
+        if rounded && chunks {
+            let of_x = 2 * op.x.rows() * k;
+            let (sorted, room) =
+                self.sort_choices(&product, choices, experts, TILE_OF_UNITS, of_x)?;
+            launch!(self, "round_rows", rows::grid(op.x.rows(), k), 256, 0;
+                product.x, room, k as i32, k as i32, 1i32)?;
+            let most = tiles(choices, experts, TILE_OF_UNITS);
+            let grid = (n.div_ceil(TILE_OF_UNITS), most, 1);
+            return launch!(self, "expert_units", grid, 256, STAGES_OF_UNITS; product, sorted, room);
+        }
+        let sorted = self.sort_choices(&product, choices, experts, TILE, 0)?.0;
+        let most = tiles(choices, experts, TILE);
         let names = ["expert_tiles_f32", "expert_tiles_f16", "expert_tiles_bf16"];
         let grid = (n.div_ceil(TILE), most, 1);
         launch!(self, of_type(first.dtype(), names), grid, 256, 0; product, sorted)
     }
 
-    /// Sorts choices by expert, in memory that has `beside` bytes more at its beginning: where they are,
+    /// Sorts choices by expert and cuts them into tiles of `tile`, in memory that has `beside` bytes more at its beginning: where they are,
     /// and where the other bytes begin.
     fn sort_choices(
         &mut self,
         product: &ExpertProduct,
         choices: usize,
         experts: usize,
+        tile: usize,
         beside: usize,
     ) -> Result<(Sorted, u64)> {
-        let (most, beside) = (tiles(choices, experts), beside.next_multiple_of(256));
+        let (most, beside) = (tiles(choices, experts, tile), beside.next_multiple_of(256));
         let room = self.scratch(beside + 4 * (1 + choices + 3 * most + experts + 1))?;
         let count = room + beside as u64;
         let sorted = Sorted {
@@ -160,7 +176,7 @@ impl State {
         let ends = sorted.tiles + 12 * most as u64;
         launch!(self, "sort_choices", (1, 1, 1), 1024, 0;
             product.experts, product.experts_stride, product.choices, choices as i32,
-            experts as i32, ends, sorted)?;
+            experts as i32, tile as i32, ends, sorted)?;
         Ok((sorted, room))
     }
 
@@ -199,7 +215,7 @@ impl State {
         let of_x = if rounded { 4 * op.x.rows() * k } else { 0 };
         let of_w = 4 * each * k * experts;
         let (sorted, room) =
-            self.sort_choices(&product, choices, experts, of_x + of_w + 8 * experts)?;
+            self.sort_choices(&product, choices, experts, TILE, of_x + of_w + 8 * experts)?;
         let (widened, table) = (room + of_x as u64, room + (of_x + of_w) as u64);
         if rounded {
             product.x = self.round_blocks(op.x, format, room, DType::F32)?;
@@ -224,14 +240,14 @@ impl State {
             let grid = (part, (k / 32).div_ceil(128), experts);
             launch!(self, kernels.widen, grid, 128, 0; widen)?;
             (product.y, product.n) = (blocks::after(op.y, first)?, part as i32);
-            let grid = (part.div_ceil(TILE), tiles(choices, experts), 1);
+            let grid = (part.div_ceil(TILE), tiles(choices, experts, TILE), 1);
             launch!(self, "expert_tiles_f32", grid, 256, 0; product, sorted)?;
         }
         Ok(())
     }
 }
 
-/// The most tiles that choices are cut into.
-fn tiles(choices: usize, experts: usize) -> usize {
-    choices.div_ceil(TILE) + experts.min(choices)
+/// The most tiles of so many rows that choices are cut into.
+fn tiles(choices: usize, experts: usize, tile: usize) -> usize {
+    choices.div_ceil(tile) + experts.min(choices)
 }

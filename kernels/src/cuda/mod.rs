@@ -6,7 +6,8 @@
 //!
 //! Sums are f32. A row's result depends on the rows beside it in its last bits: single rows and large
 //! batches are multiplied in different orders. `tolerance` says how far that may go. Scans, by
-//! chunks too, norms and convolutions are the same bits for any cut of a sequence, as on the CPU.
+//! chunks too, norms and convolutions are the same bits for any cut of a sequence, as on the CPU; but for
+//! Mamba-2's scan of prompts where matrix units take it (`ssd_hopper`).
 
 mod attention;
 mod block_units;
@@ -24,6 +25,7 @@ mod row_blocks;
 mod rows;
 mod sequences;
 mod ssd_chunked;
+mod ssd_hopper;
 mod transfer;
 
 use std::path::PathBuf;

@@ -7,8 +7,9 @@ use crate::error::{Error, Result};
 use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdScan};
 use crate::tensor::Tensor;
 
-/// Channels that a block of a scan takes: `CHANNELS` in scan.cuh.
+/// Channels that a block of a scan takes: `CHANNELS` in scan.cuh, and `A_BLOCK` in selective_scan.cu.
 const CHANNELS: usize = 16;
+const SELECTIVE_CHANNELS: usize = 8;
 /// Channels that a block takes where every sequence has one token: `STEP_CHANNELS` in scan.cuh.
 const STEP_CHANNELS: usize = 32;
 /// Spans up to this length are convolved by one thread a channel.
@@ -226,11 +227,14 @@ impl State {
             let grid = (inner.div_ceil(STEP_CHANNELS), spans, 1);
             return launch!(self, kernel, grid, 256, 0; scan);
         }
-        let grid = (inner.div_ceil(CHANNELS), spans, 1);
-        launch!(self, kernel, grid, 128, 0; scan)
+        let grid = (inner.div_ceil(SELECTIVE_CHANNELS), spans, 1);
+        launch!(self, kernel, grid, 12 * SELECTIVE_CHANNELS, 0; scan)
     }
 
     pub fn ssd_scan(&mut self, op: SsdScan<'_>) -> Result<()> {
+        if self.ssd_by_units(&op)? {
+            return Ok(());
+        }
         let (heads, states) = (op.a.cols(), op.states());
         let width = op.x.cols() / heads;
         let batch = self.lists.batch(&op.ragged)?;

@@ -6,6 +6,9 @@
 /// Most columns: sums of products of bytes then stay in 32 bits.
 const MOST: usize = 1 << 17;
 
+/// What makes whole numbers of fractions when it is added.
+const WHOLE: f32 = 12_582_912.0;
+
 /// Bytes of a row; none if it is too long.
 pub(crate) fn row_bytes(cols: usize) -> Option<usize> {
     (cols <= MOST).then(|| cols.next_multiple_of(4) + 4)
@@ -33,8 +36,9 @@ pub(crate) fn quantize(x: &[f32], to: &mut [u8]) {
     to.fill(0);
     if s > 0.0 {
         for (to, x) in to.iter_mut().zip(x) {
-            let code = (x / s).round_ties_even().clamp(-127.0, 127.0);
-            *to = (code as i8).cast_unsigned();
+            // A sum near 1.5 · 2^23 has no place for fractions: it is rounded to the nearest, ties to even.
+            let code = (x / s).clamp(-127.0, 127.0) + WHOLE - WHOLE;
+            *to = (code as i32 as i8).cast_unsigned();
         }
     }
     let at = to.len() - 4;

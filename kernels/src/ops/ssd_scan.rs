@@ -12,7 +12,8 @@
 //!
 //! Without `scale_input` the input is x itself, not δ · x. s starts from the sequence's ssm_state and
 //! is left there. Rows are taken one after the other in f32, so cutting a sequence into chunks changes
-//! no bit. [`SsdChunked`](super::SsdChunked) is the form with matrix products.
+//! no bit; a device with matrix units may take many rows of a sequence by chunks of its own, within its
+//! tolerance. [`SsdChunked`](super::SsdChunked) is the form with matrix products.
 
 use super::{Check, linear::write_row, softplus};
 use crate::error::Result;

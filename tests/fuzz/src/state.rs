@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use strata::document::Book;
 use strata::random_weights::RandomWeights;
 use strata::runner::Network;
 use strata::session::{Engine, EngineConfig, Request};
-use strata::state_file::{self, Fingerprint};
+use strata::state_file::{self, Fingerprint, StateFile};
 use strata_kernels::DType;
 use strata_kernels::reference::Reference;
 use strata_layers::{Graph, Plan};
@@ -68,9 +69,33 @@ impl States {
         }
     }
 
+    /// Makes a file's states known to a prefix cache; one that is there serves a sequence.
+    fn attach(&mut self) {
+        let Ok(file) = StateFile::open(&self.path) else {
+            return;
+        };
+        let policy = "every=2; ends; branches; budget=1"
+            .parse()
+            .expect("a policy");
+        self.engine.keep_states(policy, self.fingerprint.clone());
+        let mut tokens = file.tokens();
+        let file = Arc::new(file);
+        if self.engine.attach(&file).is_ok() {
+            tokens.push(0);
+            if let Ok(sequence) = self.engine.submit(self.sequence(&tokens)) {
+                self.engine.step(&mut |_, _, _| {}).ok();
+                self.engine.remove(sequence);
+            }
+        }
+        // The file is written anew, so nobody may hold it.
+        self.engine.forget_states();
+    }
+
     /// Loads a file; what is in it serves a sequence.
     pub fn check(&mut self, bytes: &[u8]) {
         std::fs::write(&self.path, bytes).expect("a folder to write to");
+        Book::open(&self.path).ok();
+        self.attach();
         let Ok(id) = state_file::load(&mut self.engine, &self.fingerprint, &self.path) else {
             return;
         };

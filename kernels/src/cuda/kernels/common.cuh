@@ -96,8 +96,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // Within two units of the last place.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-x * LOG2E)); }
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + exp2_fast(-x * LOG2E)); }
+// ln(1 + eˣ) within some 2^-19 of it: by a series where eˣ is small.
 __device__ __forceinline__ float softplus(float x) {
-    float y = log1pf(exp2_fast(fminf(x, 20.0f) * LOG2E));
+    const float e = exp2_fast(fminf(x, 20.0f) * LOG2E);
+    float series = fmaf(e, fmaf(e, 0.14285715f, -0.16666667f), 0.2f), y;
+    series = fmaf(e, fmaf(e, fmaf(e, series, -0.25f), 0.33333334f), -0.5f);
+    series = e * fmaf(e, series, 1.0f);
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + e));
+    y = e < 0.125f ? series : y * 0.69314718f;
     return x > 20.0f ? x : y;
 }
 

@@ -2,16 +2,7 @@
 
 #include "common.cuh"
 #include "products.cuh"
-
-// Row r of y is choice r; row r / x_div of x.
-struct ExpertProduct {
-    In x;
-    const void* const* w; // of each expert
-    const int* experts;
-    i64 experts_stride;
-    Out y;
-    int k, n, round, x_div, choices; // choices of a token
-};
+#include "experts.cuh"
 
 template <int TYPE>
 __device__ __forceinline__ void expert_row(const ExpertProduct& p) {
@@ -24,13 +15,6 @@ __device__ __forceinline__ void expert_row(const ExpertProduct& p) {
     dot<TYPE, 1>(p.x.row(r / p.x_div), w, chunks, threadIdx.x % 32, 32, p.round, sum);
     if (threadIdx.x % 32 == 0) p.y.row(r)[n] = sum[0];
 }
-
-// The choices of a batch, sorted by expert and cut into tiles of 64 rows.
-struct Sorted {
-    int* count;  // tiles there are
-    int* order;  // choices, expert by expert
-    int* tiles;  // of each tile: expert, first place in `order`, rows
-};
 
 template <int TYPE>
 __device__ __forceinline__ void expert_tiles(const ExpertProduct& p, const Sorted& s) {
@@ -46,11 +30,13 @@ OF_TYPE(F32, f32)
 OF_TYPE(F16, f16)
 OF_TYPE(BF16, bf16)
 
-// Sorts choices by expert, in one block. `ends` has room for a number an expert and one more. Which of
+// Sorts choices by expert, in one block, and cuts them into tiles of `tile` rows. `ends` has room for a number an expert and one more. Which of
 // an expert's choices comes first changes nothing: each row of a tile is by itself.
-KERNEL __launch_bounds__(1024) sort_choices(const int* experts, i64 stride, int choices, int rows, int count, int* ends, ARGS(Sorted) s) {
+KERNEL __launch_bounds__(1024) sort_choices(const int* experts, i64 stride, int choices, int rows, int count, int tile, int* ends, ARGS(Sorted) s) {
     BEGIN();
-    __shared__ int warps[32], warp_tiles[32], base, base_tiles;
+    __shared__ int warps[32], warp_tiles[32], base, base_tiles, near[1025];
+    // Counting is quicker in shared memory.
+    if (count <= 1024) ends = near;
     const int tid = threadIdx.x, lane = tid % 32;
     for (int e = tid; e <= count; e += 1024) ends[e] = 0;
     if (tid == 0) base = base_tiles = 0;
@@ -59,7 +45,7 @@ KERNEL __launch_bounds__(1024) sort_choices(const int* experts, i64 stride, int 
     __syncthreads();
     // Sums of what comes before, of 1,024 experts at a time: choices, and tiles.
     for (int e0 = 0; e0 < count; e0 += 1024) {
-        int e = e0 + tid, mine = e < count ? ends[e] : 0, tiles = (mine + TILE - 1) / TILE;
+        int e = e0 + tid, mine = e < count ? ends[e] : 0, tiles = (mine + tile - 1) / tile;
         int sum = mine, sum_tiles = tiles;
 #pragma unroll
         for (int o = 1; o < 32; o <<= 1) {
@@ -70,12 +56,12 @@ KERNEL __launch_bounds__(1024) sort_choices(const int* experts, i64 stride, int 
         __syncthreads();
         int before = base, before_tiles = base_tiles;
         for (int w = 0; w < tid / 32; w++) before += warps[w], before_tiles += warp_tiles[w];
-        int start = before + sum - mine, tile = before_tiles + sum_tiles - tiles;
+        int start = before + sum - mine, place = before_tiles + sum_tiles - tiles;
         if (e < count) {
             ends[e] = start;
             for (int i = 0; i < tiles; i++) {
-                int* t = s.tiles + 3 * (tile + i);
-                t[0] = e, t[1] = start + i * TILE, t[2] = min(TILE, mine - i * TILE);
+                int* t = s.tiles + 3 * (place + i);
+                t[0] = e, t[1] = start + i * tile, t[2] = min(tile, mine - i * tile);
             }
         }
         __syncthreads();

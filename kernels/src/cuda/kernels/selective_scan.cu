@@ -13,52 +13,70 @@ struct SelectiveScan {
     int inner, states, group_width; // channels that share b and c
 };
 
+// Channels of a block: few, so that blocks share the processors evenly.
+#define A_BLOCK 8
+#define SCANNING (4 * A_BLOCK) // threads that go on with states, two channels each
+#define MOVING (8 * A_BLOCK)   // threads that prepare and finish
+
+// Where the eight parts of a channel's output stand, of a token: so that writers do not meet.
+#define PARTS (9 * A_BLOCK)
+__device__ __forceinline__ int part_of(int channel) { return 8 * channel + channel / 4 * 8; }
+
+// Tiles of tokens go by. Some threads of a block take the states through one; the others meanwhile make the step sizes
+// of the next, ask for inputs of the one after that, and sum and write the outputs of the one before.
 template <int S, bool SHARED>
 __device__ __forceinline__ void scan(const SelectiveScan& p) {
-    const int N = 8 * S, TOKENS = S <= 4 ? 32 : 16;
-    __shared__ __align__(16) float xs[2][TOKENS][CHANNELS], ds[2][TOKENS][CHANNELS], zs[2][TOKENS][CHANNELS];
-    __shared__ __align__(16) float bs[2][SHARED ? TOKENS : 1][N], cs[2][SHARED ? TOKENS : 1][N];
-    __shared__ __align__(16) float ys[TOKENS][CHANNELS + 4];
-    __shared__ float2 steps[TOKENS][CHANNELS]; // step size, and that times x
+    const int GROUP = SHARED ? 8 : 4;
+    const int N = 8 * S, TOKENS = S <= 4 ? 32 : 16; // a thread has four channels of one
+    __shared__ __align__(16) float bs[3][SHARED ? TOKENS : 1][N], cs[3][SHARED ? TOKENS : 1][N];
+    __shared__ __align__(16) float parts[2][TOKENS][PARTS];
+    __shared__ __align__(16) float2 steps[2][TOKENS][A_BLOCK + 2]; // step size, and that times x
     const Span span = p.spans[blockIdx.y];
-    const int tid = threadIdx.x, lane = tid % 8, ch = tid / 8;
-    const int c0 = blockIdx.x * CHANNELS, channel = c0 + ch;
-    const bool here = channel < p.inner;
-    // Of each tile this thread stages four channels of one token.
-    const int my_t = tid / 4, my_c = tid % 4 * 4;
+    const bool scans = threadIdx.x < SCANNING;
+    const int tid = scans ? threadIdx.x : threadIdx.x - SCANNING, lane = tid % 8, ch = tid / 8 * 2;
+    const int c0 = blockIdx.x * A_BLOCK;
+    const int my_t = tid / (A_BLOCK / 4), my_c = tid % (A_BLOCK / 4) * 4;
     const bool wide = is_wide(p.x.p, p.x.stride, p.inner) && is_wide(p.dt.p, p.dt.stride, p.inner) &&
                       is_wide(p.y.p, p.y.stride, p.inner) && (!p.z.p || is_wide(p.z.p, p.z.stride, p.inner));
     const bool wide_bc = is_wide(p.b.p, p.b.stride, p.states) && is_wide(p.c.p, p.c.stride, p.states);
 
-    const float* x_at = p.x.row(span.start + my_t) + c0 + my_c;
-    const float* dt_at = p.dt.row(span.start + my_t) + c0 + my_c;
-    const float* z_at = p.z.row(span.start + my_t) + c0 + my_c;
-
+    // Four neighbours of a token's row; zeros where there are none.
+    auto four = [&](const In& of, int t) {
+        const float* from = of.row(span.start + min(t, span.len - 1)) + c0 + my_c;
+        if (wide) return t < span.len && c0 + my_c < p.inner ? *(const float4*)from : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float v[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = t < span.len && c0 + my_c + e < p.inner ? from[e] : 0.0f;
+        return make_float4(v[0], v[1], v[2], v[3]);
+    };
     auto stage = [&](int tile) {
-        int t = tile * TOKENS + my_t, to = tile & 1;
-        bool ok = t < span.len;
-        if (my_t < TOKENS && wide) {
-            ok = ok && c0 + my_c < p.inner;
-            copy16(&xs[to][my_t][my_c], ok ? x_at + tile * TOKENS * p.x.stride : p.x.p, ok);
-            copy16(&ds[to][my_t][my_c], ok ? dt_at + tile * TOKENS * p.dt.stride : p.dt.p, ok);
-            if (p.z.p) copy16(&zs[to][my_t][my_c], ok ? z_at + tile * TOKENS * p.z.stride : p.z.p, ok);
-        } else if (my_t < TOKENS) {
-            i64 row = span.start + (ok ? t : 0);
-            copy_four(&xs[to][my_t][my_c], p.x.row(row), c0 + my_c, p.inner, ok, false);
-            copy_four(&ds[to][my_t][my_c], p.dt.row(row), c0 + my_c, p.inner, ok, false);
-            if (p.z.p) copy_four(&zs[to][my_t][my_c], p.z.row(row), c0 + my_c, p.inner, ok, false);
-        }
-        if (SHARED) {
-            for (int i = tid; i < TOKENS * N / 4; i += 128) {
-                int r = i / (N / 4), n = i % (N / 4) * 4, tt = tile * TOKENS + r;
-                bool in = tt < span.len;
-                i64 of = span.start + (in ? tt : 0);
-                copy_four(&bs[to][r][n], p.b.row(of), n, p.states, in, wide_bc);
-                copy_four(&cs[to][r][n], p.c.row(of), n, p.states, in, wide_bc);
-            }
+        if (!SHARED) return;
+        const int to = tile % 3;
+        for (int i = tid; i < TOKENS * N / 4; i += MOVING) {
+            int r = i / (N / 4), n = i % (N / 4) * 4, t = tile * TOKENS + r;
+            bool in = t < span.len;
+            i64 of = span.start + (in ? t : 0);
+            copy_four(&bs[to][r][n], p.b.row(of), n, p.states, in, wide_bc);
+            copy_four(&cs[to][r][n], p.c.row(of), n, p.states, in, wide_bc);
         }
         copies_done();
     };
+
+    float* state = p.state + span.slot * p.state_stride;
+    float h[2][S], a[2][S];
+    int group[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int channel = c0 + ch + i;
+        group[i] = min(channel, p.inner - 1) / p.group_width * p.states;
+#pragma unroll
+        for (int s = 0; s < S; s++) {
+            int n = state_of<S>(lane, s);
+            bool in = scans && channel < p.inner && n < p.states;
+            h[i][s] = in ? state[(i64)n * p.inner + channel] : 0.0f;
+            a[i][s] = in ? p.a.row(n)[channel] * LOG2E : 0.0f;
+        }
+    }
 
     float bias[4], skip[4];
 #pragma unroll
@@ -67,100 +85,135 @@ __device__ __forceinline__ void scan(const SelectiveScan& p) {
         bias[e] = in && p.dt_bias ? p.dt_bias[c0 + my_c + e] : 0.0f;
         skip[e] = in ? p.d[c0 + my_c + e] : 0.0f;
     }
-    float* state = p.state + span.slot * p.state_stride;
-    float h[S], a[S];
+    // A token that is not there changes nothing.
+    auto prepare = [&](int tile, float4 x, float4 dt) {
+        if (TOKENS < 32 && my_t >= TOKENS) return;
+        const float xs[4] = {x.x, x.y, x.z, x.w}, ds[4] = {dt.x, dt.y, dt.z, dt.w};
+        float delta[4];
 #pragma unroll
-    for (int s = 0; s < S; s++) {
-        int n = state_of<S>(lane, s);
-        bool in = here && n < p.states;
-        h[s] = in ? state[(i64)n * p.inner + channel] : 0.0f;
-        a[s] = in ? p.a.row(n)[channel] * LOG2E : 0.0f;
-    }
-    const int group = here ? channel / p.group_width * p.states : 0;
-
-    const int tiles = (span.len + TOKENS - 1) / TOKENS;
-    stage(0);
-    for (int tile = 0; tile < tiles; tile++) {
-        const int at = tile & 1;
-        if (tile + 1 < tiles) {
-            stage(tile + 1);
-            wait_copies<1>();
-        } else {
-            wait_copies<0>();
+        for (int e = 0; e < 4; e++) {
+            delta[e] = softplus(ds[e] + bias[e]);
+            if (tile * TOKENS + my_t >= span.len) delta[e] = 0.0f;
         }
-        // Step sizes and inputs of what this thread staged. A token that is not there changes nothing.
+        float4* to = (float4*)&steps[tile & 1][my_t][my_c];
+        to[0] = make_float4(delta[0], delta[0] * xs[0], delta[1], delta[1] * xs[1]);
+        to[1] = make_float4(delta[2], delta[2] * xs[2], delta[3], delta[3] * xs[3]);
+    };
+    // Tokens from `t0` on. Their sums are stored when all are there: loads do not pass stores.
+    auto some = [&](int tile, int t0) {
+        float sums[GROUP][2];
 #pragma unroll
-        for (int e = 0; e < (my_t < TOKENS ? 4 : 0); e++) {
-            float delta = softplus(ds[at][my_t][my_c + e] + bias[e]);
-            if (tile * TOKENS + my_t >= span.len) delta = 0.0f;
-            steps[my_t][my_c + e] = make_float2(delta, delta * xs[at][my_t][my_c + e]);
-        }
-        __syncthreads();
-        const int left = min(TOKENS, span.len - tile * TOKENS);
-        for (int t0 = 0; t0 < left; t0 += 8) {
-            float v[8];
+        for (int j = 0; j < GROUP; j++) {
+            const int t = t0 + j;
+            float b[2][S], c[2][S];
+            if (SHARED) {
+                take<S>(bs[tile % 3][t], lane, b[0]);
+                take<S>(cs[tile % 3][t], lane, c[0]);
+            } else {
+                i64 row = span.start + min(tile * TOKENS + t, span.len - 1);
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const int t = t0 + j;
-                float b[S], c[S];
-                if (SHARED) {
-                    take<S>(bs[at][t], lane, b);
-                    take<S>(cs[at][t], lane, c);
-                } else {
-                    i64 row = span.start + min(tile * TOKENS + t, span.len - 1);
+                for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int s = 0; s < S; s++) {
                         int n = state_of<S>(lane, s);
-                        b[s] = n < p.states ? p.b.row(row)[group + n] : 0.0f;
-                        c[s] = n < p.states ? p.c.row(row)[group + n] : 0.0f;
+                        b[i][s] = n < p.states ? p.b.row(row)[group[i] + n] : 0.0f;
+                        c[i][s] = n < p.states ? p.c.row(row)[group[i] + n] : 0.0f;
                     }
-                }
-                const float2 step = steps[t][ch];
-                const float delta = step.x, u = step.y;
+            }
+            const float4 both = *(const float4*)&steps[tile & 1][t][ch];
+            const float delta[2] = {both.x, both.z}, u[2] = {both.y, both.w};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int of = SHARED ? 0 : i;
                 float sum = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    h[s] = fmaf(exp2_fast(delta * a[s]), h[s], u * b[s]);
-                    sum = fmaf(c[s], h[s], sum);
+                    h[i][s] = fmaf(exp2_fast(delta[i] * a[i][s]), h[i][s], u[i] * b[of][s]);
+                    sum = fmaf(c[of][s], h[i][s], sum);
                 }
-                v[j] = sum;
+                sums[j][i] = sum;
             }
-            float sum = sum_scattered(v, lane);
-            ys[t0 + lane][ch] = sum;
+        }
+#pragma unroll
+        for (int j = 0; j < GROUP; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) parts[tile & 1][t0 + j][part_of(ch + i) + lane] = sums[j][i];
+    };
+    // In the order of `sum_parts`.
+    auto finish = [&](int tile, float4 x, float4 z) {
+        if (TOKENS < 32 && my_t >= TOKENS) return;
+        const float xs[4] = {x.x, x.y, x.z, x.w}, zs[4] = {z.x, z.y, z.z, z.w};
+        const int t = tile * TOKENS + my_t;
+        float out[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float4* v = (const float4*)&parts[tile & 1][my_t][part_of(my_c + e)];
+            const float4 u = v[0], w = v[1];
+            float sum = ((u.x + w.x) + (u.z + w.z)) + ((u.y + w.y) + (u.w + w.w));
+            out[e] = fmaf(skip[e], xs[e], sum);
+            if (p.z.p) out[e] *= silu(zs[e]);
+        }
+        if (t >= span.len) return;
+        float* to = p.y.row(span.start + t) + c0 + my_c;
+        if (wide) {
+            if (c0 + my_c < p.inner) *(float4*)to = make_float4(out[0], out[1], out[2], out[3]);
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (c0 + my_c + e < p.inner) to[e] = out[e];
+        }
+    };
+
+    const int tiles = (span.len + TOKENS - 1) / TOKENS;
+    if (scans) {
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; tile++) {
+            const int left = span.len - tile * TOKENS;
+            __syncthreads();
+#pragma unroll 1
+            for (int t = 0; t < min(left, TOKENS); t += GROUP) some(tile, t);
         }
         __syncthreads();
-        if (my_t < left) {
-            float* to = p.y.row(span.start + tile * TOKENS + my_t) + c0 + my_c;
-            float out[4];
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                out[e] = fmaf(skip[e], xs[at][my_t][my_c + e], ys[my_t][my_c + e]);
-                if (p.z.p) out[e] *= silu(zs[at][my_t][my_c + e]);
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+                int n = state_of<S>(lane, s), channel = c0 + ch + i;
+                if (channel < p.inner && n < p.states) state[(i64)n * p.inner + channel] = h[i][s];
             }
-            if (wide) {
-                if (c0 + my_c < p.inner) *(float4*)to = make_float4(out[0], out[1], out[2], out[3]);
-            } else {
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (c0 + my_c + e < p.inner) to[e] = out[e];
-            }
-        }
+        return;
     }
-#pragma unroll
-    for (int s = 0; s < S; s++) {
-        int n = state_of<S>(lane, s);
-        if (here && n < p.states) state[(i64)n * p.inner + channel] = h[s];
+    const float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    stage(0), stage(1);
+    // Of the tile before, of this one, of the next.
+    float4 x_before = none, z_before = none, x = four(p.x, my_t), z = p.z.p ? four(p.z, my_t) : none;
+    float4 x_next = four(p.x, TOKENS + my_t), dt_next = four(p.dt, TOKENS + my_t), z_next = p.z.p ? four(p.z, TOKENS + my_t) : none;
+    prepare(0, x, four(p.dt, my_t));
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+        wait_copies<1>();
+        __syncthreads();
+        stage(tile + 2);
+        const int ahead = (tile + 2) * TOKENS + my_t;
+        const float4 x_after = four(p.x, ahead), dt_after = four(p.dt, ahead), z_after = p.z.p ? four(p.z, ahead) : none;
+        prepare(tile + 1, x_next, dt_next);
+        if (tile) finish(tile - 1, x_before, z_before);
+        x_before = x, z_before = z, x = x_next, z = z_next;
+        x_next = x_after, dt_next = dt_after, z_next = z_after;
     }
+    __syncthreads();
+    finish(tiles - 1, x_before, z_before);
+    wait_copies<0>();
 }
 
 #define OF_STATES(S) \
-    KERNEL __launch_bounds__(128, 2) selective_scan_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, true>(p); }
+    KERNEL __launch_bounds__(SCANNING + MOVING, 5) selective_scan_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, true>(p); }
 OF_STATES(1)
 OF_STATES(2)
 OF_STATES(4)
 OF_STATES(8)
 #define OF_GROUPS(S) \
-    KERNEL __launch_bounds__(128, 2) selective_scan_groups_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, false>(p); }
+    KERNEL __launch_bounds__(SCANNING + MOVING, 5) selective_scan_groups_##S(ARGS(SelectiveScan) p) { BEGIN(); scan<S, false>(p); }
 OF_GROUPS(1)
 OF_GROUPS(2)
 OF_GROUPS(4)

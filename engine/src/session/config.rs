@@ -1,4 +1,4 @@
-//! The sizes of an engine.
+//! The sizes an engine works within.
 
 use strata_kernels::{Backend, DType};
 
@@ -19,6 +19,8 @@ pub struct EngineConfig {
     pub page_size: usize,
     /// Type of keys and values.
     pub kv_dtype: DType,
+    /// Most tokens of a sequence that are guessed ahead in a step (see [`crate::lookup`]); 0 for none.
+    pub lookup: usize,
 }
 
 /// Most rows of a prompt that are computed together, unless someone asks for more: enough that weights are
@@ -40,6 +42,15 @@ impl EngineConfig {
             chunk: Chunk::AtMost(DEFAULT_CHUNK),
             page_size: DEFAULT_PAGE,
             kv_dtype,
+            lookup: 0,
+        }
+    }
+
+    /// The same with up to `tokens` guessed ahead, which takes a second slot for each.
+    pub fn with_lookup(self, tokens: usize) -> Self {
+        EngineConfig {
+            lookup: tokens,
+            ..self
         }
     }
 
@@ -82,8 +93,13 @@ impl EngineConfig {
         self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
     }
 
-    /// Slots: one a sequence, and one for a sequence that is being restored.
-    pub fn slots(&self) -> usize {
+    /// Slots that sequences own: one each, and one for a sequence that is being restored.
+    pub fn owned_slots(&self) -> usize {
         self.max_sequences + 1
+    }
+
+    /// All slots: those, and where guesses are made a copy of each.
+    pub fn slots(&self) -> usize {
+        self.owned_slots() * if self.lookup > 0 { 2 } else { 1 }
     }
 }
