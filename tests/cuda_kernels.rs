@@ -18,7 +18,8 @@ const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_90", "sm_100", "sm_120"];
 
 /// Most registers of a thread: two blocks of 128 threads and more share a processor.
 const REGISTERS: usize = 192;
-/// Kernels that keep queries, sums or states in registers, one block or two a processor, may use all there are.
+/// Kernels that keep queries, weights on their way, sums or states in registers, one block or two a processor, may
+/// use all there are.
 const FULL: ([&str; 4], usize) = (
     [
         "attention_units_",
