@@ -526,6 +526,17 @@ unsafe fn panel_tile<S: Simd, P: Product<S>, const R: usize>(
     for r in 0..R {
         // SAFETY: these columns of the row belong to this kernel, one slice at a time.
         let y = unsafe { dot.y.columns(places[r].1, columns.clone()) };
+        if dot.bias.is_none()
+            && let Ok(y) = <&mut [f32; COLUMNS]>::try_from(&mut *y)
+        {
+            // The same, as one vector.
+            if start > 0 {
+                y.iter_mut().zip(part[r]).for_each(|(y, part)| *y += part);
+            } else {
+                *y = part[r];
+            }
+            continue;
+        }
         for (c, y) in y.iter_mut().enumerate() {
             let sum = if start == 0 {
                 part[r][c]
