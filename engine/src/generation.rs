@@ -202,6 +202,9 @@ pub fn generate(
             ended = Some(Reason::Stop);
         }
     }
+    if let Some(failure) = engine.failure(id) {
+        return Err(EngineError::from(failure.clone()).into());
+    }
     let (reason, rest) = assembly.end(ended.unwrap_or(Reason::Cancelled))?;
     if reason != StopReason::Stop {
         watch.rest(&rest)?;

@@ -6,6 +6,7 @@ pub mod batch;
 pub mod bench;
 pub mod classify;
 pub mod cli;
+pub mod constraint;
 pub mod document;
 pub mod estimate;
 pub mod footprint;

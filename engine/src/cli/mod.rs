@@ -4,6 +4,7 @@ mod against;
 mod bench;
 mod chat;
 mod classify;
+mod constrained;
 mod convert;
 mod doc;
 mod generate;

@@ -1,6 +1,6 @@
 //! A model that is ready to run.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use strata_converters::mapping::Mapping;
 use strata_kernels::DType;
@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::stored::non_finite;
 use super::{Error, Result};
+use crate::constraint::{self, Vocabulary};
 use crate::estimate::{self, Estimate};
 use crate::footprint::Footprint;
 use crate::generation;
@@ -55,6 +56,8 @@ pub struct Model {
     pub(super) cpu: Option<Arc<Cpu>>,
     pub(super) template: Option<String>,
     pub(super) weights: Weights,
+    /// Made when the first constraint is.
+    pub(super) vocabulary: OnceLock<std::result::Result<Arc<Vocabulary>, constraint::Error>>,
 }
 
 /// Where weights come from.
@@ -104,6 +107,15 @@ impl Model {
             .and_then(|t| t.eos_id())
             .into_iter()
             .collect()
+    }
+
+    /// What holds its output to a form. May take seconds: not for a thread that others wait for.
+    pub fn constrain(&self, source: &constraint::Source) -> Result<constraint::Constraint> {
+        let tokenizer = self.tokenizer()?;
+        let make = || Vocabulary::new(tokenizer, &self.eos());
+        let vocabulary = self.vocabulary.get_or_init(make).as_ref();
+        let compiled = vocabulary.map_err(Clone::clone)?.compile(source);
+        Ok(compiled?)
     }
 
     /// Whether it has a chat template.
