@@ -40,5 +40,6 @@ pub mod state_store;
 #[cfg(test)]
 mod testing;
 pub mod text;
+pub mod tools;
 pub mod trace;
 pub mod verify;

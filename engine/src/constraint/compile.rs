@@ -62,7 +62,15 @@ impl Vocabulary {
     fn compile_now(self: Arc<Self>, source: Source) -> Result<Compiled, String> {
         let grammar = match &source {
             Source::JsonSchema(schema) => {
-                TopLevelGrammar::from_json_schema(with_whitespace(schema.clone())?)
+                let schema = match schema {
+                    Value::Bool(true) => json!({}),
+                    Value::Object(_) => schema.clone(),
+                    other => {
+                        let found = crate::text::describe(other);
+                        return Err(format!("expected an object, found {found}"));
+                    }
+                };
+                TopLevelGrammar::from_json_schema(with_whitespace(schema))
             }
             Source::Regex(regex) => TopLevelGrammar::from_regex(regex),
             Source::Grammar(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
@@ -154,24 +162,17 @@ fn levels(value: &Value) -> usize {
 }
 
 /// A schema with our whitespace, unless its own `x-guidance` says something about that.
-fn with_whitespace(schema: Value) -> Result<Value, String> {
-    let mut schema = match schema {
-        Value::Bool(true) => json!({}),
-        Value::Object(_) => schema,
-        other => return Err(format!("expected an object, found {}", crate::text::describe(&other))),
-    };
-    let options = &mut schema["x-guidance"];
-    if options.is_null() {
-        *options = json!({});
+pub(crate) fn with_whitespace(mut schema: Value) -> Value {
+    if let Some(object) = schema.as_object_mut() {
+        let options = object.entry("x-guidance").or_insert_with(|| json!({}));
+        if let Some(options) = options.as_object_mut()
+            && !options.contains_key("whitespace_flexible")
+        {
+            let pattern = options.entry("whitespace_pattern");
+            pattern.or_insert_with(|| WHITESPACE.into());
+        }
     }
-    if let Some(options) = options.as_object_mut()
-        && !options.contains_key("whitespace_flexible")
-    {
-        options
-            .entry("whitespace_pattern")
-            .or_insert_with(|| WHITESPACE.into());
-    }
-    Ok(schema)
+    schema
 }
 
 /// A regular expression that matches `text` alone.

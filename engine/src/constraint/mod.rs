@@ -23,6 +23,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use compile::Compiled;
+pub(crate) use compile::with_whitespace;
 pub use follow::Follower;
 pub use vocabulary::Vocabulary;
 
