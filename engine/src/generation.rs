@@ -112,6 +112,14 @@ impl Assembly {
         })
     }
 
+    /// The same with these tokens in the text, special or not.
+    pub fn showing(self, tokens: &[TokenId]) -> Self {
+        Assembly {
+            detokenizer: self.detokenizer.map(|d| d.showing(tokens)),
+            ..self
+        }
+    }
+
     /// Takes a token; the text that it settled. Whoever finds it [`Assembly::stopped`] then ends the sequence.
     /// Tokens of the same step that follow a stop string were not asked for, and are left out.
     pub fn push(&mut self, sampled: &Sampled) -> Result<String, Error> {

@@ -232,9 +232,14 @@ pub enum SampleError {
 }
 
 impl SampleError {
-    /// Whether only this sequence is at fault, those beside it being right.
+    /// Whether it is this sequence's alone: its constraint or its penalties leave nothing to choose.
     pub fn is_of_sequence(&self) -> bool {
-        matches!(self, SampleError::Constraint(_))
+        match self {
+            SampleError::Constraint(_)
+            | SampleError::Nothing { .. }
+            | SampleError::Infinite { .. } => true,
+            SampleError::Nan { .. } | SampleError::Token { .. } => false,
+        }
     }
 }
 

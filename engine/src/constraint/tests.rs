@@ -67,11 +67,11 @@ fn babble(tokenizer: &Tokenizer, constraint: &Constraint, end: u32, seed: u64) -
 fn schemas() -> Vec<Value> {
     vec![
         json!({"type": "object", "additionalProperties": false, "required": ["name", "age", "tags"],
-            "properties": {
-                "name": {"type": "string", "minLength": 1, "maxLength": 6},
-                "age": {"type": "integer", "minimum": 0, "maximum": 150},
-                "tags": {"type": "array", "items": {"enum": ["a", "bb", "c c"]}, "maxItems": 3},
-            }}),
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 6},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "tags": {"type": "array", "items": {"enum": ["a", "bb", "c c"]}, "maxItems": 3},
+        }}),
         json!({"anyOf": [{"type": "boolean"}, {"type": "null"}, {"const": {"x": [1, "é"]}}]}),
         json!({"type": "object", "required": ["tree"], "additionalProperties": false,
             "properties": {"tree": {"$ref": "#/$defs/node"}},
@@ -116,17 +116,26 @@ fn whatever_is_drawn_is_valid_json_of_the_schema_in_every_vocabulary() {
 fn expressions_grammars_and_choices_are_followed_to_their_end() {
     let date = "(19|20)[0-9]{2}-(0[1-9]|1[0-2])";
     let sums = "start: number (\"+\" number)~1..3\nnumber: /[1-9][0-9]?/";
-    let choices = vec!["yes".to_string(), "no (really)".into(), "1 + 1 = \"2\"\n".into()];
+    let choices = vec![
+        "yes".to_string(),
+        "no (really)".into(),
+        "1 + 1 = \"2\"\n".into(),
+    ];
     for (name, tokenizer, end) in tokenizers() {
         let vocabulary = Vocabulary::new(&tokenizer, &[end]).expect("a vocabulary");
         let forms: [(Source, &dyn Fn(&str) -> bool); 3] = [
             (Source::Regex(date.into()), &|t| {
-                t.len() == 7 && t[..4].parse::<u32>().is_ok_and(|y| (1900..2100).contains(&y))
+                t.len() == 7
+                    && t[..4]
+                        .parse::<u32>()
+                        .is_ok_and(|y| (1900..2100).contains(&y))
             }),
             (Source::Grammar(sums.into()), &|t| {
                 t.contains('+') && t.split('+').all(|n| n.parse::<u32>().is_ok())
             }),
-            (Source::Choice(choices.clone()), &|t| choices.iter().any(|c| c == t)),
+            (Source::Choice(choices.clone()), &|t| {
+                choices.iter().any(|c| c == t)
+            }),
         ];
         for (source, holds) in forms {
             let Ok(constraint) = vocabulary.compile(&source) else {
@@ -140,7 +149,11 @@ fn expressions_grammars_and_choices_are_followed_to_their_end() {
     }
     // In the vocabulary of bytes none of them may be left out.
     let vocabulary = byte_vocabulary();
-    for source in [Source::Regex(date.into()), Source::Grammar(sums.into()), Source::Choice(choices)] {
+    for source in [
+        Source::Regex(date.into()),
+        Source::Grammar(sums.into()),
+        Source::Choice(choices),
+    ] {
         vocabulary.compile(&source).expect("compiles");
     }
 }
@@ -184,11 +197,25 @@ fn a_follower_finds_its_place_from_any_other() {
         let mut logits = vec![0.0; 259];
         follower.restrict(&ids(text), &mut logits).map(|()| {
             let open = (0..259u32).filter(|i| logits[*i as usize] == 0.0);
-            open.map(|i| if i == 1 { '$' } else { char::from((i - 3) as u8) })
-                .collect::<String>()
+            open.map(|i| {
+                if i == 1 {
+                    '$'
+                } else {
+                    char::from((i - 3) as u8)
+                }
+            })
+            .collect::<String>()
         })
     };
-    let cases = [("", "$ace"), ("abcd", "$ace"), ("abc", "d"), ("ab", "$ace"), ("cd", "$ace"), ("cde", "$"), ("a", "b")];
+    let cases = [
+        ("", "$ace"),
+        ("abcd", "$ace"),
+        ("abc", "d"),
+        ("ab", "$ace"),
+        ("cd", "$ace"),
+        ("cde", "$"),
+        ("a", "b"),
+    ];
     for (text, expected) in cases {
         assert_eq!(allowed(text).as_deref(), Ok(expected), "after {text:?}");
     }
@@ -200,7 +227,9 @@ fn a_follower_finds_its_place_from_any_other() {
 #[test]
 fn a_model_that_makes_all_allowed_tokens_impossible_fails_alone() {
     let vocabulary = byte_vocabulary();
-    let constraint = vocabulary.compile(&Source::Regex("ab".into())).expect("compiles");
+    let constraint = vocabulary
+        .compile(&Source::Regex("ab".into()))
+        .expect("compiles");
     let sampling = SamplingParams {
         constraint: Some(constraint),
         ..SamplingParams::default()
@@ -220,17 +249,29 @@ fn what_cannot_be_is_an_error_that_says_what_to_do() {
     let vocabulary = byte_vocabulary();
     let schema = |value: Value| Source::JsonSchema(value);
     let cases: Vec<(Source, &str)> = vec![
-        (schema(json!({"type": "integer", "minimum": 5, "maximum": 3})), "minimum"),
+        (
+            schema(json!({"type": "integer", "minimum": 5, "maximum": 3})),
+            "minimum",
+        ),
         (schema(json!({"enum": []})), "enum"),
         (schema(json!({"type": "strong"})), "strong"),
         (schema(json!(false)), "expected an object"),
         (schema(json!([1])), "expected an object"),
         (schema(json!({"$ref": "#/$defs/none"})), "none"),
-        (schema(json!({"$ref": "https://example.org/s.json"})), "example.org"),
-        (schema(json!({"type": "object", "required": ["a"], "properties": {"a": false}})), "nsatisfiable"),
+        (
+            schema(json!({"$ref": "https://example.org/s.json"})),
+            "example.org",
+        ),
+        (
+            schema(json!({"type": "object", "required": ["a"], "properties": {"a": false}})),
+            "nsatisfiable",
+        ),
         (Source::Regex("a(".into()), "regular expression"),
         (Source::Regex("(?=a)b".into()), "regular expression"),
-        (Source::Regex("[^\\x00-\\u{10FFFF}]".into()), "regular expression"),
+        (
+            Source::Regex("[^\\x00-\\u{10FFFF}]".into()),
+            "regular expression",
+        ),
         (Source::Grammar(String::new()), "grammar"),
         (Source::Grammar("start: missing".into()), "missing"),
         (Source::Grammar("start: start \"a\"".into()), "grammar"),
@@ -263,12 +304,20 @@ fn hostile_sources_are_errors_or_work() {
     }
     let many: Vec<String> = (0..40_000).map(|i| format!("value {i}")).collect();
     let wide: serde_json::Map<String, Value> = (0..3000)
-        .map(|i| (format!("p{i}"), json!({"type": "string", "pattern": "^(a|b)*c{3,9}$"})))
+        .map(|i| {
+            (
+                format!("p{i}"),
+                json!({"type": "string", "pattern": "^(a|b)*c{3,9}$"}),
+            )
+        })
         .collect();
     let mut doubling = serde_json::Map::new();
     for i in 0..60 {
         let next = json!({"$ref": format!("#/$defs/d{}", i + 1)});
-        doubling.insert(format!("d{i}"), json!({"allOf": [next, next], "anyOf": [next, next]}));
+        doubling.insert(
+            format!("d{i}"),
+            json!({"allOf": [next, next], "anyOf": [next, next]}),
+        );
     }
     doubling.insert("d60".into(), json!({"type": "object"}));
     let all = |value: Value| Source::JsonSchema(value);
@@ -278,19 +327,51 @@ fn hostile_sources_are_errors_or_work() {
         ("huge enum", all(json!({"enum": many}))),
         ("wide", all(json!({"type": "object", "properties": wide}))),
         ("loop", all(json!({"$ref": "#"}))),
-        ("two in a loop", all(json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}))),
+        (
+            "two in a loop",
+            all(
+                json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+            ),
+        ),
         ("loop of all", all(json!({"allOf": [{"$ref": "#"}]}))),
-        ("doubling", all(json!({"$ref": "#/$defs/d0", "$defs": doubling}))),
-        ("counts", all(json!({"type": "string", "minLength": 1_000_000_000}))),
-        ("items", all(json!({"type": "array", "minItems": 1_000_000_000, "items": {"type": "null"}}))),
-        ("pattern", all(json!({"type": "string", "pattern": "^((a{1,900}){1,900}){1,900}$"}))),
-        ("multiple", all(json!({"type": "integer", "multipleOf": 999_983}))),
-        ("powers", Source::Regex("((((((a?){99}){99}){99}){99}){99}){99}".into())),
-        ("parentheses", Source::Regex("(".repeat(50_000) + &")".repeat(50_000))),
+        (
+            "doubling",
+            all(json!({"$ref": "#/$defs/d0", "$defs": doubling})),
+        ),
+        (
+            "counts",
+            all(json!({"type": "string", "minLength": 1_000_000_000})),
+        ),
+        (
+            "items",
+            all(json!({"type": "array", "minItems": 1_000_000_000, "items": {"type": "null"}})),
+        ),
+        (
+            "pattern",
+            all(json!({"type": "string", "pattern": "^((a{1,900}){1,900}){1,900}$"})),
+        ),
+        (
+            "multiple",
+            all(json!({"type": "integer", "multipleOf": 999_983})),
+        ),
+        (
+            "powers",
+            Source::Regex("((((((a?){99}){99}){99}){99}){99}){99}".into()),
+        ),
+        (
+            "parentheses",
+            Source::Regex("(".repeat(50_000) + &")".repeat(50_000)),
+        ),
         ("backwards", Source::Regex("(a|b)*a(a|b){40}".into())),
         ("classes", Source::Regex("\\w{500}\\W{500}".into())),
-        ("ambiguous", Source::Grammar("start: a\na: a a | \"x\" | ".into())),
-        ("brackets", Source::Grammar("start: ".to_string() + &"(".repeat(20_000))),
+        (
+            "ambiguous",
+            Source::Grammar("start: a\na: a a | \"x\" | ".into()),
+        ),
+        (
+            "brackets",
+            Source::Grammar("start: ".to_string() + &"(".repeat(20_000)),
+        ),
         ("long", Source::Grammar("x".repeat(1 << 20))),
     ];
     let mut refused = 0;

@@ -101,7 +101,10 @@ impl std::fmt::Debug for Vocabulary {
 
 /// See [`Vocabulary::first`]. Only a leading space is ever taken away.
 fn first_tokens(tokenizer: &Tokenizer, words: &[Vec<u8>]) -> Vec<(TokenId, Option<TokenId>)> {
-    let spaced = words.iter().enumerate().filter(|(_, w)| w[..].starts_with(b" "));
+    let spaced = words
+        .iter()
+        .enumerate()
+        .filter(|(_, w)| w[..].starts_with(b" "));
     let differs = |id: TokenId, word: &[u8]| {
         tokenizer
             .decode(&[id], false)

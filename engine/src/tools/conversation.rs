@@ -47,12 +47,12 @@ fn as_text(message: &Value, format: Format) -> Value {
             let of = name.map_or(String::new(), |name| format!(" of {name}"));
             json!({"role": "user", "content": format!("Result{of}: {content}")})
         }
-        Some("assistant") => {
+        Some("assistant") if message["tool_calls"].is_array() => {
             let message = with_objects(message);
-            let none = Vec::new();
-            let calls = message["tool_calls"].as_array().unwrap_or(&none);
+            let calls = message["tool_calls"].as_array();
             let calls: Vec<String> = calls
-                .iter()
+                .into_iter()
+                .flatten()
                 .map(|call| {
                     let function = &call["function"];
                     json!({"name": function["name"], "arguments": function["arguments"]})

@@ -98,7 +98,9 @@ impl Calls {
             return true;
         }
         // The end may be the beginning of a mark.
-        let part = (1..begin.len()).rev().find(|n| self.held.ends_with(&begin[..*n]));
+        let part = (1..begin.len())
+            .rev()
+            .find(|n| self.held.ends_with(&begin[..*n]));
         let rest = self.held.split_off(self.held.len() - part.unwrap_or(0));
         let before = std::mem::replace(&mut self.held, rest);
         self.text(before, out);
@@ -153,7 +155,10 @@ impl Calls {
 
     fn call(&self, call: &Value) -> Option<Call> {
         // Some models repeat the form that tools are described in.
-        let call = call.get("function").filter(|f| f.is_object()).unwrap_or(call);
+        let call = call
+            .get("function")
+            .filter(|f| f.is_object())
+            .unwrap_or(call);
         let name = call["name"].as_str()?;
         let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
             None | Some(Value::Null) => "{}".into(),

@@ -82,7 +82,12 @@ fn calls_are_found_in_texts_however_they_are_cut() {
             one(&marks),
         ),
         // Arguments as text, by their other name, and an end that was an end token.
-        (hermes, "<tool_call>{\"name\":\"weather\",\"parameters\":\"{\\\"place\\\": \\\"Oslo\\\"}\"}", "", one(&oslo)),
+        (
+            hermes,
+            "<tool_call>{\"name\":\"weather\",\"parameters\":\"{\\\"place\\\": \\\"Oslo\\\"}\"}",
+            "",
+            one(&oslo),
+        ),
         (
             hermes,
             "<tool_call>{\"name\":\"weather\"}</tool_call> <tool_call>{\"name\":\"weather\",\"arguments\":{\"place\":\"Oslo\"}}</tool_call>",
@@ -90,21 +95,45 @@ fn calls_are_found_in_texts_however_they_are_cut() {
             [one(&json!({})), one(&oslo)].concat(),
         ),
         // What is no call is text, whole.
-        (hermes, "a <tool_call>{oops}</tool_call> b", "a <tool_call>{oops}</tool_call> b", vec![]),
-        (hermes, "<tool_call>{\"name\":\"none\"}</tool_call>", "<tool_call>{\"name\":\"none\"}</tool_call>", vec![]),
-        (hermes, "<tool_call>[]</tool_call>", "<tool_call>[]</tool_call>", vec![]),
+        (
+            hermes,
+            "a <tool_call>{oops}</tool_call> b",
+            "a <tool_call>{oops}</tool_call> b",
+            vec![],
+        ),
+        (
+            hermes,
+            "<tool_call>{\"name\":\"none\"}</tool_call>",
+            "<tool_call>{\"name\":\"none\"}</tool_call>",
+            vec![],
+        ),
+        (
+            hermes,
+            "<tool_call>[]</tool_call>",
+            "<tool_call>[]</tool_call>",
+            vec![],
+        ),
         (
             list,
             "<tool_calls>[\n{\"name\": \"weather\", \"arguments\": {\"place\": \"Oslo\"}},\n{\"name\": \"weather\"}\n]</tool_calls>",
             "",
             [one(&oslo), one(&json!({}))].concat(),
         ),
-        (open, "<|tool_call|>[{\"name\": \"weather\", \"arguments\": {\"place\": \"Oslo\"}}]", "", one(&oslo)),
+        (
+            open,
+            "<|tool_call|>[{\"name\": \"weather\", \"arguments\": {\"place\": \"Oslo\"}}]",
+            "",
+            one(&oslo),
+        ),
     ];
     for (format, text, said, called) in cases {
         for step in [1, 2, 3, 7, 1000] {
             let found = parsed(format, text, step);
-            assert_eq!(found, (said.to_string(), called.clone()), "{text:?} by {step}");
+            assert_eq!(
+                found,
+                (said.to_string(), called.clone()),
+                "{text:?} by {step}"
+            );
         }
     }
 }
@@ -156,7 +185,11 @@ fn required_calls_are_valid_and_are_what_is_read() {
                 let text = babble(&source, seed).expect("ends");
                 let (said, called) = parsed(format, &text, 5);
                 assert_eq!(said, "", "{text}");
-                let most = if parallel && choice == ToolChoice::Required { MOST_CALLS } else { 1 };
+                let most = if parallel && choice == ToolChoice::Required {
+                    MOST_CALLS
+                } else {
+                    1
+                };
                 assert!((1..=most).contains(&called.len()), "{text}");
                 for (name, arguments) in called {
                     let named = !matches!(choice, ToolChoice::Named(_)) || name == "weather";
@@ -190,7 +223,8 @@ fn what_is_not_promised_is_not_held() {
     assert_eq!(source(&[], ToolChoice::Auto, Some(&schema)), plain);
     let either = source(&tools, ToolChoice::Auto, Some(&schema)).expect("a form");
     let texts: Vec<String> = (0..20).filter_map(|seed| babble(&either, seed)).collect();
-    let is_answer = |text: &&String| serde_json::from_str::<Value>(text).is_ok_and(|v| v == json!({"a": 1}));
+    let is_answer =
+        |text: &&String| serde_json::from_str::<Value>(text).is_ok_and(|v| v == json!({"a": 1}));
     let answers = texts.iter().filter(is_answer).count();
     assert!(answers > 0 && answers < texts.len(), "{texts:?}");
 }
@@ -206,15 +240,24 @@ fn templates_that_know_no_tools_are_given_text() {
     ];
     let format = Format::default();
     let known = prepare(&messages, &weather(), format, true);
-    assert_eq!(known[2]["tool_calls"][0]["function"]["arguments"]["place"], "Oslo");
+    assert_eq!(
+        known[2]["tool_calls"][0]["function"]["arguments"]["place"],
+        "Oslo"
+    );
     assert_eq!(known[0], messages[0]);
     let told = prepare(&messages, &weather(), format, false);
     let system = told[0]["content"].as_str().expect("text");
     assert!(system.starts_with("Be brief.\n\nYou can call"), "{system}");
     assert!(system.contains("The weather of a place"), "{system}");
     let said = told[2]["content"].as_str().expect("text");
-    assert_eq!(parsed(format, said, 4).1, [("weather".to_string(), json!({"place": "Oslo"}))]);
-    assert_eq!(told[3], json!({"role": "user", "content": "Result of weather: dry"}));
+    assert_eq!(
+        parsed(format, said, 4).1,
+        [("weather".to_string(), json!({"place": "Oslo"}))]
+    );
+    assert_eq!(
+        told[3],
+        json!({"role": "user", "content": "Result of weather: dry"})
+    );
     let alone = prepare(&messages[1..2], &weather(), format, false);
     assert_eq!((alone.len(), &alone[0]["role"]), (2, &json!("system")));
     assert_eq!(prepare(&messages[1..2], &[], format, false), messages[1..2]);
