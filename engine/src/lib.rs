@@ -33,6 +33,7 @@ pub mod runner;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+pub mod server;
 pub mod session;
 pub mod slots;
 pub mod state_file;

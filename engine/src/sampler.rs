@@ -532,6 +532,21 @@ fn nucleus(candidates: &mut [(u32, f32)], mass: f64, weight: impl Fn(f32) -> f64
     sorted
 }
 
+/// The log-probability of `token` under these logits, and the `k` likeliest tokens with theirs, likeliest first.
+pub fn log_probabilities(logits: &[f32], token: u32, k: usize) -> (f32, Vec<(u32, f32)>) {
+    let normalizer = log_sum_exp(logits);
+    let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+    let k = k.min(all.len());
+    if k > 0 && k < all.len() {
+        all.select_nth_unstable_by(k - 1, likelier);
+    }
+    all.truncate(k);
+    all.sort_unstable_by(likelier);
+    let top = all.into_iter().map(|(t, logit)| (t, logprob(logit)));
+    (logprob(logits[token as usize]), top.collect())
+}
+
 /// The logarithm of the sum of exponentials, summed in f64.
 fn log_sum_exp(logits: &[f32]) -> f64 {
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -12,11 +12,13 @@ mod config;
 mod error;
 mod guesses;
 mod snapshots;
+mod view;
 
 pub use config::{DEFAULT_CHUNK, DEFAULT_PAGE, EngineConfig};
 pub use error::Error;
 pub use snapshots::SnapshotId;
 pub(crate) use snapshots::{Snapshot, State};
+pub use view::{Kept, Used};
 
 use crate::batch::{Batch, Logits};
 use crate::estimate::Allocated;

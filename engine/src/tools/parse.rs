@@ -79,7 +79,7 @@ impl Calls {
         } else {
             // A mark at the end may be the end token itself.
             match self.calls(&rest) {
-                Some(calls) => out.extend(calls.into_iter().map(Piece::Call)),
+                Some(calls) => self.tell(calls, &mut out),
                 None => self.text(format!("{}{rest}", self.format.begin), &mut out),
             }
         }
@@ -117,7 +117,7 @@ impl Calls {
             let at = self.looked + at;
             // Arguments may hold the mark as text: then what stands before it is no JSON.
             if let Some(calls) = self.calls(&self.held[..at]) {
-                out.extend(calls.into_iter().map(Piece::Call));
+                self.tell(calls, out);
                 self.held.drain(..at + end.len());
                 self.inside = false;
                 return true;
@@ -140,17 +140,20 @@ impl Calls {
         }
     }
 
+    fn tell(&mut self, calls: Vec<Call>, out: &mut Vec<Piece>) {
+        self.found += calls.len();
+        out.extend(calls.into_iter().map(Piece::Call));
+    }
+
     /// The calls that stand between marks; none if that is anything else.
-    fn calls(&mut self, body: &str) -> Option<Vec<Call>> {
+    fn calls(&self, body: &str) -> Option<Vec<Call>> {
         let value: Value = serde_json::from_str(body.trim()).ok()?;
         let calls = match value {
             Value::Array(calls) => calls,
             one => vec![one],
         };
         let calls: Option<Vec<Call>> = calls.iter().map(|call| self.call(call)).collect();
-        let calls = calls.filter(|calls| !calls.is_empty())?;
-        self.found += calls.len();
-        Some(calls)
+        calls.filter(|calls| !calls.is_empty())
     }
 
     fn call(&self, call: &Value) -> Option<Call> {
