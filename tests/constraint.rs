@@ -1,8 +1,6 @@
 //! Constrained output of the demonstration model: valid whatever is drawn, alone and beside others, with guesses, in
 //! forks and from snapshots, in the command.
 
-use std::process::Command;
-
 use serde_json::{Value, json};
 use strata::constraint::{self, Constraint, Source};
 use strata::ids::{SeqId, TokenId};
@@ -11,6 +9,7 @@ use strata::sampler::{SampleError, SamplingParams};
 use strata::sequence::Reason;
 use strata::session::{Engine, EngineConfig, Error, Output, Request};
 use strata_kernels::DType;
+use strata_tests::{Folder, run};
 
 fn demo() -> Model {
     let options = LoadOptions {
@@ -68,7 +67,7 @@ fn request(model: &Model, prompt: &str, constraint: Option<Constraint>, seed: u6
 }
 
 /// Runs all to their ends: tokens, and why each ended.
-fn run(engine: &mut Engine, ids: &[SeqId]) -> Vec<(Vec<TokenId>, Option<Reason>)> {
+fn run_all(engine: &mut Engine, ids: &[SeqId]) -> Vec<(Vec<TokenId>, Option<Reason>)> {
     let mut ends: Vec<(Vec<TokenId>, Option<Reason>)> = vec![Default::default(); ids.len()];
     while engine.advance().expect("a step") {
         for output in engine.outputs() {
@@ -122,7 +121,7 @@ fn every_draw_is_valid_and_the_same_with_guesses_and_neighbours() {
                         .submit(request(&model, PROMPTS[0], None, 99))
                         .unwrap(),
                 );
-                let ends = run(&mut engine, &ids);
+                let ends = run_all(&mut engine, &ids);
                 for (tokens, reason) in &ends[..group.len()] {
                     let said = text(&model, tokens);
                     assert_eq!(*reason, Some(Reason::Stop), "{said}");
@@ -171,7 +170,7 @@ fn forks_and_snapshots_stand_where_their_text_does() {
     assert!(is_left, "{refused}");
     // A snapshot has no generated tokens: whoever goes on from it begins anew.
     let snapshot = engine.snapshot(id).unwrap();
-    let ends = run(&mut engine, &[id, fork]);
+    let ends = run_all(&mut engine, &[id, fork]);
     for (i, id) in [id, fork].into_iter().enumerate() {
         let said = text(&model, engine.sequence(id).unwrap().generated());
         assert!(is_valid(&said), "{said}");
@@ -187,7 +186,7 @@ fn forks_and_snapshots_stand_where_their_text_does() {
         ..request(&model, "", Some(form), 5)
     };
     let restored = engine.restore(snapshot, again).unwrap();
-    let ends = run(&mut engine, &[restored]);
+    let ends = run_all(&mut engine, &[restored]);
     assert!(is_valid(&text(&model, &ends[0].0)), "{ends:?}");
 }
 
@@ -208,7 +207,7 @@ fn a_form_that_gets_lost_ends_its_own_sequence_only() {
             .submit(request(&model, PROMPTS[0], Some(form), 1))
             .unwrap(),
     ];
-    let ends = run(&mut engine, &ids);
+    let ends = run_all(&mut engine, &ids);
     assert_eq!(ends[0], (Vec::new(), Some(Reason::Failed)));
     let why = engine.failure(ids[0]).expect("a reason").to_string();
     assert!(why.contains("no token of"), "{why}");
@@ -224,16 +223,9 @@ fn a_form_that_gets_lost_ends_its_own_sequence_only() {
 }
 
 fn strata(arguments: &[&str]) -> (bool, String, String) {
-    let output = Command::new(strata_tests::strata())
-        .args(arguments)
-        .output()
-        .expect("the command runs");
-    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    (
-        output.status.success(),
-        text(output.stdout),
-        text(output.stderr),
-    )
+    let folder = Folder::new("constraint");
+    let done = run(arguments, &folder.0);
+    (done.status == 0, done.out, done.err)
 }
 
 #[test]

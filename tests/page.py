@@ -2,7 +2,7 @@
 """The page at / in a real browser: Debian's chromium, headless, driven by playwright.
 
     pip install playwright
-    python tests/page.py target/debug/strata [--browser /usr/bin/chromium] [--screenshots DIR] [--keep]
+    python tests/page.py target/debug/strata [--browser /usr/bin/chromium] [--screenshots DIR] [--only NAME]
 
 Starts `strata serve` with the demonstration model on a free port, and checks: a chat is answered and says what was
 cached, an answer can be stopped, a conversation forked, a document dropped, watched and asked; all of it by keyboard
@@ -11,11 +11,11 @@ is never markup; no error in the console and no request to another host.
 """
 
 import argparse
+import json
 import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 import time
 
 from playwright.sync_api import expect, sync_playwright
@@ -28,17 +28,13 @@ class Server:
     """A server of its own for a test."""
 
     def __init__(self, strata, *options):
-        command = [strata, "serve", "--port", "0", *options]
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.said = []
-        for line in self.process.stdout:
-            self.said.append(line)
-            found = re.search(r"http://[\w.]+:\d+", line)
-            if found:
-                self.url = found.group(0)
-                return
-        sys.exit("the server did not start:\n" + "".join(self.said))
+        sizes = ["--memory", "256MiB", "--context", "16384", "--max-sequences", "4"]
+        command = [strata, "serve", "--port", "0", "--json", *sizes, *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("the server did not start")
+        self.url = json.loads(line)["url"]
 
     def __enter__(self):
         return self

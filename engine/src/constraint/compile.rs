@@ -19,7 +19,7 @@ const MOST_CHOICES: usize = 10_000;
 /// So long a source may take. What the library may do is limited in units of its work, which is about a second's.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Expressions are walked by recursion. Only what is used of it is ever committed.
-const STACK: usize = 256 << 20;
+const STACK: usize = 64 << 20;
 /// What may stand between two parts of JSON: no more, lest a model go on with it for ever.
 const WHITESPACE: &str = r" |\n[ \t]{0,40}";
 

@@ -181,7 +181,7 @@ fn read(server: &Server, body: &Map<String, Value>) -> Result<Wish, ApiError> {
         "reasoning": {"effort": null, "summary": null},
         "store": store,
         "temperature": asked.sampling.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": body.get("text").filter(|t| t.is_object()).cloned().unwrap_or(json!({"format": {"type": "text"}})),
         "tool_choice": body.get("tool_choice").cloned().unwrap_or("auto".into()),
         "tools": body.get("tools").cloned().unwrap_or(json!([])),
         "top_p": asked.sampling.top_p,
