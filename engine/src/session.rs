@@ -155,7 +155,7 @@ impl Engine {
             slots,
             kv_dtype: config.kv_dtype,
         };
-        let store = StateStore::new(graph, size, network.backend.clone())?;
+        let store = StateStore::new(&network, size)?;
         let runner = Runner::new(network.clone(), store, config.token_budget)?;
         Ok(Engine {
             runner,

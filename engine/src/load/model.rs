@@ -16,6 +16,7 @@ use crate::footprint::Footprint;
 use crate::generation;
 use crate::generation_config::GenerationConfig;
 use crate::perplexity;
+use crate::placement::Spot;
 use crate::recipe::Storage;
 use crate::runner::Network;
 use crate::sampler::SampleError;
@@ -42,6 +43,8 @@ pub struct Model {
     pub weights_bytes: u64,
     /// Bytes of activations that steps take.
     pub footprint: Footprint,
+    /// What each device runs, and bytes of activations that steps take there.
+    pub stages: Vec<(Spot, Footprint)>,
     /// How its weights are stored, for the most part.
     pub storage: Storage,
     /// Threads that compute.
@@ -305,6 +308,22 @@ impl Model {
     pub fn estimate(&self, config: &EngineConfig, rows: usize) -> Estimate {
         let graph = &self.network.graph;
         let estimate = estimate::estimate(graph, config, &self.storage, &self.footprint, rows);
+        let estimate = match &self.stages[..] {
+            [_] => estimate,
+            stages => Estimate {
+                // Ranks may keep the same keys, and each stage has buffers.
+                kv_bytes: config.pages(graph.prefix) as u64
+                    * (config.page_size * self.kv_dtype.size()) as u64
+                    * stages.iter().map(|(s, _)| s.page_elements()).sum::<u64>(),
+                state_bytes: config.slots() as u64
+                    * stages.iter().map(|(s, _)| s.slot_bytes()).sum::<u64>(),
+                buffer_bytes: stages
+                    .iter()
+                    .map(|(_, f)| f.bytes(config.token_budget, rows))
+                    .sum(),
+                ..estimate
+            },
+        };
         Estimate {
             // Of the types that the checkpoint has, which may differ from matrix to matrix.
             weight_bytes: self.weights_bytes,

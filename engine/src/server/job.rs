@@ -46,7 +46,8 @@ pub struct Job {
     pub events: tokio::sync::mpsc::Sender<Event>,
     /// When it came.
     pub received: Instant,
-    /// A place among those that wait and run, for each choice.
+    /// A place among those that wait and run, for each choice: given back when the job is dropped.
+    #[expect(dead_code, reason = "it is held, not read")]
     pub place: OwnedSemaphorePermit,
 }
 
