@@ -6,7 +6,14 @@ use serde_json::{Value, json};
 use strata_tests::Folder;
 use strata_tests::http::{Reply, Served};
 
-const SMALL: [&str; 6] = ["--memory", "64MiB", "--context", "4096", "--max-sequences", "4"];
+const SMALL: [&str; 6] = [
+    "--memory",
+    "64MiB",
+    "--context",
+    "4096",
+    "--max-sequences",
+    "4",
+];
 
 fn weather() -> Value {
     let place = json!({"type": "string", "maxLength": 6});
@@ -50,7 +57,10 @@ fn check_arguments(name: &str, arguments: &str) {
             let place = arguments["place"].as_str().unwrap();
             let days = arguments["days"].as_u64().unwrap();
             let fields = arguments.as_object().unwrap().len();
-            assert!(place.chars().count() <= 6 && (1..=9).contains(&days) && fields == 2, "{arguments}");
+            assert!(
+                place.chars().count() <= 6 && (1..=9).contains(&days) && fields == 2,
+                "{arguments}"
+            );
         }
         "now" => assert_eq!(arguments, json!({})),
         other => panic!("{other} was called"),
@@ -69,9 +79,14 @@ fn functions_are_called_as_the_request_says() {
     let ask = |more: Value| served.post("/v1/chat/completions", &body(&more));
 
     for seed in 0..4 {
-        let (said, reason) = message(&ask(json!({"tool_choice": "required", "seed": seed, "parallel_tool_calls": false})));
+        let (said, reason) = message(&ask(
+            json!({"tool_choice": "required", "seed": seed, "parallel_tool_calls": false}),
+        ));
         let calls = said["tool_calls"].as_array().unwrap();
-        assert_eq!((calls.len(), &said["content"], reason), (1, &Value::Null, json!("tool_calls")));
+        assert_eq!(
+            (calls.len(), &said["content"], reason),
+            (1, &Value::Null, json!("tool_calls"))
+        );
         checked(&calls[0]);
     }
     let named = json!({"type": "function", "function": {"name": "weather"}});
@@ -79,9 +94,15 @@ fn functions_are_called_as_the_request_says() {
     assert_eq!(checked(&said["tool_calls"][0]), "weather");
     // As the model likes: whatever it says, it is an answer.
     let (said, reason) = message(&ask(json!({"max_tokens": 8})));
-    assert!(said["content"].is_string() || reason == "tool_calls", "{said}");
+    assert!(
+        said["content"].is_string() || reason == "tool_calls",
+        "{said}"
+    );
     let (said, _) = message(&ask(json!({"max_tokens": 8, "tool_choice": "none"})));
-    assert!(said["content"].is_string() && said.get("tool_calls").is_none(), "{said}");
+    assert!(
+        said["content"].is_string() && said.get("tool_calls").is_none(),
+        "{said}"
+    );
 
     // Streamed, several choices at once: the same as whole.
     let wanted = json!({"tool_choice": "required", "n": 3});
@@ -93,14 +114,24 @@ fn functions_are_called_as_the_request_says() {
         let index = &choice["index"];
         let of = events.iter().flat_map(|e| e["choices"].as_array().unwrap());
         let of: Vec<&Value> = of.filter(|c| c["index"] == *index).collect();
-        let calls: Vec<&Value> = of.iter().flat_map(|c| c["delta"]["tool_calls"].as_array().into_iter().flatten()).collect();
+        let calls: Vec<&Value> = of
+            .iter()
+            .flat_map(|c| c["delta"]["tool_calls"].as_array().into_iter().flatten())
+            .collect();
         let expected = choice["message"]["tool_calls"].as_array().unwrap();
         assert_eq!(calls.len(), expected.len());
         for (i, (call, expected)) in calls.iter().zip(expected).enumerate() {
             checked(call);
-            assert_eq!((&call["index"], &call["function"]), (&json!(i), &expected["function"]));
+            assert_eq!(
+                (&call["index"], &call["function"]),
+                (&json!(i), &expected["function"])
+            );
         }
-        assert!(of.iter().all(|c| c["delta"]["content"].as_str().is_none_or(str::is_empty)), "{of:?}");
+        assert!(
+            of.iter()
+                .all(|c| c["delta"]["content"].as_str().is_none_or(str::is_empty)),
+            "{of:?}"
+        );
         assert_eq!(of.last().unwrap()["finish_reason"], "tool_calls");
     }
 
@@ -111,7 +142,9 @@ fn functions_are_called_as_the_request_says() {
         {"role": "assistant", "content": null, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": call["id"], "content": "It is dry."},
     ]);
-    let (said, _) = message(&ask(json!({"messages": messages, "max_tokens": 8, "tool_choice": "none"})));
+    let (said, _) = message(&ask(
+        json!({"messages": messages, "max_tokens": 8, "tool_choice": "none"}),
+    ));
     assert!(said["content"].is_string(), "{said}");
 }
 
@@ -129,12 +162,20 @@ fn responses_tell_calls_as_items() {
     let [item] = &whole["output"].as_array().unwrap()[..] else {
         panic!("{whole}");
     };
-    assert_eq!((&item["type"], &item["name"]), (&json!("function_call"), &json!("weather")));
+    assert_eq!(
+        (&item["type"], &item["name"]),
+        (&json!("function_call"), &json!("weather"))
+    );
     check_arguments("weather", item["arguments"].as_str().unwrap());
 
-    let result = json!([{"type": "function_call_output", "call_id": item["call_id"], "output": "dry"}]);
-    let next = json!({"input": result, "previous_response_id": whole["id"], "max_output_tokens": 8});
-    assert_eq!(served.post("/v1/responses", &next).good()["object"], "response");
+    let result =
+        json!([{"type": "function_call_output", "call_id": item["call_id"], "output": "dry"}]);
+    let next =
+        json!({"input": result, "previous_response_id": whole["id"], "max_output_tokens": 8});
+    assert_eq!(
+        served.post("/v1/responses", &next).good()["object"],
+        "response"
+    );
 
     asked["stream"] = true.into();
     let events = served.post("/v1/responses", &asked).events();
@@ -160,21 +201,39 @@ fn answers_have_the_form_that_is_asked_for() {
     let format = json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": true}});
     for seed in 0..4 {
         // A form ends by itself, also where end tokens are to be gone past.
-        let (said, reason) = message(&ask(json!({"response_format": format, "seed": seed, "ignore_eos": seed == 3})));
+        let (said, reason) = message(&ask(
+            json!({"response_format": format, "seed": seed, "ignore_eos": seed == 3}),
+        ));
         let city: Value = serde_json::from_str(said["content"].as_str().unwrap()).unwrap();
-        assert!(["Oslo", "Bergen"].contains(&city["city"].as_str().unwrap()), "{said}");
+        assert!(
+            ["Oslo", "Bergen"].contains(&city["city"].as_str().unwrap()),
+            "{said}"
+        );
         assert_eq!(reason, "stop");
     }
     let flat = json!({"format": {"type": "json_schema", "name": "answer", "schema": schema}});
-    let whole = served.post("/v1/responses", &json!({"input": "Where?", "text": flat, "temperature": 1.5})).good();
+    let whole = served
+        .post(
+            "/v1/responses",
+            &json!({"input": "Where?", "text": flat, "temperature": 1.5}),
+        )
+        .good();
     let text = whole["output"][0]["content"][0]["text"].as_str().unwrap();
-    assert!(serde_json::from_str::<Value>(text).unwrap()["city"].is_string(), "{text}");
+    assert!(
+        serde_json::from_str::<Value>(text).unwrap()["city"].is_string(),
+        "{text}"
+    );
     assert_eq!(whole["text"], flat);
     // A model without sense may write an object for ever, but an object it is.
-    let (said, reason) = message(&ask(json!({"response_format": {"type": "json_object"}, "max_tokens": 40})));
+    let (said, reason) = message(&ask(
+        json!({"response_format": {"type": "json_object"}, "max_tokens": 40}),
+    ));
     let text = said["content"].as_str().unwrap();
     assert!(text.starts_with('{'), "{text}");
-    assert!(reason == "length" || serde_json::from_str::<Value>(text).is_ok(), "{text}");
+    assert!(
+        reason == "length" || serde_json::from_str::<Value>(text).is_ok(),
+        "{text}"
+    );
 
     // Schemas that cannot be, or cost too much.
     let mut deep = json!({"type": "integer"});
@@ -183,10 +242,22 @@ fn answers_have_the_form_that_is_asked_for() {
     }
     let many: Vec<String> = (0..30_000).map(|i| format!("value {i}")).collect();
     for (schema, expected) in [
-        (json!({"type": "integer", "minimum": 3, "maximum": 2}), "minimum"),
-        (json!({"$ref": "https://example.org/schema.json"}), "example.org"),
-        (json!({"type": "object", "required": ["a"], "properties": {"a": false}}), "nsatisfiable"),
-        (json!({"type": "string", "pattern": "((a{1,900}){1,900}){1,900}"}), "JSON schema"),
+        (
+            json!({"type": "integer", "minimum": 3, "maximum": 2}),
+            "minimum",
+        ),
+        (
+            json!({"$ref": "https://example.org/schema.json"}),
+            "example.org",
+        ),
+        (
+            json!({"type": "object", "required": ["a"], "properties": {"a": false}}),
+            "nsatisfiable",
+        ),
+        (
+            json!({"type": "string", "pattern": "((a{1,900}){1,900}){1,900}"}),
+            "JSON schema",
+        ),
         (json!({"enum": many}), "bytes"),
     ] {
         let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
@@ -204,11 +275,25 @@ fn answers_have_the_form_that_is_asked_for() {
 fn the_page_is_served_with_its_policy_and_without_a_key() {
     let folder = Folder::new("serve-page");
     let served = Served::start(&folder.0, &[&SMALL[..], &["--api-key", "secret"]].concat());
-    for (path, kind) in [("/", "text/html"), ("/page/app.js", "text/javascript"), ("/page/style.css", "text/css")] {
+    for (path, kind) in [
+        ("/", "text/html"),
+        ("/page/app.js", "text/javascript"),
+        ("/page/style.css", "text/css"),
+    ] {
         let reply = served.get(path);
         assert_eq!(reply.status, 200, "{reply:?}");
-        assert!(reply.head.contains(&format!("content-type: {kind}")), "{path}: {}", reply.head);
-        assert!(reply.head.contains("content-security-policy: default-src 'none'"), "{}", reply.head);
+        assert!(
+            reply.head.contains(&format!("content-type: {kind}")),
+            "{path}: {}",
+            reply.head
+        );
+        assert!(
+            reply
+                .head
+                .contains("content-security-policy: default-src 'none'"),
+            "{}",
+            reply.head
+        );
     }
     assert_eq!(served.get("/page/none.js").status, 404);
     assert_eq!(served.get("/strata/state").status, 401);

@@ -302,7 +302,8 @@ impl Worker {
 
     /// A sequence is at its end.
     fn end(&mut self, id: SeqId, reason: Reason) {
-        if let (Some(failure), Some((number, _))) = (self.engine.failure(id), self.owners.get(&id)) {
+        if let (Some(failure), Some((number, _))) = (self.engine.failure(id), self.owners.get(&id))
+        {
             // Its form or its penalties, which the client asked for, leave no token.
             let (error, number) = (ApiError::invalid(failure.to_string()), *number);
             self.fail(number, error);
