@@ -233,6 +233,8 @@ fn the_command_writes_what_is_asked_for() {
     let schema = schema().to_string();
     let generate = [
         "generate",
+        "--max-tokens",
+        "200",
         "--prompt",
         "Q: Where?\nA:",
         "--temperature",

@@ -146,22 +146,22 @@ def chats(w, shoot):
     assert re.sub(r"\s", "", said) == '{"city":"Oslo"}', said
 
 
-def document():
-    text = (ROOT / "model-cards/demo/sample.md").read_text()
+def document(times=1):
+    text = (ROOT / "model-cards/demo/sample.md").read_text() * times
     return {"name": "sample.md", "mimeType": "text/markdown", "buffer": text.encode()}
 
 
 def reads(w, shoot):
     page = w.page
     page.goto(w.url)
-    page.locator("#file").set_input_files(document())
+    page.locator("#file").set_input_files(document(6))
     item = page.locator("#shelf > li").first
     expect(item.locator("h3")).to_have_text("sample.md")
-    for _ in range(100):
-        if item.locator("progress").is_visible():
-            shoot(page, "reading")
-            break
-        time.sleep(0.02)
+    # While it is read: how far, how fast, how long.
+    expect(item.locator("p").first).to_have_text(re.compile(r"[\d,]+ of [\d,]+ tokens, [\d,.]+ tokens/s, .+ left"))
+    expect(item.locator("progress")).to_be_visible()
+    page.wait_for_timeout(1000)
+    shoot(page, "reading")
     expect(item.locator("p").first).to_contain_text("Read:", timeout=PATIENCE)
     limit(page, 24)
     item.get_by_role("button", name="Ask about sample.md").click()

@@ -184,7 +184,7 @@ fn escape(text: &str) -> String {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             _ => {
-                if c.is_ascii_punctuation() {
+                if r"\.+*?()|[]{}^$#&-~".contains(c) {
                     out.push('\\');
                 }
                 out.push(c);

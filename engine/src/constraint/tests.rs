@@ -120,6 +120,7 @@ fn expressions_grammars_and_choices_are_followed_to_their_end() {
         "yes".to_string(),
         "no (really)".into(),
         "1 + 1 = \"2\"\n".into(),
+        "</a> #&~ \\ ^$".into(),
     ];
     for (name, tokenizer, end) in tokenizers() {
         let vocabulary = Vocabulary::new(&tokenizer, &[end]).expect("a vocabulary");

@@ -14,6 +14,8 @@ use crate::text::Tokenizer;
 
 /// Most bytes of a token that forms are matched with; longer ones are never chosen under a constraint.
 const MOST_BYTES: usize = 1000;
+/// Most states of one sequence's automaton, of one or two kilobytes each. Large published schemas take some thousand.
+const MOST_STATES: usize = 30_000;
 /// Most tokens. The library stores ids in 24 bits, and places of its tree in 22.
 const MOST_TOKENS: usize = 1 << 20;
 
@@ -74,6 +76,7 @@ impl Vocabulary {
             .map_err(|error| Error::Vocabulary(error.to_string()))?;
         *factory.limits_mut() = ParserLimits {
             verbose_errors: false,
+            max_lexer_states: MOST_STATES,
             ..ParserLimits::default()
         };
         factory.quiet();

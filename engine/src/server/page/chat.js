@@ -159,7 +159,8 @@ function drawn(message, at) {
 /** Text, with what stands between fences set apart. */
 function fill(element, text) {
   element.replaceChildren();
-  text.split(/^```.*\n?/m).forEach((part, i) => {
+  // Models begin with a space, which is none of the answer.
+  text.trim().split(/^```.*\n?/m).forEach((part, i) => {
     if (part === "") return;
     if (i % 2 === 1) element.append(make("pre", { tabindex: "0" }, part.replace(/\n$/, "")));
     else element.append(part);
@@ -321,6 +322,6 @@ function write(text) {
   const words = $("messages").lastElementChild.querySelector(".words");
   const end = words.lastChild;
   if (end && end.nodeType === Node.TEXT_NODE) end.appendData(text);
-  else words.append(text);
+  else words.append(text.trimStart());
   if (low) scroll.scrollTop = scroll.scrollHeight;
 }
