@@ -4,6 +4,7 @@ mod against;
 mod bench;
 mod chat;
 mod classify;
+mod constrained;
 mod convert;
 mod doc;
 mod generate;
@@ -12,6 +13,7 @@ mod logits;
 mod output;
 mod perplexity;
 mod plan;
+mod serve;
 mod trace;
 mod verify;
 
@@ -46,6 +48,7 @@ Examples:
   strata generate --chat --prompt-file notes.md --prompt \"Where does Mara live?\"
   strata generate ./Jamba2-3B --prompt \"The capital of France is\" --max-tokens 20
   strata chat ai21labs/AI21-Jamba2-3B
+  strata serve ./Jamba2-3B                   for OpenAI's clients, at http://127.0.0.1:8080
   strata doc read notes.md -o notes.state    read once, then ask for ever:
   strata doc ask notes.state \"Where does Mara live?\"
   strata plan show ./Jamba2-3B > my.yaml     then edit it, and:
@@ -59,6 +62,7 @@ Examples:
 enum Command {
     Generate(generate::Generate),
     Chat(chat::Chat),
+    Serve(serve::Serve),
     #[command(subcommand)]
     Doc(doc::Doc),
     Logits(logits::Logits),
@@ -79,6 +83,8 @@ pub struct Environment {
     pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
+    /// A key that clients of `strata serve` must send.
+    pub api_key: Option<String>,
     /// What to tell of a run: see `--trace`.
     pub log: Option<String>,
     /// Where a GPU's libraries may be, and where its kernels are kept.
@@ -296,6 +302,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
     match cli.command {
         Command::Generate(command) => command.run(environment, &terminal),
         Command::Chat(command) => command.run(environment, &terminal),
+        Command::Serve(command) => command.run(environment, &terminal),
         Command::Doc(command) => command.run(environment, &terminal),
         Command::Logits(command) => command.run(environment, &terminal),
         Command::Classify(command) => command.run(environment, &terminal),

@@ -105,6 +105,8 @@ pub enum Error {
     Text(#[from] text::Error),
     #[error(transparent)]
     Generation(#[from] generation_config::Error),
+    #[error(transparent)]
+    Constraint(#[from] crate::constraint::Error),
     #[error("{path}: {source}")]
     Io {
         path: PathBuf,
@@ -373,6 +375,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         no_text,
         template,
         weights: source,
+        vocabulary: std::sync::OnceLock::new(),
     })
 }
 
