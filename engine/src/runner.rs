@@ -230,7 +230,7 @@ fn together(
     onlookers: &mut Onlookers<'_, '_>,
     work: &Work<'_>,
 ) -> Result<()> {
-    /// Also when work panics: nobody must wait for this rank then.
+    /// Also when work fails or panics: nobody may wait for this rank any more.
     struct Leaving(Rank);
     impl Drop for Leaving {
         fn drop(&mut self) {
@@ -238,12 +238,8 @@ fn together(
         }
     }
     let run = |lane: &mut Lane, state: &mut StageState, onlookers: &mut Onlookers<'_, '_>| {
-        let leaving = lane.stage.rank.clone().map(Leaving);
-        let done = work(lane, state, onlookers);
-        if done.is_ok() {
-            std::mem::forget(leaving);
-        }
-        done
+        let _leaving = lane.stage.rank.clone().map(Leaving);
+        work(lane, state, onlookers)
     };
     if let Some(rank) = &lanes[0].stage.rank {
         rank.begin();

@@ -148,7 +148,7 @@ impl Rank {
         matches!(error, Error::Device { backend: GONE, .. })
     }
 
-    /// Says that this rank will not come again, so that nobody waits for it. [`Rank::begin`] takes it back.
+    /// Says that this rank will not come again, so that who still waits for it fails. [`Rank::begin`] takes it back.
     pub fn leave(&self) {
         self.meeting.enter().left = true;
         self.meeting.told.notify_all();

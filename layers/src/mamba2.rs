@@ -194,8 +194,14 @@ impl LayerSpec for Mamba2 {
             let parts = self.norm.as_ref().map(|n| n.groups.unwrap_or(self.groups));
             // Channels of a group of the norm.
             let part = parts.map(|parts| inner / parts);
-            let cut = part
-                .filter(|p| channels.start.is_multiple_of(*p) && channels.end.is_multiple_of(*p));
+            let cut = part.filter(|part| {
+                // Of all ranks alike: they gather together.
+                (0..rank.count).all(|index| {
+                    let other = grouped(self.heads, self.groups, Of { index, ..rank });
+                    let end = other.map_or(0, |[heads, _]| heads.end * self.head_dim);
+                    end.is_multiple_of(*part)
+                })
+            });
             let norm = self.norm.as_ref().map(|norm| GateNorm {
                 groups: cut.map_or(parts, |part| Some(channels.len() / part)),
                 ..norm.clone()
