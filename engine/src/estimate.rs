@@ -61,6 +61,12 @@ pub fn multiplied(graph: &Graph) -> f64 {
         .sum()
 }
 
+/// Whether a token is multiplied with some of a layer's matrices only.
+pub fn picks_experts(graph: &Graph) -> bool {
+    let mut matrices = layers(graph).flat_map(|(widths, spec)| matrices(&widths, spec));
+    matrices.any(|(_, share)| share < 1.0)
+}
+
 /// The matrices of a layer, and the share of each that one token is multiplied with.
 fn matrices(widths: &[usize], spec: &dyn LayerSpec) -> Vec<(WeightSpec, f64)> {
     let wanted = spec.weights(widths).into_iter();

@@ -7,7 +7,8 @@
 //!
 //! A device whose sums depend on the batch says how far they may move (`Backend::tolerance`): logits are
 //! then compared within that many standard deviations of their row, up to where two tokens were so
-//! nearly as likely that another was chosen.
+//! nearly as likely that another was chosen. Where a layer picks experts, the last bits of its input may turn its
+//! choice at some tokens, and what other experts give has no bound: there one row in 32 may be farther away.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use strata_kernels::{Backend, DType, Format, random};
 
+use crate::estimate::picks_experts;
 use crate::ids::{SeqId, TokenId};
 use crate::runner::{Network, Stage};
 use crate::sampler::SamplingParams;
@@ -23,6 +25,9 @@ use crate::scheduler::Chunk;
 use crate::sequence::Reason;
 use crate::session::{Engine, EngineConfig, Error, Output, Request};
 use crate::state_file::{self, Fingerprint};
+
+/// One row in so many may be farther away than rounding takes it where a choice of experts can turn.
+const STRAY: usize = 32;
 
 /// How much is run.
 #[derive(Debug, Clone)]
@@ -48,6 +53,8 @@ pub struct Check {
     pub fault: Option<String>,
     /// The largest difference of a row that was compared, in standard deviations of its logits.
     pub distance: f32,
+    /// Rows that were farther away than rounding takes them, as a choice of experts may.
+    pub strays: usize,
     /// Logits compared.
     pub compared: usize,
     /// Time taken.
@@ -71,9 +78,9 @@ struct Trace {
 
 impl Trace {
     /// The first difference, in words. `self` is a whole trace.
-    fn difference(&self, other: &Trace, tolerance: f32) -> Option<String> {
+    fn difference(&self, other: &Trace, tolerance: f32, strays: usize) -> Option<String> {
         if tolerance > 0.0 {
-            return self.far(other, tolerance);
+            return self.far(other, tolerance, strays);
         }
         for (position, a) in &self.logits {
             let Some(b) = other.logits.get(position) else {
@@ -98,13 +105,25 @@ impl Trace {
         Some(format!("generated token {n} is {a} and {b}"))
     }
 
-    /// The first row that is farther away than `tolerance` standard deviations of its logits.
-    fn far(&self, other: &Trace, tolerance: f32) -> Option<String> {
-        let mut distances = self.distances(other);
-        let (position, error) = distances.find(|(_, e)| e.is_nan() || *e > tolerance)?;
+    /// The first row that is farther away than `tolerance` standard deviations of its logits, if there are more than
+    /// `strays` of them.
+    fn far(&self, other: &Trace, tolerance: f32, strays: usize) -> Option<String> {
+        let far = |(_, e): &(usize, f32)| e.is_nan() || *e > tolerance;
+        let (rows, count) = (self.distances(other).count(), self.strays(other, tolerance));
+        let broken = self.distances(other).any(|(_, e)| e.is_nan());
+        if count <= strays && !broken {
+            return None;
+        }
+        let (position, error) = self.distances(other).find(far)?;
         Some(format!(
-            "position {position}: logits differ by {error:.1e} of their standard deviation, at most {tolerance:.0e} is allowed"
+            "position {position}: logits differ by {error:.1e} of their standard deviation, at most {tolerance:.1} is allowed; so do {count} of {rows} rows"
         ))
+    }
+
+    /// Rows farther away than that.
+    fn strays(&self, other: &Trace, tolerance: f32) -> usize {
+        let far = |(_, e): &(usize, f32)| *e > tolerance;
+        self.distances(other).filter(far).count()
     }
 
     /// The largest difference of each row that can be compared, in standard deviations of its logits.
@@ -211,6 +230,12 @@ pub fn tolerance(network: &Network) -> f32 {
     network.stages.iter().flat_map(of).fold(0.0, f32::max)
 }
 
+/// Of `rows` rows, how many may be farther away: none, but where a choice of experts can turn.
+fn strays_allowed(network: &Network, rows: usize) -> usize {
+    let turns = tolerance(network) > 0.0 && picks_experts(&network.graph);
+    if turns { rows.div_ceil(STRAY) } else { 0 }
+}
+
 fn greedy() -> SamplingParams {
     SamplingParams::greedy()
 }
@@ -277,8 +302,9 @@ impl Verify<'_> {
 
     fn compare(&mut self, name: &str, start: Instant, expected: &Trace, found: &Trace) {
         let tolerance = tolerance(self.network);
+        let strays = strays_allowed(self.network, expected.distances(found).count());
         self.check(name, start, expected, found, |found| {
-            expected.difference(found, tolerance)
+            expected.difference(found, tolerance, strays)
         });
     }
 
@@ -302,6 +328,10 @@ impl Verify<'_> {
                 .distances(found)
                 .map(|(_, error)| error)
                 .fold(0.0, f32::max),
+            strays: match tolerance(self.network) {
+                0.0 => 0,
+                most => expected.strays(found, most),
+            },
             compared,
             time: start.elapsed(),
         };
@@ -574,5 +604,33 @@ fn merge(into: &mut BTreeMap<SeqId, Trace>, from: BTreeMap<SeqId, Trace>) {
         let entry = into.entry(id).or_default();
         entry.generated.extend(trace.generated);
         entry.logits.extend(trace.logits);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_rows_may_stray_where_a_choice_turns_and_none_may_be_broken() {
+        let row = |p: usize| (p, vec![0.0, 1.0, 2.0, p as f32]);
+        let whole = Trace {
+            generated: Vec::new(),
+            logits: (0..40).map(row).collect(),
+        };
+        let check = |changes: &[(usize, f32)], strays: usize, holds: bool| {
+            let mut other = whole.clone();
+            for (position, logit) in changes {
+                other.logits.get_mut(position).unwrap()[0] = *logit;
+            }
+            let fault = whole.difference(&other, 0.5, strays);
+            assert_eq!(fault.is_none(), holds, "{changes:?}, {strays}: {fault:?}");
+        };
+        check(&[], 0, true);
+        check(&[(3, 0.01), (7, -0.01)], 0, true);
+        check(&[(3, 50.0)], 0, false);
+        check(&[(3, 50.0)], 1, true);
+        check(&[(3, 50.0), (9, 80.0)], 1, false);
+        check(&[(3, f32::NAN)], 1, false);
     }
 }

@@ -116,7 +116,7 @@ impl Verify {
             let written = if json {
                 let object = json!({
                     "check": check.name, "passed": check.fault.is_none(), "fault": check.fault,
-                    "logits_compared": check.compared, "seconds": time,
+                    "logits_compared": check.compared, "rows_beyond": check.strays, "seconds": time,
                 });
                 writeln!(out, "{object}")
             } else {
@@ -164,8 +164,13 @@ impl Verify {
                 0.0 => "bit for bit".into(),
                 t => {
                     let largest = checks.iter().map(|c| c.distance).fold(0.0, f32::max);
+                    let strays: usize = checks.iter().map(|c| c.strays).sum();
+                    let but = match strays {
+                        0 => String::new(),
+                        n => format!(", but for {n} rows where a choice of experts turned"),
+                    };
                     format!(
-                        "within {t:.0e} standard deviations of the logits (the largest distance is {largest:.1e})"
+                        "within {t:.1e} standard deviations of the logits{but} (the largest distance is {largest:.1e})"
                     )
                 }
             };
