@@ -176,7 +176,7 @@ fn all_that_is_wrong_with_a_request_is_told_at_once() {
         ("/v1/completions", json!({}), 400, "prompt: expected"),
         (
             "/v1/completions",
-            json!({"prompt": ["a"; 100], "n": 2}),
+            json!({"prompt": vec!["a"; 100], "n": 2}),
             400,
             "more than 128",
         ),

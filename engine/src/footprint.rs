@@ -59,7 +59,11 @@ impl Footprint {
         let source = Nothing(backend.clone());
         let devices = vec![backend; spots.len()];
         let ranks = spots.iter().any(|s| s.rank.is_some());
-        let ranks = ranks.then(|| Rank::all(&devices)).unwrap_or_default();
+        let ranks = if ranks {
+            Rank::all(&devices)
+        } else {
+            Vec::new()
+        };
         let place = |(i, spot): (usize, &Spot)| Placed {
             backend: devices[i].clone(),
             source: &source,

@@ -41,8 +41,8 @@ fn babble(tokenizer: &Tokenizer, constraint: &Constraint, end: u32, seed: u64) -
     let sampling = SamplingParams {
         temperature: 1.5,
         seed,
-        repetition_penalty: if seed % 3 == 0 { 1.3 } else { 1.0 },
-        top_k: if seed % 2 == 0 { 0 } else { 40 },
+        repetition_penalty: if seed.is_multiple_of(3) { 1.3 } else { 1.0 },
+        top_k: if seed.is_multiple_of(2) { 0 } else { 40 },
         constraint: Some(constraint.clone()),
         ..SamplingParams::default()
     };
@@ -124,7 +124,8 @@ fn expressions_grammars_and_choices_are_followed_to_their_end() {
     ];
     for (name, tokenizer, end) in tokenizers() {
         let vocabulary = Vocabulary::new(&tokenizer, &[end]).expect("a vocabulary");
-        let forms: [(Source, &dyn Fn(&str) -> bool); 3] = [
+        type Right<'a> = &'a dyn Fn(&str) -> bool;
+        let forms: [(Source, Right); 3] = [
             (Source::Regex(date.into()), &|t| {
                 t.len() == 7
                     && t[..4]

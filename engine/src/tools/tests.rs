@@ -66,7 +66,8 @@ fn calls_are_found_in_texts_however_they_are_cut() {
     let oslo = json!({"place": "Oslo"});
     let one = |arguments: &Value| vec![("weather".to_string(), arguments.clone())];
     let marks = json!({"place": "</tool_call> <tool_call>"});
-    let cases: Vec<(Format, &str, &str, Vec<(String, Value)>)> = vec![
+    type Calls = Vec<(String, Value)>;
+    let cases: Vec<(Format, &str, &str, Calls)> = vec![
         (hermes, "no call", "no call", vec![]),
         (hermes, "é <tool_cal é", "é <tool_cal é", vec![]),
         (
