@@ -337,9 +337,8 @@ fn who_leaves_frees_his_place_and_who_finds_none_is_told() {
     // One leaves, and who waited has his place.
     drop(streams.remove(0));
     served.wait("two", |s| s["queue"]["open"] == 2 && s["waiting"] == 0);
-    served
-        .post("/v1/completions", &json!({"prompt": "a", "max_tokens": 1}))
-        .status;
+    let next = served.post("/v1/completions", &json!({"prompt": "a", "max_tokens": 1}));
+    assert_eq!(next.status, 200, "{next:?}");
     drop(streams);
     let state = served.wait_idle();
     assert_eq!(state["slots"]["used"], 0);

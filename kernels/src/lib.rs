@@ -8,6 +8,7 @@ pub mod backend;
 pub mod comm;
 pub mod cpu;
 pub mod cuda;
+mod device_memory;
 pub mod error;
 pub mod format;
 mod formats;

@@ -9,6 +9,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::device_memory::DeviceMemory;
 use crate::error::{Error, Result};
 use crate::format::Format;
 
@@ -288,15 +289,6 @@ unsafe impl Send for HostMemory {}
 // SAFETY: as above.
 unsafe impl Sync for HostMemory {}
 
-/// Memory of a device that host code cannot reach, for as long as it is held.
-pub(crate) trait DeviceMemory: Send + Sync {
-    /// Its first byte, among the device's addresses.
-    fn address(&self) -> usize;
-
-    /// The device.
-    fn device(&self) -> &dyn std::any::Any;
-}
-
 #[derive(Clone)]
 enum Memory {
     /// Ours, writable.
@@ -362,11 +354,6 @@ impl Tensor {
             Memory::Device(memory) => Some(memory.device()),
             _ => None,
         }
-    }
-
-    /// Whether the host reaches its memory.
-    pub(crate) fn is_host(&self) -> bool {
-        matches!(self.memory, Memory::Owned(_) | Memory::Borrowed(_))
     }
 
     /// A shape without memory.

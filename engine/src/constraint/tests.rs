@@ -255,7 +255,7 @@ fn what_cannot_be_is_an_error_that_says_what_to_do() {
             schema(json!({"type": "integer", "minimum": 5, "maximum": 3})),
             "minimum",
         ),
-        (schema(json!({"enum": []})), "enum"),
+        (schema(json!({"enum": []})), "empty"),
         (schema(json!({"type": "strong"})), "strong"),
         (schema(json!(false)), "expected an object"),
         (schema(json!([1])), "expected an object"),

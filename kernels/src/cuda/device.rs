@@ -13,8 +13,8 @@ use cudarc::driver::sys::{
 
 use super::compile::{KernelCache, UNITS, compile_all};
 use super::fault;
+use crate::device_memory::DeviceMemory;
 use crate::error::{Error, Result};
-use crate::tensor::DeviceMemory;
 
 /// A failed call of the driver, in words. The driver has been loaded by then.
 pub(super) fn failed(what: &str) -> impl Fn(DriverError) -> Error + '_ {
