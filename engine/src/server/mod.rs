@@ -2,10 +2,10 @@
 //!
 //! **How a request flows.** `net` takes a connection and holds the client to its times; `gate` asks who it is; `routes`
 //! finds the handler, which reads the body (`fields`, `request`, `messages`, `constraint`: all faults at once), makes
-//! tokens of it away from the event loop, and hands a [`job::Job`] to the engine's thread. `worker` owns the engine: it
+//! tokens of it away from the event loop, and hands a `job::Job` to the engine's thread. `worker` owns the engine: it
 //! takes commands between steps, runs steps, and puts what came of them into each job's bounded queue. The handler
 //! reads that to its end (`said`) or passes it on as it comes (`stream`). Whoever stops reading drops his
-//! [`job::Ticket`], and with it the job.
+//! `job::Ticket`, and with it the job.
 //!
 //! **Limits.** `max_queue` and the running sequences together are the places there are: a request without one is
 //! refused with 503 at once. Bodies, their depth and their values, heads, connections, writes and requests are bounded.
