@@ -130,14 +130,29 @@ pub(super) fn kernels(format: Format) -> Option<Kernels> {
     }
 }
 
-/// Blocks of a matrix.
+/// The kernel that widens rows of a format that is not stored one by one.
+pub(super) fn widening(format: Format) -> Option<&'static str> {
+    match format {
+        Format::Int8 => Some("widen_int8"),
+        _ => kernels(format).map(|k| k.widen),
+    }
+}
+
+/// Blocks of a matrix; its rows where those have scales.
 pub(super) fn blocks(w: &Matrix) -> usize {
+    if w.format().scales_rows() {
+        return w.rows();
+    }
     w.rows() * (w.cols() / w.format().block().elements)
 }
 
 /// Bytes of shared memory that `rows` rounded rows take: `row_room` in blocks.cuh.
 pub(super) fn room(format: Format, k: usize, rows: usize) -> usize {
-    let block = Form::of(format).block;
+    let block = if format.scales_rows() {
+        128
+    } else {
+        Form::of(format).block
+    };
     rows * (k + k / 4 + 4 * (k / block)).next_multiple_of(16)
 }
 
@@ -192,7 +207,7 @@ impl State {
     }
 
     pub(super) fn embed_blocks(&mut self, op: Embed<'_>) -> Result<()> {
-        let Some(kernels) = kernels(op.table.format()) else {
+        let Some(widening) = widening(op.table.format()) else {
             return dense("embed", op.table);
         };
         let (y, k) = (Rows::of(op.y)?, op.table.cols());
@@ -209,22 +224,24 @@ impl State {
             dtype: 0,
             wide: i32::from(y.wide()),
         };
-        let grid = (op.ids.len(), (k / 32).div_ceil(128), 1);
-        launch!(self, kernels.widen, grid, 128, 0; widen)
+        let grid = (op.ids.len(), k.div_ceil(32).div_ceil(128), 1);
+        launch!(self, widening, grid, 128, 0; widen)
     }
 
     pub(super) fn linear_blocks(&mut self, op: &Linear<'_>) -> Result<()> {
-        let Some(kernels) = kernels(op.w.format()) else {
+        let Some(widening) = widening(op.w.format()) else {
             return dense("linear", op.w);
         };
         let (rows, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
-        let shared = room(op.w.format(), k, if rows == 1 { 1 } else { 8 });
-        if op.activations == DType::BF16 && rows <= FEW && shared <= self.device.shared_memory {
-            return self.few(op, &kernels);
-        }
         let rounded = op.activations == DType::BF16;
-        if rounded && self.blocks_by_units(op, &kernels)? {
-            return Ok(());
+        if let Some(kernels) = kernels(op.w.format()).filter(|_| rounded) {
+            let shared = room(op.w.format(), k, if rows == 1 { 1 } else { 8 });
+            if rows <= FEW && shared <= self.device.shared_memory {
+                return self.few(op, &kernels);
+            }
+            if self.blocks_by_units(op, &kernels)? {
+                return Ok(());
+            }
         }
         // Part of the matrix as f32, and x where it is rounded.
         let each = part(n, 4 * k);
@@ -237,7 +254,7 @@ impl State {
         let w = scratch + of_x as u64;
         for first in (0..n).step_by(each) {
             let part = each.min(n - first);
-            self.widen(&kernels, op.w, first..first + part, w, DType::F32)?;
+            self.widen(widening, op.w, first..first + part, w, DType::F32)?;
             let product = Product {
                 x,
                 w,
@@ -251,7 +268,7 @@ impl State {
                 n: part as i32,
                 round: 0,
             };
-            if rows == 1 && x.wide() {
+            if rows == 1 && x.wide() && k.is_multiple_of(4) {
                 let grid = (part.div_ceil(WARPS), 1, 1);
                 launch!(self, "one_row_f32_1_1", grid, 32 * WARPS, 0; product)?;
             } else {
@@ -292,7 +309,7 @@ impl State {
     /// Rows of `w` as numbers, side by side at `to`.
     fn widen(
         &mut self,
-        kernels: &Kernels,
+        kernel: &'static str,
         w: &Matrix,
         range: std::ops::Range<usize>,
         to: u64,
@@ -312,8 +329,8 @@ impl State {
             dtype: super::code(dtype),
             wide: 1,
         };
-        let grid = (range.len(), (k / 32).div_ceil(128), 1);
-        launch!(self, kernels.widen, grid, 128, 0; widen)
+        let grid = (range.len(), k.div_ceil(32).div_ceil(128), 1);
+        launch!(self, kernel, grid, 128, 0; widen)
     }
 
     /// Rows of x at `to`, rounded as products with this format take them.
@@ -351,7 +368,7 @@ impl State {
         self.round_blocks(op.x, op.w.format(), x, DType::BF16)?;
         for first in (0..n).step_by(each) {
             let part = each.min(n - first);
-            self.widen(kernels, op.w, first..first + part, w, DType::BF16)?;
+            self.widen(kernels.widen, op.w, first..first + part, w, DType::BF16)?;
             let y = after(op.y, first)?.pointer;
             let shape = Shape {
                 m,

@@ -76,6 +76,9 @@ impl State {
             if self.by_block_units(&op, rounded)? {
                 return Ok(());
             }
+            if op.w.format().scales_rows() && op.activations == DType::BF16 {
+                return self.linear_int8(&op, rounded);
+            }
             return self.linear_blocks(&op);
         }
         let (w, rows, k, n) = (op.w.data(), op.x.rows(), op.x.cols(), op.w.rows());

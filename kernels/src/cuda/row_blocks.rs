@@ -2,7 +2,7 @@
 //! own for it. What follows them is done as [`row`](super::row) has it.
 
 use super::device::{Param, launch};
-use super::row::{Blocks, RowProduct};
+use super::row::{Blocks, RowConv, RowNorm, RowProduct};
 use super::{Rows, State, blocks};
 use crate::error::Result;
 use crate::format::Format;
@@ -36,6 +36,8 @@ struct BlockRow {
     share: i32,
     places: i32,
     wide: i32,
+    norm: RowNorm,
+    conv: RowConv,
 }
 
 // SAFETY: laid out as there.
@@ -47,6 +49,7 @@ fn kernels(format: Format) -> Option<([&'static str; 2], usize)> {
         Format::Q8_0 => Some((["row_q8_0", "row_q8_0_gated"], 128)),
         Format::Q4K => Some((["row_q4_k", "row_q4_k_gated"], 256)),
         Format::Q6K => Some((["row_q6_k", "row_q6_k_gated"], 256)),
+        Format::Int8 => Some((["row_int8", "row_int8_gated"], 128)),
         _ => None,
     }
 }
@@ -89,7 +92,9 @@ impl State {
         let (k, n) = (op.x.cols(), op.w.rows());
         let fits = op.x.rows() == 1 && op.activations == DType::BF16 && k.is_multiple_of(codes);
         let cut = Cut::new(n, k / codes, self.device.processors);
-        let shared = blocks::room(format, k, 1) + 8 * TEAMS * cut.places;
+        // Beside the row: parts of sums, of two products or of one and what a convolution takes.
+        let beside = (8 * TEAMS * cut.places).max(4 * TEAMS * cut.places + 32 * cut.rows);
+        let shared = blocks::room(format, k, 1) + beside;
         let steps = (cut.rows * (k / codes)).max(n);
         let fits = fits && shared <= self.device.shared_memory && steps < 1 << 24;
         fits.then(|| Blocks {
@@ -126,8 +131,11 @@ impl State {
             share: cut.share as i32,
             places: cut.places as i32,
             wide: i32::from(of.x.wide()),
+            norm: of.norm,
+            conv: of.conv,
         };
-        let shared = blocks::room(blocks.format, k, 1) + parts;
+        let items = if of.conv.cols > 0 { 32 * cut.rows } else { 0 };
+        let shared = blocks::room(blocks.format, k, 1) + parts + items + of.norm.room();
         let kernel = kernels[usize::from(gated)];
         launch!(self, kernel, (cut.grid, 1, 1), THREADS, shared; row)
     }

@@ -1,6 +1,7 @@
 //! Elementwise operations, lookups, norms, routes: each row by itself.
 
 use super::device::{Param, launch};
+use super::row::RowNorm;
 use super::{Rows, State, address, code, optional};
 use crate::error::{Error, Result};
 use crate::ops::{
@@ -34,12 +35,12 @@ pub(super) fn activation(act: Activation) -> i32 {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Norm {
-    x: Rows,
-    weight: u64,
+    pub x: Rows,
+    pub weight: u64,
     bias: u64,
-    y: Rows,
+    pub y: Rows,
     eps: f32,
-    width: i32,
+    pub width: i32,
     weight_cols: i32,
     bias_cols: i32,
 }
@@ -63,11 +64,23 @@ unsafe impl Param for Several {}
 /// Norms that wait for more of their kind, while a step is recorded: of so many rows each in one part.
 #[derive(Default)]
 pub(super) struct WaitingNorms {
-    norms: Vec<Norm>,
-    rows: usize,
+    pub norms: Vec<Norm>,
+    pub rows: usize,
 }
 
 impl Norm {
+    /// As kernels of products take one of a single row, whose weights are as wide.
+    pub fn of_row(&self) -> RowNorm {
+        RowNorm {
+            x: self.x,
+            weight: self.weight,
+            y: self.y,
+            eps: self.eps,
+            width: self.width,
+            threads: threads(self.width as usize) as i32,
+        }
+    }
+
     /// Bytes from the first to behind the last of `rows` rows.
     fn extent(of: Rows, width: i32, rows: usize) -> std::ops::Range<u64> {
         let floats = (rows as i64 - 1) * of.stride + i64::from(width);
