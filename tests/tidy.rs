@@ -666,9 +666,9 @@ fn no_global_changes() {
             "set by Ctrl-C",
         ),
         (
-            "engine/src/runner.rs",
-            "static RUNNERS: AtomicU64",
-            "numbers runners, so that none is taken for one that is gone",
+            "engine/src/runner/lane.rs",
+            "static LANES: AtomicU64",
+            "numbers lanes, so that none is taken for one that is gone",
         ),
         (
             "engine/src/text/",

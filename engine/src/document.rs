@@ -182,11 +182,18 @@ pub fn place(wording: &dyn Wording, parts: &[&str]) -> Result<Placed, Error> {
     Ok(placed)
 }
 
+/// What stands for a document in a text of which only the rest is of interest.
+pub const STAND_IN: &str = "D";
+
 /// What follows the document in the text of a question.
 fn after(wording: &dyn Wording, question: &str) -> Result<String, Error> {
-    let probed = wording.text("D", PROBE)?;
+    behind(wording, &wording.text(STAND_IN, question)?)
+}
+
+/// What follows the document in a text in which [`STAND_IN`] stands for it: a conversation about it, for instance.
+pub fn behind(wording: &dyn Wording, text: &str) -> Result<String, Error> {
+    let probed = wording.text(STAND_IN, PROBE)?;
     let (head, _) = split(&probed, PROBE)?;
-    let text = wording.text("D", question)?;
     text.strip_prefix(head)
         .map(Into::into)
         .ok_or(Error::Unsteady)
@@ -219,7 +226,11 @@ impl Placed {
     /// The tokens of this document and a question behind it. They begin with the document's, but for a question whose
     /// first letters are cut together with the last before it.
     pub fn prompt(&self, wording: &dyn Wording, question: &str) -> Result<Vec<TokenId>, Error> {
-        let after = after(wording, question)?;
+        self.followed_by(wording, &after(wording, question)?)
+    }
+
+    /// The tokens of this document and of what follows it: see [`behind`].
+    pub fn followed_by(&self, wording: &dyn Wording, after: &str) -> Result<Vec<TokenId>, Error> {
         let cut = wording.encode(&format!("{}{after}", self.anchor))?;
         let near = self.anchor_tokens.min(4);
         // The last place before the question up to which both were cut alike.
@@ -235,7 +246,7 @@ impl Placed {
                 self.tokens.len() - (self.anchor_tokens - end),
                 cut[end..].to_vec(),
             ),
-            _ => (self.tokens.len(), wording.encode(&after)?),
+            _ => (self.tokens.len(), wording.encode(after)?),
         };
         let mut prompt = self.tokens[..kept].to_vec();
         prompt.extend(more);

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
             hub: Some(HubOptions::from_env(get)?),
             cuda: CudaPlaces::from_env(get),
             no_color: get("NO_COLOR").is_some_and(|v| !v.is_empty()),
+            api_key: get("STRATA_API_KEY").filter(|key| !key.is_empty()),
             log: get("STRATA_LOG"),
         };
         cli::run(cli, &environment)

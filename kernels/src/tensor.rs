@@ -9,6 +9,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::device_memory::DeviceMemory;
 use crate::error::{Error, Result};
 use crate::format::Format;
 
@@ -288,12 +289,6 @@ unsafe impl Send for HostMemory {}
 // SAFETY: as above.
 unsafe impl Sync for HostMemory {}
 
-/// Memory of a device that host code cannot reach, for as long as it is held.
-pub(crate) trait DeviceMemory: Send + Sync {
-    /// Its first byte, among the device's addresses.
-    fn address(&self) -> usize;
-}
-
 #[derive(Clone)]
 enum Memory {
     /// Ours, writable.
@@ -351,6 +346,14 @@ impl Tensor {
     /// Where the first element lies in a device's memory; none for a tensor of the host.
     pub(crate) fn device_address(&self) -> Option<u64> {
         matches!(self.memory, Memory::Device(_)).then(|| self.address() as u64)
+    }
+
+    /// The device that its memory is on; none for a tensor of the host.
+    pub(crate) fn device(&self) -> Option<&dyn std::any::Any> {
+        match &self.memory {
+            Memory::Device(memory) => Some(memory.device()),
+            _ => None,
+        }
     }
 
     /// A shape without memory.

@@ -1,5 +1,6 @@
 //! What the tests of the command share: see ARCHITECTURE.md for the tests.
 
+pub mod http;
 pub mod models;
 
 use std::fs;

@@ -4,6 +4,7 @@ mod against;
 mod bench;
 mod chat;
 mod classify;
+mod constrained;
 mod convert;
 mod doc;
 mod generate;
@@ -12,6 +13,7 @@ mod logits;
 mod output;
 mod perplexity;
 mod plan;
+mod serve;
 mod trace;
 mod verify;
 
@@ -25,6 +27,7 @@ use strata_kernels::DType;
 
 use crate::hub::HubOptions;
 use crate::load::{self, Calibration, CudaPlaces, LoadOptions, Model};
+use crate::placement::Parallel;
 use crate::recipe::Recipe;
 use crate::session::EngineConfig;
 use output::Terminal;
@@ -45,6 +48,7 @@ Examples:
   strata generate --chat --prompt-file notes.md --prompt \"Where does Mara live?\"
   strata generate ./Jamba2-3B --prompt \"The capital of France is\" --max-tokens 20
   strata chat ai21labs/AI21-Jamba2-3B
+  strata serve ./Jamba2-3B                   for OpenAI's clients, at http://127.0.0.1:8080
   strata doc read notes.md -o notes.state    read once, then ask for ever:
   strata doc ask notes.state \"Where does Mara live?\"
   strata plan show ./Jamba2-3B > my.yaml     then edit it, and:
@@ -58,6 +62,7 @@ Examples:
 enum Command {
     Generate(generate::Generate),
     Chat(chat::Chat),
+    Serve(serve::Serve),
     #[command(subcommand)]
     Doc(doc::Doc),
     Logits(logits::Logits),
@@ -78,6 +83,8 @@ pub struct Environment {
     pub hub: Option<HubOptions>,
     /// No colours, whatever the terminal.
     pub no_color: bool,
+    /// A key that clients of `strata serve` must send.
+    pub api_key: Option<String>,
     /// What to tell of a run: see `--trace`.
     pub log: Option<String>,
     /// Where a GPU's libraries may be, and where its kernels are kept.
@@ -113,7 +120,8 @@ pub struct Source {
 pub struct Common {
     #[command(flatten)]
     source: Source,
-    /// Where to run: cpu, cuda (a GPU; cuda:1 is the second), or reference (plain loops, to settle arguments)
+    /// Where to run: cpu, cuda (a GPU; cuda:1 is the second), or reference (plain loops, to settle arguments);
+    /// several with commas between share the model: cuda:0,cuda:1
     #[arg(
         long,
         value_name = "DEVICE",
@@ -121,6 +129,13 @@ pub struct Common {
         help_heading = "Computing"
     )]
     device: String,
+    /// How several devices share the model: blocks one behind the other (pipeline), parts of every layer (tensor),
+    /// or those with experts whole (expert)
+    #[arg(long, value_enum, default_value_t = ParallelChoice::Auto, help_heading = "Computing")]
+    parallel: ParallelChoice,
+    /// Keep experts in the host's memory and multiply with them there; the rest is the device's
+    #[arg(long, value_enum, value_name = "WHERE", help_heading = "Computing")]
+    experts: Option<ExpertsChoice>,
     /// Compute type; auto is the checkpoint's
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
     dtype: DTypeChoice,
@@ -177,6 +192,30 @@ enum DTypeChoice {
     F16,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ParallelChoice {
+    Auto,
+    Pipeline,
+    Tensor,
+    Expert,
+}
+
+impl ParallelChoice {
+    fn chosen(self) -> Parallel {
+        match self {
+            ParallelChoice::Auto => Parallel::Auto,
+            ParallelChoice::Pipeline => Parallel::Pipeline,
+            ParallelChoice::Tensor => Parallel::Tensor,
+            ParallelChoice::Expert => Parallel::Expert,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ExpertsChoice {
+    Cpu,
+}
+
 impl DTypeChoice {
     fn chosen(self) -> Option<DType> {
         match self {
@@ -201,6 +240,9 @@ impl Source {
             card: self.card.clone(),
             random: self.random,
             device: "cpu".into(),
+            parallel: Parallel::Auto,
+            experts_on_host: false,
+            workload: None,
             dtype: None,
             quantize: None,
             calibrate: None,
@@ -215,6 +257,8 @@ impl Common {
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
         LoadOptions {
             device: self.device.clone(),
+            parallel: self.parallel.chosen(),
+            experts_on_host: self.experts == Some(ExpertsChoice::Cpu),
             dtype: self.dtype.chosen(),
             quantize: self.quantize.clone(),
             calibrate: self.calibrating.calibration(),
@@ -258,6 +302,7 @@ pub fn run(cli: Cli, environment: &Environment) -> Result<()> {
     match cli.command {
         Command::Generate(command) => command.run(environment, &terminal),
         Command::Chat(command) => command.run(environment, &terminal),
+        Command::Serve(command) => command.run(environment, &terminal),
         Command::Doc(command) => command.run(environment, &terminal),
         Command::Logits(command) => command.run(environment, &terminal),
         Command::Classify(command) => command.run(environment, &terminal),

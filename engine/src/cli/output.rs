@@ -12,6 +12,7 @@ use crate::load::{LoadProgress, Model};
 use crate::session::{DEFAULT_CHUNK, EngineConfig};
 
 /// Standard error, as a place for messages.
+#[derive(Debug, Clone)]
 pub struct Terminal {
     progress: bool,
     color: bool,

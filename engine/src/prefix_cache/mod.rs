@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use policy::{BadPolicy, Policy};
+pub use policy::{BadPolicy, Policy, parse_size};
 pub(crate) use tree::{NodeId, Tree};
 
 use crate::ids::{PageId, SeqId, TokenId};

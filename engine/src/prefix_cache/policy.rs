@@ -103,6 +103,11 @@ fn size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(unit)
 }
 
+/// The same as an option's value.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    size(text.trim()).ok_or_else(|| format!("{text:?} is no size; expected one such as 4GiB"))
+}
+
 fn print_size(bytes: u64) -> String {
     let units = [
         (1_u64 << 40, "TiB"),
