@@ -144,7 +144,7 @@ impl Cuda {
             scratch: None,
             experts: experts::Tables::default(),
             recordings: Recordings::default(),
-            waiting: Waiting::None,
+            waiting: Waiting::new(),
             norms: rows::WaitingNorms::default(),
             rounded: None,
             device: device.clone(),

@@ -133,15 +133,9 @@ pub(super) struct OneRow {
     norms: [Option<Norm>; NORMS],
 }
 
-/// Products that wait for what follows them; none outside a recording.
-#[derive(Default)]
-pub(super) enum Waiting {
-    #[default]
-    None,
-    One(OneRow),
-    /// Of one row with two matrices of one shape and form.
-    Two(OneRow, OneRow),
-}
+/// Products that wait for what follows them: none outside a recording, one, or two of one row with matrices of one
+/// shape and form.
+pub(super) type Waiting = Vec<OneRow>;
 
 /// Whether `n` floats from `a` on and `m` from `b` on have one in common.
 fn overlap(a: u64, n: i32, b: u64, m: i32) -> bool {
@@ -232,13 +226,10 @@ impl State {
             return self.start_row(row);
         }
         self.take_norms(&mut row)?;
-        self.waiting = match std::mem::take(&mut self.waiting) {
-            Waiting::One(first) if first.goes_with(&row) => Waiting::Two(first, row),
-            before => {
-                self.start_waiting(before)?;
-                Waiting::One(row)
-            }
-        };
+        if !matches!(&self.waiting[..], [first] if first.goes_with(&row)) {
+            self.start_waiting()?;
+        }
+        self.waiting.push(row);
         Ok(())
     }
 
@@ -276,19 +267,14 @@ impl State {
     /// Starts what waits: what comes now does not belong to it.
     pub fn flush(&mut self) -> Result<()> {
         self.start_norms()?;
-        let waiting = std::mem::take(&mut self.waiting);
-        self.start_waiting(waiting)
+        self.start_waiting()
     }
 
-    fn start_waiting(&mut self, waiting: Waiting) -> Result<()> {
-        match waiting {
-            Waiting::None => Ok(()),
-            Waiting::One(row) => self.start_row(row),
-            Waiting::Two(first, second) => {
-                self.start_row(first)?;
-                self.start_row(second)
-            }
-        }
+    fn start_waiting(&mut self) -> Result<()> {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.drain(..).try_for_each(|row| self.start_row(row))?;
+        self.waiting = waiting;
+        Ok(())
     }
 
     /// Norms start by themselves where their inputs would be written over, or their results read, while blocks of the
@@ -338,7 +324,7 @@ impl State {
 
     /// Does a sum with the product that waits for it; false if none does.
     pub fn added(&mut self, op: &Add<'_>) -> Result<bool> {
-        let Waiting::One(mut row) = self.waiting else {
+        let [mut row] = self.waiting[..] else {
             return Ok(false);
         };
         let product = &mut row.product;
@@ -353,7 +339,7 @@ impl State {
         if !product.may_write(z.pointer, product.n) {
             return Ok(false);
         }
-        self.waiting = Waiting::None;
+        self.waiting.clear();
         (product.after, product.other, product.z) = (1, other, z);
         self.start_row(row)?;
         Ok(true)
@@ -361,7 +347,7 @@ impl State {
 
     /// Does an activation with the two products that wait for it; false if none do.
     pub fn gated(&mut self, op: &Activate<'_>) -> Result<bool> {
-        let Waiting::Two(gate, up) = self.waiting else {
+        let [gate, up] = self.waiting[..] else {
             return Ok(false);
         };
         let norms = gate.norms;
@@ -372,7 +358,7 @@ impl State {
         if !mine || !whole || !gate.may_write(z.pointer, gate.n) {
             return Ok(false);
         }
-        self.waiting = Waiting::None;
+        self.waiting.clear();
         let product = RowProduct {
             z,
             gate: gate.w,
@@ -409,7 +395,7 @@ impl State {
         if fuse & 2 == 0 {
             return Ok(false);
         }
-        let Waiting::One(mut row) = self.waiting else {
+        let [mut row] = self.waiting[..] else {
             return Ok(false);
         };
         let (product, x) = (&row.product, Rows::of(op.x)?);
@@ -426,7 +412,7 @@ impl State {
         if !apart || !product.may_write(conv.y.pointer, cols) {
             return Ok(false);
         }
-        self.waiting = Waiting::None;
+        self.waiting.clear();
         row.product.conv = RowConv {
             w: conv.w,
             bias: conv.bias,
@@ -451,7 +437,7 @@ impl State {
         if fuse & 4 == 0 {
             return Ok(false);
         }
-        let Waiting::One(mut row) = self.waiting else {
+        let [mut row] = self.waiting[..] else {
             return Ok(false);
         };
         let (product, states) = (row.product, op.a.rows());
@@ -480,7 +466,7 @@ impl State {
                 reads.push((of, scan.states));
             }
         }
-        self.waiting = Waiting::None;
+        self.waiting.clear();
         self.settle(&mut row, &[(product.y, n), (scan.y, inner)], &reads, takes)?;
         let whole = row.norms.iter().flatten().next().is_some();
         let kept = |norm| if whole { norm } else { RowNorm::default() };
