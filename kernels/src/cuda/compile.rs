@@ -63,12 +63,11 @@ pub const UNITS: [Unit; 24] = [
     unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
     unit!("products.cu": "one_row_f32_2_1", "one_row_f32_1_1", "one_row_f32_1_2", "one_row_f32_1_4", "one_row_f16_2_1", "one_row_f16_1_1", "one_row_f16_1_2", "one_row_f16_1_4", "one_row_bf16_2_1", "one_row_bf16_1_1", "one_row_bf16_1_2", "one_row_bf16_1_4", "tiles_f32", "tiles_f16", "tiles_bf16"),
     unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
-        "row_gated_4", "row_scan_1_1", "row_scan_1_2", "row_scan_1_4", "row_scan_2_1",
-        "row_scan_2_2", "row_scan_2_4"),
+        "row_gated_4"),
     unit!("row_blocks.cu": "row_q8_0", "row_q8_0_gated", "row_q6_k", "row_q6_k_gated", "row_q4_k",
         "row_q4_k_gated", "row_int8", "row_int8_gated"),
     unit!("int8.cu": "round_int8", "arrange_int8", "widen_int8", "units_int8", "units_int8_chosen",
-        "few_int8", "few_int8_chosen"),
+        "scale_int8", "few_int8", "few_int8_chosen"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
         "expert_tiles_f16", "expert_tiles_bf16", "sort_choices"),
     unit!("blocks_narrow.cu": "few_q8_0_1", "few_q8_0_4", "few_q8_0_8", "few_q8_0_chosen", "widen_q8_0", "few_q4_0_1", "few_q4_0_4", "few_q4_0_8", "few_q4_0_chosen", "widen_q4_0", "few_iq4_nl_1", "few_iq4_nl_4", "few_iq4_nl_8", "few_iq4_nl_chosen", "widen_iq4_nl", "round_blocks_32", "arrange"),
@@ -103,14 +102,13 @@ pub const UNITS: [Unit; 24] = [
 ];
 
 /// What the files include: name and text.
-const HEADERS: [(&CStr, &str); 8] = [
+const HEADERS: [(&CStr, &str); 7] = [
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
     (c"blocks.cuh", include_str!("kernels/blocks.cuh")),
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"experts.cuh", include_str!("kernels/experts.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"products.cuh", include_str!("kernels/products.cuh")),
-    (c"row.cuh", include_str!("kernels/row.cuh")),
     (c"scan.cuh", include_str!("kernels/scan.cuh")),
 ];
 
