@@ -184,13 +184,13 @@ fn all_that_is_wrong_with_a_request_is_told_at_once() {
             "/v1/completions",
             json!({"prompt": "x".repeat(5000), "max_tokens": 16}),
             400,
-            "5,001 tokens and the context 4,096",
+            "5,000 tokens and the context 4,096",
         ),
         (
             "/v1/completions",
             json!({"prompt": "x".repeat(4000), "max_tokens": 200}),
             400,
-            "4,001 tokens of prompt and 200 to generate are more than the context of 4,096; at most 95",
+            "4,000 tokens of prompt and 200 to generate are more than the context of 4,096; at most 96",
         ),
         (
             "/v1/chat/completions",

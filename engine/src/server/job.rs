@@ -46,8 +46,8 @@ pub struct Job {
     pub events: tokio::sync::mpsc::Sender<Event>,
     /// When it came.
     pub received: Instant,
-    /// A place among those that wait and run, for each choice.
-    pub place: OwnedSemaphorePermit,
+    /// A place among those that wait and run for each choice, free again when the job is dropped.
+    pub _place: OwnedSemaphorePermit,
 }
 
 /// One sequence of a job.

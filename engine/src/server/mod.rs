@@ -396,7 +396,7 @@ impl Server {
             choices,
             events,
             received: Instant::now(),
-            place,
+            _place: place,
         };
         self.command(Command::Run(job))?;
         let allowed = Duration::from_secs(self.options.request_timeout);
