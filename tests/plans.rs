@@ -158,7 +158,7 @@ fn buffers(graph: Graph) -> usize {
         slots: 1,
         kv_dtype: DType::F32,
     };
-    let store = StateStore::new(&network.graph, size, backend).unwrap();
+    let store = StateStore::new(&network, size).unwrap();
     Runner::new(Arc::new(network), store, 1).unwrap().buffers()
 }
 

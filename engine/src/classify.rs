@@ -33,7 +33,7 @@ impl Classifier {
             slots: config.slots(),
             kv_dtype: config.kv_dtype,
         };
-        let state = StateStore::new(&network.graph, size, network.backend.clone())?;
+        let state = StateStore::new(&network, size)?;
         let runner = Runner::new(network, state, config.token_budget)?;
         Ok(Some(Classifier {
             runner,

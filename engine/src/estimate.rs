@@ -237,6 +237,16 @@ pub struct Allocated {
 }
 
 impl Allocated {
+    /// One and another.
+    pub fn and(self, other: Allocated) -> Allocated {
+        Allocated {
+            weights: self.weights + other.weights,
+            kv: self.kv + other.kv,
+            state: self.state + other.state,
+            buffers: self.buffers + other.buffers,
+        }
+    }
+
     /// All together.
     pub fn total(&self) -> u64 {
         self.weights + self.kv + self.state + self.buffers

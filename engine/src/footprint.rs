@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use strata_kernels::null::Null;
-use strata_kernels::{Backend, DType, Matrix, Ragged, Result, Span};
+use strata_kernels::{Backend, DType, Matrix, Ragged, Rank, Result, Span};
 use strata_layers::{Graph, WeightSource, WeightSpec};
 
-use crate::runner::{Network, Runner, Step};
+use crate::placement::Spot;
+use crate::runner::{Network, Placed, Runner, Step};
 use crate::state_store::{StateSize, StateStore};
 
 /// Weights without memory.
@@ -36,24 +37,52 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// Finds it out.
+    /// Finds it out for one device.
     pub fn of(graph: Graph) -> Result<Footprint> {
+        let graph = Arc::new(graph);
+        let whole = Spot {
+            nodes: 0..graph.nodes.len(),
+            graph,
+            rank: None,
+        };
+        let found = Footprint::over(std::slice::from_ref(&whole))?;
+        Ok(found[0])
+    }
+
+    /// Finds it out for each of several devices.
+    pub fn over(spots: &[Spot]) -> Result<Vec<Footprint>> {
+        let graph = spots[0].graph.clone();
         let image = graph.image.as_ref();
         let rows = image.map_or(64, |image| image.tokens());
         let blank = image.map(|image| vec![0.0; image.patches() * image.patch_width()]);
         let backend: Arc<dyn Backend> = Arc::new(Null::default());
         let source = Nothing(backend.clone());
-        let network = Arc::new(Network::build(graph, &source, backend.clone(), DType::F32)?);
+        let devices = vec![backend; spots.len()];
+        let ranks = spots.iter().any(|s| s.rank.is_some());
+        let ranks = ranks.then(|| Rank::all(&devices)).unwrap_or_default();
+        let place = |(i, spot): (usize, &Spot)| Placed {
+            backend: devices[i].clone(),
+            source: &source,
+            graph: spot.graph.clone(),
+            nodes: spot.nodes.clone(),
+            rank: ranks.get(i).cloned(),
+        };
+        let places = spots.iter().enumerate().map(place).collect();
+        let network = Arc::new(Network::over(graph.clone(), places, DType::F32)?);
         let size = StateSize {
             page_size: rows,
             pages: 1,
             slots: 1,
             kv_dtype: DType::F32,
         };
-        let state = StateStore::new(&network.graph, size, backend)?;
+        let state = StateStore::new(&network, size)?;
         let mut runner = Runner::new(network, state, rows)?;
         let fixed = runner.fixed_bytes();
-        let buffers = runner.buffer_bytes() - fixed;
+        let held = |runner: &Runner| -> Vec<usize> {
+            let stages = runner.allocated_by_stage();
+            stages.iter().map(|s| s.buffers as usize).collect()
+        };
+        let before = held(&runner);
         let tokens = vec![0; rows];
         let spans = [Span {
             start: 0,
@@ -82,11 +111,13 @@ impl Footprint {
                 &mut |_, _| {},
             )?;
         }
-        Ok(Footprint {
-            buffers_per_row: buffers / rows,
-            scratch_per_row: (runner.buffer_bytes() - fixed - buffers) / rows,
+        let stages = fixed.into_iter().zip(before).zip(held(&runner));
+        let stages = stages.map(|((fixed, before), after)| Footprint {
+            buffers_per_row: (before - fixed) / rows,
+            scratch_per_row: (after - before) / rows,
             fixed,
-        })
+        });
+        Ok(stages.collect())
     }
 
     /// Bytes that each row of a step takes.

@@ -112,6 +112,14 @@ impl Assembly {
         })
     }
 
+    /// The same with these tokens in the text, special or not.
+    pub fn showing(self, tokens: &[TokenId]) -> Self {
+        Assembly {
+            detokenizer: self.detokenizer.map(|d| d.showing(tokens)),
+            ..self
+        }
+    }
+
     /// Takes a token; the text that it settled. Whoever finds it [`Assembly::stopped`] then ends the sequence.
     /// Tokens of the same step that follow a stop string were not asked for, and are left out.
     pub fn push(&mut self, sampled: &Sampled) -> Result<String, Error> {
@@ -201,6 +209,9 @@ pub fn generate(
             engine.finish(id, Reason::Stop);
             ended = Some(Reason::Stop);
         }
+    }
+    if let Some(failure) = engine.failure(id) {
+        return Err(EngineError::from(failure.clone()).into());
     }
     let (reason, rest) = assembly.end(ended.unwrap_or(Reason::Cancelled))?;
     if reason != StopReason::Stop {

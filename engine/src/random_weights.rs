@@ -6,8 +6,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use strata_kernels::{Backend, DType, Format, Matrix, Result, random};
-use strata_layers::{Init, Role, WeightSource, WeightSpec};
+use strata_layers::{Cut, Init, Role, WeightSource, WeightSpec};
 
+use crate::cut;
 use crate::importance::Importance;
 use crate::quantize::quantize;
 
@@ -126,13 +127,30 @@ fn values(seed: u64, spec: &WeightSpec, init_std: f32) -> Vec<f32> {
 
 impl WeightSource for RandomWeights {
     fn matrix(&self, path: &str, spec: &WeightSpec) -> Result<Matrix> {
-        if let Some(drawn) = self.drawn.borrow().get(path) {
+        let format = self.formats.get(path).copied().unwrap_or(self.dtype.into());
+        let known = match spec.cut {
+            Some(Cut::Zeros) => cut::zeros(format, spec),
+            _ => path.to_string(),
+        };
+        if let Some(drawn) = self.drawn.borrow().get(&known) {
             return Ok(drawn.clone());
         }
+        let matrix = self.draw_matrix(path, spec, format)?;
+        self.drawn.borrow_mut().insert(known, matrix.clone());
+        Ok(matrix)
+    }
+
+    fn vector(&self, path: &str, spec: &WeightSpec) -> Result<Vec<f32>> {
+        Ok(spec.cut_from(self.values(path, &spec.whole())))
+    }
+}
+
+impl RandomWeights {
+    fn draw_matrix(&self, path: &str, part: &WeightSpec, format: Format) -> Result<Matrix> {
+        let spec = &part.whole();
         let [rows, cols] = spec.shape[..] else {
             panic!("{path}: a matrix has two dimensions, not {:?}", spec.shape);
         };
-        let format = self.formats.get(path).copied().unwrap_or(self.dtype.into());
         let Some(dtype) = format.dtype() else {
             let (seed, init_std) = (seed_of(self.seed, path), self.init_std);
             let all = match spec.init {
@@ -150,11 +168,13 @@ impl WeightSource for RandomWeights {
                 }
                 Ok(())
             })?;
-            let data = self.backend.upload(&host, rows, cols)?;
-            let matrix = Matrix::new(format, cols, data);
-            self.drawn.borrow_mut().insert(path.into(), matrix.clone());
-            return Ok(matrix);
+            let (host, cols) = (cut::host(&host, path, part)?, part.shape[1]);
+            let data = self.backend.upload(&host, part.shape[0], cols)?;
+            return Ok(Matrix::new(format, cols, data));
         };
+        if part.cut == Some(Cut::Zeros) {
+            return Ok(Matrix::dense(self.backend.alloc(dtype, rows, cols)?));
+        }
         let mut data = self.backend.alloc(dtype, rows, cols)?;
         match spec.init {
             Init::Normal => {
@@ -163,12 +183,6 @@ impl WeightSource for RandomWeights {
             }
             _ => self.backend.write(&self.values(path, spec), &mut data)?,
         }
-        let matrix = Matrix::dense(data);
-        self.drawn.borrow_mut().insert(path.into(), matrix.clone());
-        Ok(matrix)
-    }
-
-    fn vector(&self, path: &str, spec: &WeightSpec) -> Result<Vec<f32>> {
-        Ok(self.values(path, spec))
+        Ok(Matrix::dense(cut::device(&data, part, &*self.backend)?))
     }
 }

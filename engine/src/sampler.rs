@@ -1,17 +1,20 @@
 //! From logits to a token.
 //!
-//! In this order, as transformers' processors and OpenAI's parameters define them:
+//! In this order, as transformers' processors and OpenAI's parameters define them, once a [`Constraint`] has left only
+//! the tokens that it allows:
 //!
 //! 1. repetition penalty `r`, once for every distinct token of prompt and output: `l > 0 ? l / r : l * r`
 //! 2. presence `a` and frequency `b` penalties over the generated tokens: `l -= a * (n > 0) + b * n`
 //! 3. logit bias: `l += bias`
 //! 4. temperature `l / t`, then top-k, top-p, min-p, then one draw
 //!
-//! Log-probabilities are those of the model: log-softmax of the logits before step 1.
+//! Log-probabilities are those of the model: log-softmax of the logits before all of it.
 //! The draw for the n-th generated token depends on (seed, n) alone, so a sequence comes out the same
 //! alone or in a batch, in chunks, or after it was preempted and resumed.
 
 use std::fmt;
+
+use crate::constraint::{self, Constraint, Follower};
 
 /// How one sequence is sampled. The default is plain sampling at temperature 1.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +39,8 @@ pub struct SamplingParams {
     pub seed: u64,
     /// With `Some(k)`, every token comes with its log-probability and the `k` likeliest ones.
     pub logprobs: Option<usize>,
+    /// The form that the generated text must have.
+    pub constraint: Option<Constraint>,
 }
 
 impl Default for SamplingParams {
@@ -51,6 +56,7 @@ impl Default for SamplingParams {
             logit_bias: Vec::new(),
             seed: 0,
             logprobs: None,
+            constraint: None,
         }
     }
 }
@@ -220,12 +226,29 @@ pub enum SampleError {
         /// How many logits there are.
         vocab: usize,
     },
+    /// The text is not what the constraint allows, or that is too much to follow.
+    #[error(transparent)]
+    Constraint(#[from] constraint::Error),
 }
 
-/// Samples one sequence. Holds scratch memory only: equal calls give equal tokens.
+impl SampleError {
+    /// Whether it is this sequence's alone: its constraint or its penalties leave nothing to choose.
+    pub fn is_of_sequence(&self) -> bool {
+        match self {
+            SampleError::Constraint(_)
+            | SampleError::Nothing { .. }
+            | SampleError::Infinite { .. } => true,
+            SampleError::Nan { .. } | SampleError::Token { .. } => false,
+        }
+    }
+}
+
+/// Samples one sequence. Holds scratch memory only, and where it stands in its constraint, which it finds from what
+/// was generated: equal calls give equal tokens.
 #[derive(Debug)]
 pub struct Sampler {
     params: SamplingParams,
+    follower: Option<Follower>,
     adjusted: Vec<f32>,          // (V)
     counts: Vec<u32>,            // (V) occurrences, zero between calls
     candidates: Vec<(u32, f32)>, // token, logit
@@ -236,6 +259,7 @@ impl Sampler {
     pub fn new(params: SamplingParams, vocab: usize) -> Result<Self, SamplingFaults> {
         params.check(vocab)?;
         Ok(Self {
+            follower: params.constraint.as_ref().map(Constraint::begin),
             params,
             adjusted: Vec::new(),
             counts: Vec::new(),
@@ -251,7 +275,18 @@ impl Sampler {
     /// Whether it takes the largest logit and needs to know no more of them.
     pub fn takes_likeliest(&self) -> bool {
         let greedy = self.params.temperature == 0.0 || self.params.top_k == 1;
-        greedy && !self.params.changes_logits() && self.params.logprobs.is_none()
+        greedy
+            && self.follower.is_none()
+            && !self.params.changes_logits()
+            && self.params.logprobs.is_none()
+    }
+
+    /// Whether what was `generated` before it is what its constraint allows.
+    pub fn follow(&mut self, generated: &[u32]) -> Result<(), constraint::Error> {
+        match &mut self.follower {
+            Some(follower) => follower.follow(generated),
+            None => Ok(()),
+        }
     }
 
     /// The token after `prompt` and `generated`, from its logits (V).
@@ -263,12 +298,17 @@ impl Sampler {
     ) -> Result<Sampled, SampleError> {
         let position = generated.len();
         let best = checked_argmax(logits, position)?;
-        let token = if self.params.changes_logits() {
+        let token = if self.follower.is_some() || self.params.changes_logits() {
             let mut adjusted = std::mem::take(&mut self.adjusted);
             adjusted.clear();
             adjusted.extend_from_slice(logits);
-            let token = self
-                .adjust(&mut adjusted, prompt, generated)
+            let restricted = match &mut self.follower {
+                Some(follower) => follower.restrict(generated, &mut adjusted),
+                None => Ok(()),
+            };
+            let token = restricted
+                .map_err(SampleError::Constraint)
+                .and_then(|()| self.adjust(&mut adjusted, prompt, generated))
                 .and_then(|()| checked_argmax(&adjusted, position))
                 .map(|best| self.choose(&adjusted, best, position));
             self.adjusted = adjusted;

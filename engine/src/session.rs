@@ -26,7 +26,7 @@ use crate::ids::{SeqId, TokenId};
 use crate::lookup::Lookup;
 use crate::prefix_cache::Cache;
 use crate::runner::{self, Network, Point, Row, Runner};
-use crate::sampler::{Sampled, Sampler, SamplingParams};
+use crate::sampler::{SampleError, Sampled, Sampler, SamplingParams};
 use crate::scheduler::{Event, Scheduler, SchedulerConfig, Step};
 use crate::sequence::{Limits, Reason, Sequence, SequenceRequest};
 use crate::state_store::{StateSize, StateStore};
@@ -90,6 +90,8 @@ pub struct Engine {
     scheduler: Scheduler,
     config: EngineConfig,
     samplers: BTreeMap<SeqId, Sampler>,
+    /// Why sequences failed that did so alone.
+    failures: BTreeMap<SeqId, SampleError>,
     /// Of sequences that have generated, where guesses are made.
     lookups: BTreeMap<SeqId, Lookup>,
     snapshots: BTreeMap<SnapshotId, Snapshot>,
@@ -153,13 +155,14 @@ impl Engine {
             slots,
             kv_dtype: config.kv_dtype,
         };
-        let store = StateStore::new(graph, size, network.backend.clone())?;
+        let store = StateStore::new(&network, size)?;
         let runner = Runner::new(network.clone(), store, config.token_budget)?;
         Ok(Engine {
             runner,
             scheduler,
             config,
             samplers: BTreeMap::new(),
+            failures: BTreeMap::new(),
             lookups: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             next_snapshot: 0,
@@ -280,9 +283,14 @@ impl Engine {
         Ok((sequence, sampler))
     }
 
-    /// A second sequence with the tokens and the state of `id`, sampled by `sampling` from here on.
+    /// A second sequence with the tokens and the state of `id`, sampled by `sampling` from here on. What was
+    /// generated must be what a constraint of `sampling` allows.
     pub fn fork(&mut self, id: SeqId, sampling: SamplingParams) -> Result<SeqId, Error> {
-        let sampler = Sampler::new(sampling, self.network().graph.vocab)?;
+        let mut sampler = Sampler::new(sampling, self.network().graph.vocab)?;
+        if let Some(sequence) = self.sequence(id) {
+            let followed = sampler.follow(sequence.generated());
+            followed.map_err(SampleError::Constraint)?;
+        }
         let fork = self.scheduler.fork(id)?;
         if let Some((from, to)) = fork.copy {
             self.runner
@@ -305,12 +313,18 @@ impl Engine {
     /// Forgets a sequence, whatever it is doing.
     pub fn remove(&mut self, id: SeqId) -> bool {
         self.samplers.remove(&id);
+        self.failures.remove(&id);
         if let Some(cache) = &mut self.cache {
             cache.reuses.remove(&id);
             cache.marks.remove(&id);
         }
         self.lookups.remove(&id);
         self.scheduler.remove(id)
+    }
+
+    /// Why a sequence failed in a step that was right for the others, until it is removed.
+    pub fn failure(&self, id: SeqId) -> Option<&SampleError> {
+        self.failures.get(&id)
     }
 
     /// Runs one step; what came of it is in [`Engine::outputs`]. False when there is nothing to do.
@@ -362,6 +376,7 @@ impl Engine {
             Ok(()) => {
                 self.scheduler
                     .done(&self.batch, &self.tokens, &mut self.events);
+                self.end_failed();
                 // Tokens are in `outputs` already, with their log-probabilities.
                 for event in self.events.drain(..) {
                     if let Event::Finished { id, reason } = event {
@@ -376,6 +391,20 @@ impl Engine {
                 self.scheduler.failed(&self.batch, &mut self.events);
                 self.events.clear();
                 Err(error)
+            }
+        }
+    }
+
+    /// Ends the sequences of the step that failed alone.
+    fn end_failed(&mut self) {
+        let reason = Reason::Failed;
+        for span in &self.batch.spans {
+            let id = span.seq;
+            if self.failures.contains_key(&id) {
+                self.scheduler.finish(id, reason);
+                self.events
+                    .retain(|event| !matches!(event, Event::Finished { id: of, .. } if *of == id));
+                self.events.push(Event::Finished { id, reason });
             }
         }
     }
@@ -447,7 +476,7 @@ impl Engine {
 
         self.tokens.clear();
         let (samplers, tokens, outputs) = (&mut self.samplers, &mut self.tokens, &mut self.outputs);
-        let said = &mut self.said;
+        let (said, failures) = (&mut self.said, &mut self.failures);
         let (mut at, mut failed) = (0, None);
         // Tokens of the span that were chosen, and whether the next row follows them.
         let (mut chosen, mut follows) = (0, true);
@@ -526,6 +555,12 @@ impl Engine {
                         id: span.seq,
                         sampled,
                     });
+                }
+                Err(error) if error.is_of_sequence() => {
+                    failures.insert(span.seq, error);
+                    // Whatever it is, nobody is told of it: the scheduler counts one for each span.
+                    tokens.push((span.seq, batch.tokens[row]));
+                    follows = false;
                 }
                 Err(error) => failed = Some(error),
             }

@@ -8,12 +8,15 @@
 //! NODE.keys, NODE.values       (tokens, cols)              of an attention layer
 //! ```
 //!
+//! Of ranks, which have parts of a layer's state, `@RofN` stands behind the name: such a file is for N ranks.
+//!
 //! `__metadata__` has texts: `format`, `plan`, `weights`, `activations`, `snapshots` (numbers of tokens, ascending;
 //! the last is all), and notes of whoever wrote it. Files are mapped: what is not asked for is not read.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 mod read;
 mod write;
@@ -21,7 +24,7 @@ mod write;
 pub use read::StateFile;
 pub(crate) use write::{Content, Slots, write};
 
-use strata_kernels::{DType, Tensor};
+use strata_kernels::{Backend, DType, Tensor};
 
 use crate::session::{self, Engine, Snapshot, SnapshotId};
 
@@ -73,6 +76,7 @@ struct Part {
     name: String,
     dtype: DType,
     source: Source,
+    backend: Arc<dyn Backend>,
 }
 
 enum Source {
@@ -101,10 +105,16 @@ fn parts(engine: &Engine) -> Vec<Part> {
     let graph = &engine.network().graph;
     let mut slots = 0;
     let part = |p: crate::state_store::StatePart<'_>| {
-        let name = format!("{}.{}", graph.nodes[p.node].name, p.name);
+        let of = match p.rank {
+            Some((rank, count)) => format!("@{rank}of{count}"),
+            None => String::new(),
+        };
+        let name = format!("{}.{}{of}", graph.nodes[p.node].name, p.name);
+        let backend = p.backend.clone();
         if p.paged {
             return Part {
                 name,
+                backend,
                 dtype: p.tensor.dtype(),
                 source: Source::Pages(p.tensor.clone()),
             };
@@ -112,6 +122,7 @@ fn parts(engine: &Engine) -> Vec<Part> {
         slots += 1;
         Part {
             name,
+            backend,
             dtype: DType::F32,
             source: Source::Slot(slots - 1, p.shape),
         }

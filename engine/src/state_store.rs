@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use strata_kernels::{Backend, DType, Result, Tensor};
-use strata_layers::graph::Graph;
-use strata_layers::{LayerState, StateSpec};
+use strata_layers::graph::Node;
+use strata_layers::{LayerState, Part, StateSpec};
+
+use crate::runner::{Network, Stage};
 
 /// How much state there is room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,19 +21,31 @@ pub struct StateSize {
     pub kv_dtype: DType,
 }
 
-/// Every layer's state.
+/// Every layer's state, on every device.
 pub struct StateStore {
-    /// By node of the graph.
-    pub layers: Vec<LayerState>,
-    specs: Vec<StateSpec>,
+    /// By stage of the network.
+    pub(crate) stages: Vec<StageState>,
     size: StateSize,
-    backend: Arc<dyn Backend>,
 }
 
-impl StateStore {
-    /// Zeroed state for a graph. Memory is committed as it is first written.
-    pub fn new(graph: &Graph, size: StateSize, backend: Arc<dyn Backend>) -> Result<Self> {
-        let specs: Vec<StateSpec> = graph.nodes.iter().map(|n| n.state.clone()).collect();
+/// The state of one stage: pages and slots have the same numbers in all of them.
+pub(crate) struct StageState {
+    /// By node of the graph; nothing of those that run elsewhere.
+    pub layers: Vec<LayerState>,
+    specs: Vec<StateSpec>,
+    backend: Arc<dyn Backend>,
+    /// Which of so many ranks it is of.
+    rank: Option<(usize, usize)>,
+}
+
+impl StageState {
+    fn new(stage: &Stage, size: StateSize) -> Result<Self> {
+        let backend = &stage.backend;
+        let here = |(i, node): (usize, &Node)| match stage.nodes.contains(&i) {
+            true => node.state.clone(),
+            false => StateSpec::default(),
+        };
+        let specs: Vec<StateSpec> = stage.graph.nodes.iter().enumerate().map(here).collect();
         let layer = |spec: &StateSpec| {
             let rows = size.pages * size.page_size;
             let page = |cols| backend.alloc(size.kv_dtype, rows, cols);
@@ -39,28 +53,70 @@ impl StateStore {
                 Some(p) => Some([page(p.keys)?, page(p.values)?]),
                 None => None,
             };
-            let part =
-                |p: &strata_layers::Part| backend.alloc(DType::F32, size.slots, p.elements());
+            let part = |p: &Part| backend.alloc(DType::F32, size.slots, p.elements());
             let slot = spec.slot.iter().map(part).collect::<Result<_>>()?;
             Ok(LayerState { pages, slot })
         };
-        let layers = specs.iter().map(layer).collect::<Result<_>>()?;
-        Ok(StateStore {
-            layers,
+        Ok(StageState {
+            layers: specs.iter().map(layer).collect::<Result<_>>()?,
             specs,
-            size,
-            backend,
+            backend: backend.clone(),
+            rank: stage.rank.as_ref().map(|r| (r.index(), r.count())),
         })
     }
 
-    /// Bytes of all pages, and of all slots.
-    pub fn bytes(&self) -> (u64, u64) {
-        let pages = self.layers.iter().filter_map(|l| l.pages.as_ref());
-        let slots = self.layers.iter().flat_map(|l| &l.slot);
-        (
-            pages.flatten().map(|t| t.bytes() as u64).sum(),
-            slots.map(|t| t.bytes() as u64).sum(),
-        )
+    fn slot(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(|l| &l.slot)
+    }
+
+    fn pages(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers
+            .iter()
+            .filter_map(|l| l.pages.as_ref())
+            .flatten()
+    }
+
+    fn parts(&self) -> impl Iterator<Item = StatePart<'_>> {
+        let nodes = self.layers.iter().zip(&self.specs).enumerate();
+        nodes.flat_map(move |(node, (layer, spec))| {
+            let part = move |name, shape, tensor, paged| StatePart {
+                node,
+                rank: self.rank,
+                name,
+                shape,
+                tensor,
+                backend: &self.backend,
+                paged,
+            };
+            let slot = layer.slot.iter().zip(&spec.slot);
+            let slot = slot.map(move |(t, p)| part(p.name, [p.rows, p.cols], t, false));
+            let pages = layer.pages.iter().flat_map(move |pages| {
+                let named = ["keys", "values"].into_iter().zip(pages);
+                named.map(move |(name, t)| part(name, [0, t.cols()], t, true))
+            });
+            slot.chain(pages)
+        })
+    }
+}
+
+impl StateStore {
+    /// Zeroed state for a network. Memory is committed as it is first written.
+    pub fn new(network: &Network, size: StateSize) -> Result<Self> {
+        let stages = network.stages.iter();
+        Ok(StateStore {
+            stages: stages
+                .map(|stage| StageState::new(stage, size))
+                .collect::<Result<_>>()?,
+            size,
+        })
+    }
+
+    /// Bytes of all pages, and of all slots, of each stage.
+    pub fn bytes(&self) -> Vec<(u64, u64)> {
+        let sum =
+            |tensors: &mut dyn Iterator<Item = &Tensor>| tensors.map(|t| t.bytes() as u64).sum();
+        let stage = |s: &StageState| (sum(&mut s.pages()), sum(&mut s.slot()));
+        self.stages.iter().map(stage).collect()
     }
 
     /// How much there is room for.
@@ -70,19 +126,23 @@ impl StateStore {
 
     /// Zeroes a slot.
     pub fn clear_slot(&mut self, slot: usize) -> Result<()> {
-        for part in self.layers.iter().flat_map(|l| &l.slot) {
-            self.backend.clear(&mut part.row_range(slot..slot + 1))?;
+        for stage in &self.stages {
+            for part in stage.slot() {
+                stage.backend.clear(&mut part.row_range(slot..slot + 1))?;
+            }
         }
         Ok(())
     }
 
     /// Copies a slot.
     pub fn copy_slot(&mut self, from: usize, to: usize) -> Result<()> {
-        for part in self.layers.iter().flat_map(|l| &l.slot) {
-            self.backend.copy(
-                &part.row_range(from..from + 1),
-                &mut part.row_range(to..to + 1),
-            )?;
+        for stage in &self.stages {
+            for part in stage.slot() {
+                let mut to = part.row_range(to..to + 1);
+                stage
+                    .backend
+                    .copy(&part.row_range(from..from + 1), &mut to)?;
+            }
         }
         Ok(())
     }
@@ -90,66 +150,32 @@ impl StateStore {
     /// Copies a page.
     pub fn copy_page(&mut self, from: usize, to: usize) -> Result<()> {
         let rows = |page: usize| page * self.size.page_size..(page + 1) * self.size.page_size;
-        for pages in self
-            .layers
-            .iter()
-            .filter_map(|l| l.pages.as_ref())
-            .flatten()
-        {
-            self.backend
-                .copy(&pages.row_range(rows(from)), &mut pages.row_range(rows(to)))?;
+        for stage in &self.stages {
+            for pages in stage.pages() {
+                let mut to = pages.row_range(rows(to));
+                stage.backend.copy(&pages.row_range(rows(from)), &mut to)?;
+            }
         }
         Ok(())
     }
 
-    /// The tensors that make up one sequence's state: `(name, rows, cols, tensor)` for each part of
-    /// its slot, and then for the keys and values of each attention layer, of which the caller picks
-    /// the pages.
+    /// The tensors that make up one sequence's state: each part of its slot, and the keys and values of each
+    /// attention layer, of which the caller picks the pages.
     pub(crate) fn parts(&self) -> impl Iterator<Item = StatePart<'_>> {
-        self.layers
-            .iter()
-            .zip(&self.specs)
-            .enumerate()
-            .flat_map(|(node, (layer, spec))| {
-                let slot = layer
-                    .slot
-                    .iter()
-                    .zip(&spec.slot)
-                    .map(move |(tensor, part)| StatePart {
-                        node,
-                        name: part.name,
-                        shape: [part.rows, part.cols],
-                        tensor,
-                        paged: false,
-                    });
-                let pages = layer.pages.iter().flat_map(move |pages| {
-                    ["keys", "values"]
-                        .into_iter()
-                        .zip(pages)
-                        .map(move |(name, tensor)| StatePart {
-                            node,
-                            name,
-                            shape: [0, tensor.cols()],
-                            tensor,
-                            paged: true,
-                        })
-                });
-                slot.chain(pages)
-            })
-    }
-
-    /// The device that holds the state.
-    pub(crate) fn backend(&self) -> &Arc<dyn Backend> {
-        &self.backend
+        self.stages.iter().flat_map(StageState::parts)
     }
 }
 
 /// One tensor of the store.
 pub(crate) struct StatePart<'a> {
     pub node: usize,
+    /// Which of so many ranks it is of: a rank has the state of its part of a layer.
+    pub rank: Option<(usize, usize)>,
     pub name: &'static str,
     /// Rows and columns of one sequence's part; rows of a paged part are its tokens.
     pub shape: [usize; 2],
     pub tensor: &'a Tensor,
+    /// The device that holds it.
+    pub backend: &'a Arc<dyn Backend>,
     pub paged: bool,
 }

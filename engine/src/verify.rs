@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use strata_kernels::{Backend, DType, Format, random};
 
 use crate::ids::{SeqId, TokenId};
-use crate::runner::Network;
+use crate::runner::{Network, Stage};
 use crate::sampler::SamplingParams;
 use crate::scheduler::Chunk;
 use crate::sequence::Reason;
@@ -203,8 +203,12 @@ pub fn verify(
 
 /// How far results of a network may move, in standard deviations; 0 is not at all.
 pub fn tolerance(network: &Network) -> f32 {
-    let of = |format: &Format| network.backend.tolerance(network.activations, *format);
-    network.formats().iter().map(of).fold(0.0, f32::max)
+    let of = |stage: &Stage| {
+        let backend = stage.backend.clone();
+        let of = move |format: &Format| backend.tolerance(network.activations, *format);
+        network.formats().iter().map(of)
+    };
+    network.stages.iter().flat_map(of).fold(0.0, f32::max)
 }
 
 fn greedy() -> SamplingParams {

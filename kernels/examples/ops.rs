@@ -621,7 +621,14 @@ fn main() {
     for t in [32, 128, 512] {
         b.linear(t, 10_240, 2560, BF16, BF16);
     }
-    for (n, k) in [(2560, 5120), (2560, 8192), (288, 5120), (5120, 160)] {
+    for (n, k) in [
+        (2560, 5120),
+        (2560, 8192),
+        (288, 5120),
+        (5120, 160),
+        (3352, 768),
+        (768, 1536),
+    ] {
         b.linear(512, n, k, BF16, BF16);
     }
     // Beside BF16: percentages of its peak can pass a hundred, since products of bytes are faster.

@@ -81,6 +81,19 @@ pub trait Backend: Send + Sync {
     /// Copies between tensors of one shape and type.
     fn copy(&self, from: &Tensor, to: &mut Tensor) -> Result<()>;
 
+    /// Copies an F32 tensor of another device, `of`, behind all that was asked of that so far; what is asked of it
+    /// later comes after. Through host memory, unless devices know a shorter way.
+    fn receive(&self, from: &Tensor, of: &dyn Backend, to: &mut Tensor) -> Result<()> {
+        let mut room = vec![0.0; from.rows() * from.cols()];
+        of.read(from, &mut room)?;
+        self.write(&room, to)
+    }
+
+    /// Free and total bytes of memory of its own; none where it is the host's.
+    fn memory(&self) -> Result<Option<(u64, u64)>> {
+        Ok(None)
+    }
+
     /// Sets all elements to zero.
     fn clear(&self, tensor: &mut Tensor) -> Result<()>;
 

@@ -5,6 +5,7 @@
 //! plain reference. The same name in [`cpu`] is the fast path.
 
 pub mod backend;
+pub mod comm;
 pub mod cpu;
 pub mod cuda;
 pub mod error;
@@ -20,6 +21,7 @@ pub mod span;
 pub mod tensor;
 
 pub use backend::{Backend, Repeat};
+pub use comm::Rank;
 pub use error::{Error, Result};
 pub use format::Format;
 pub use matrix::Matrix;

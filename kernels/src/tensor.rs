@@ -292,6 +292,9 @@ unsafe impl Sync for HostMemory {}
 pub(crate) trait DeviceMemory: Send + Sync {
     /// Its first byte, among the device's addresses.
     fn address(&self) -> usize;
+
+    /// The device.
+    fn device(&self) -> &dyn std::any::Any;
 }
 
 #[derive(Clone)]
@@ -351,6 +354,19 @@ impl Tensor {
     /// Where the first element lies in a device's memory; none for a tensor of the host.
     pub(crate) fn device_address(&self) -> Option<u64> {
         matches!(self.memory, Memory::Device(_)).then(|| self.address() as u64)
+    }
+
+    /// The device that its memory is on; none for a tensor of the host.
+    pub(crate) fn device(&self) -> Option<&dyn std::any::Any> {
+        match &self.memory {
+            Memory::Device(memory) => Some(memory.device()),
+            _ => None,
+        }
+    }
+
+    /// Whether the host reaches its memory.
+    pub(crate) fn is_host(&self) -> bool {
+        matches!(self.memory, Memory::Owned(_) | Memory::Borrowed(_))
     }
 
     /// A shape without memory.

@@ -1,6 +1,8 @@
 //! Attention with grouped queries (Ainslie et al., 2023), with or without rotary positions, over all
 //! earlier tokens or a window of them.
 
+use std::ops::Range;
+
 use strata_kernels::ops::RmsNorm;
 use strata_kernels::{Result, Tensor};
 
@@ -11,6 +13,7 @@ use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
 use crate::params;
 use crate::rope::{Rope, Rotation};
+use crate::share::{Of, Share, grouped, scaled};
 use crate::state::StateSpec;
 use crate::weights::{Init, WeightSpec, Weights};
 use crate::yaml::{Faults, Value};
@@ -124,6 +127,34 @@ impl LayerSpec for Attention {
         self.shape().flops(position)
     }
 
+    /// Whole groups of query heads where there are enough; else queries that share keys and values with other
+    /// ranks'.
+    fn share(&self, _widths: &[usize], rank: Of) -> Option<std::result::Result<Share, String>> {
+        let (heads, kv_heads, dim) = (self.heads, self.kv_heads, self.head_dim);
+        let own = |[own, kv]: [Range<usize>; 2]| {
+            let spec = Attention {
+                heads: own.len(),
+                kv_heads: kv.len(),
+                scale: Some(self.scale.unwrap_or((dim as f64).powf(-0.5))),
+                ..self.clone()
+            };
+            let (q, kv) = (scaled(&own, dim), [scaled(&kv, dim)]);
+            let share = Share::new(spec)
+                .columns("o", heads * dim, q.clone(), rank)
+                .rows("k", kv_heads * dim, &kv)
+                .rows("v", kv_heads * dim, &kv);
+            let q = [q];
+            let share = share.rows("q", heads * dim, &q);
+            match self.qk_norm.as_ref().is_some_and(|n| n.per_head) {
+                true => share
+                    .rows("q_norm", heads * dim, &q)
+                    .rows("k_norm", kv_heads * dim, &kv),
+                false => share,
+            }
+        };
+        Some(grouped(heads, kv_heads, rank).map(own))
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let rope = self.rope.as_ref();
         let rotation = rope.map(|r| r.build(self.head_dim, weights)).transpose()?;
@@ -188,6 +219,7 @@ impl Layer for Ready {
         let v = self.v.apply(x, cx)?;
         let mut seen = cx.take(q.rows(), q.cols())?;
         self.shape.run(&q, Some((&k, &v)), &mut seen, cx)?;
-        self.o.forward(&seen, y, cx)
+        self.o.forward(&seen, y, cx)?;
+        cx.all_reduce(y)
     }
 }

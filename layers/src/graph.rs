@@ -8,6 +8,7 @@ use crate::image::Image;
 use crate::layer::LayerSpec;
 use crate::lower;
 use crate::plan::Plan;
+use crate::share::Of;
 use crate::state::StateSpec;
 use crate::weights::{Init, Role, WeightSpec};
 use crate::yaml::Faults;
@@ -18,7 +19,7 @@ pub type NodeId = usize;
 pub type ValueId = usize;
 
 /// What runs.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Graph {
     /// In running order.
     pub nodes: Vec<Node>,
@@ -48,7 +49,7 @@ pub struct Graph {
 }
 
 /// One operation of the graph.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Node {
     /// Where it stands in the plan, and the name of its state: `blocks.3.mamba1`.
     pub name: String,
@@ -65,7 +66,7 @@ pub struct Node {
 }
 
 /// What a node does.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Run {
     /// A layer.
     Layer {
@@ -139,6 +140,53 @@ impl Graph {
             add(bias.path("head"), bias);
         }
         list
+    }
+
+    /// What one of several ranks runs: its share of each layer that has shares, and all of the others. Which layers
+    /// cannot have so many, if there are any.
+    pub fn share(&self, rank: Of) -> Result<Graph, Vec<String>> {
+        let (mut graph, mut faults) = (self.clone(), Vec::new());
+        for (i, node) in self.nodes.iter().enumerate() {
+            let Run::Layer { spec, weights } = &node.run else {
+                continue;
+            };
+            let widths = self.widths_of(node);
+            match spec.share(&widths, rank) {
+                None => {}
+                Some(Err(why)) => faults.push(format!("{}: {why}", node.name)),
+                Some(Ok(share)) => {
+                    let (spec, weights) = (share.spec(), weights.clone());
+                    graph.nodes[i].state = spec.state(&widths);
+                    graph.nodes[i].run = Run::Layer { spec, weights };
+                }
+            }
+        }
+        if faults.is_empty() {
+            Ok(graph)
+        } else {
+            Err(faults)
+        }
+    }
+
+    /// The kinds of layers with matrices that every rank has whole.
+    pub fn unshared(&self) -> Vec<&'static str> {
+        let rank = Of {
+            index: 0,
+            count: 1,
+            experts: false,
+        };
+        let kind = |node: &Node| {
+            let Run::Layer { spec, .. } = &node.run else {
+                return None;
+            };
+            let widths = self.widths_of(node);
+            let large = spec.weights(&widths).iter().any(|w| w.role == Role::Matrix);
+            (large && spec.share(&widths, rank).is_none()).then(|| spec.kind())
+        };
+        let mut kinds: Vec<_> = self.nodes.iter().filter_map(kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        kinds
     }
 
     /// The widths of a node's inputs.

@@ -2,8 +2,9 @@
 
 use std::fmt::Debug;
 
-use strata_kernels::{Backend, DType, Ragged, Result, Tensor};
+use strata_kernels::{Backend, DType, Ragged, Rank, Result, Tensor};
 
+use crate::share::{Of, Share};
 use crate::state::{LayerState, Pages, StateSpec};
 use crate::weights::{WeightSpec, Weights};
 use crate::yaml::Value;
@@ -69,6 +70,12 @@ pub trait LayerSpec: Debug + Send + Sync {
         0.0
     }
 
+    /// What one of several ranks computes of it, for inputs of these widths; none for a layer that every rank has
+    /// whole, or why there cannot be so many ranks.
+    fn share(&self, _widths: &[usize], _rank: Of) -> Option<std::result::Result<Share, String>> {
+        None
+    }
+
     /// The layer with its weights on a device.
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>>;
 }
@@ -93,12 +100,24 @@ pub struct Context<'a> {
     pub scratch: &'a mut Scratch,
     /// What matrix products round their inputs to: F32 or BF16.
     pub activations: DType,
+    /// The place of this part of the layer among all parts; none if it is whole.
+    pub rank: Option<&'a Rank>,
 }
 
 impl Context<'_> {
     /// Scratch of `rows` × `cols` in f32. Its contents are whatever was there.
     pub fn take(&mut self, rows: usize, cols: usize) -> Result<Tensor> {
         self.scratch.floats.take(self.backend, rows, cols)
+    }
+
+    /// Replaces this part of a sum by the sum of all parts; a whole layer has it already.
+    pub fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
+        let Some(rank) = self.rank else {
+            return Ok(());
+        };
+        let mut room = || self.scratch.floats.take(self.backend, x.rows(), x.cols());
+        let room = [room()?, room()?, room()?];
+        rank.all_reduce(x, room)
     }
 
     /// Scratch for whole numbers.

@@ -31,6 +31,7 @@ mod rope;
 mod s4d;
 mod scale;
 mod selective_scan;
+pub mod share;
 mod slice;
 mod ssd_scan;
 
@@ -38,6 +39,7 @@ pub use graph::{Graph, NodeId, ValueId};
 pub use image::Image;
 pub use layer::{Context, Layer, LayerSpec, Scratch};
 pub use plan::Plan;
+pub use share::{Of, Share};
 pub use state::{LayerState, Pages, Part, StateSpec};
-pub use weights::{Init, Role, WeightSource, WeightSpec, Weights};
+pub use weights::{Cut, Init, Role, WeightSource, WeightSpec, Weights};
 pub use yaml::{Fault, Faults, Mark, Node};

@@ -3,6 +3,8 @@
 //! Some families normalise the three inputs of the scan (dt, B, C) by RMS before use, with learned
 //! weights or without.
 
+use std::ops::Range;
+
 use strata_kernels::ops::{Activation, RmsNorm, SelectiveScan};
 use strata_kernels::{Result, Tensor};
 
@@ -13,6 +15,7 @@ use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
 use crate::params;
 use crate::selective_scan::scan_flops;
+use crate::share::{Of, Share, even, shifted};
 use crate::state::{Part, StateSpec};
 use crate::weights::{Init, WeightSpec, Weights, transpose};
 use crate::yaml::{Faults, Value};
@@ -133,6 +136,26 @@ impl LayerSpec for Mamba1 {
         conv_flops(self.d_conv, self.d_inner) + scan_flops(self.d_inner, self.d_state)
     }
 
+    /// Channels. What is read of all of them to make dt, B and C is summed over the ranks.
+    fn share(&self, _widths: &[usize], rank: Of) -> Option<std::result::Result<Share, String>> {
+        let inner = self.d_inner;
+        let own = |own: Range<usize>| {
+            let spec = Mamba1 {
+                d_inner: own.len(),
+                ..self.clone()
+            };
+            let share = Share::new(spec)
+                .columns("out_proj", inner, own.clone(), rank)
+                .columns("x_proj", inner, own.clone(), rank)
+                .rows("in_proj", 2 * inner, &[own.clone(), shifted(&own, inner)]);
+            let names = ["conv", "dt_proj", "dt_bias", "a", "d"];
+            names.iter().fold(share, |share, name| {
+                share.rows(name, inner, std::slice::from_ref(&own))
+            })
+        };
+        Some(even(inner, rank).map(own))
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let (inner, taps, states) = (self.d_inner, self.d_conv, self.d_state);
         // Channels last, so that neighbouring channels are computed together.
@@ -202,7 +225,8 @@ impl Layer for Ready {
         self.conv.forward(&x, &mut u, cx)?;
         let mut ssm_state = cx.state.slot[1].clone();
 
-        let inputs = self.x_proj.apply(&u, cx)?; // (T, R + 2N)
+        let mut inputs = self.x_proj.apply(&u, cx)?; // (T, R + 2N)
+        cx.all_reduce(&mut inputs)?;
         let (rank, states) = (self.spec.dt_rank, self.spec.d_state);
         let dt_low = self.normed(0, inputs.columns(0..rank), cx)?;
         let b = self.normed(1, inputs.columns(rank..rank + states), cx)?;
@@ -224,6 +248,7 @@ impl Layer for Ready {
             ragged,
             y: &mut scanned,
         })?;
-        self.out_proj.forward(&scanned, y, cx)
+        self.out_proj.forward(&scanned, y, cx)?;
+        cx.all_reduce(y)
     }
 }

@@ -1,6 +1,8 @@
 //! The Mamba-2 mixer (Dao and Gu, 2024): one projection makes gate, input, B, C and step sizes; a causal
 //! convolution; a scan with one decay a head; a gate and perhaps a norm of groups.
 
+use std::ops::Range;
+
 use strata_kernels::ops::{self, Activation};
 use strata_kernels::{Result, Tensor};
 
@@ -10,6 +12,7 @@ use crate::linear::{Projection, projection};
 use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
 use crate::params;
+use crate::share::{Of, Share, grouped, scaled, shifted};
 use crate::ssd_scan::{
     Scan, Sizes, check_chunk, check_groups, check_steps, scan_weights, step_limit,
 };
@@ -182,8 +185,51 @@ impl LayerSpec for Mamba2 {
         conv_flops(self.d_conv, self.conv_width()) + self.sizes().flops(position)
     }
 
+    /// Heads, with the groups of B and C that they read. A gated norm whose groups end where ranks do is a part of
+    /// the norm; of another each rank has the whole, and gathers its row.
+    fn share(&self, _widths: &[usize], rank: Of) -> Option<std::result::Result<Share, String>> {
+        let (inner, states, width) = (self.inner(), self.states(), self.conv_width());
+        let own = |[own, groups]: [Range<usize>; 2]| {
+            let channels = scaled(&own, self.head_dim);
+            let parts = self.norm.as_ref().map(|n| n.groups.unwrap_or(self.groups));
+            // Channels of a group of the norm.
+            let part = parts.map(|parts| inner / parts);
+            let cut = part
+                .filter(|p| channels.start.is_multiple_of(*p) && channels.end.is_multiple_of(*p));
+            let norm = self.norm.as_ref().map(|norm| GateNorm {
+                groups: cut.map_or(parts, |part| Some(channels.len() / part)),
+                ..norm.clone()
+            });
+            let spec = Mamba2 {
+                heads: own.len(),
+                groups: groups.len(),
+                norm,
+                ..self.clone()
+            };
+            let b = shifted(&scaled(&groups, self.d_state), inner);
+            let taken = [channels.clone(), b.clone(), shifted(&b, states)];
+            let made: Vec<_> = std::iter::once(channels.clone())
+                .chain(taken.iter().map(|t| shifted(t, inner)))
+                .chain([shifted(&own, inner + width)])
+                .collect();
+            let share = Share::new(spec)
+                .columns("out_proj", inner, channels.clone(), rank)
+                .rows("in_proj", inner + width + self.heads, &made)
+                .rows("conv", width, &taken);
+            let share = ["dt_bias", "a", "d"].iter().fold(share, |share, name| {
+                share.rows(name, self.heads, std::slice::from_ref(&own))
+            });
+            match cut {
+                Some(_) => share.rows("norm", inner, &[channels]),
+                None => share.wider("norm", inner),
+            }
+        };
+        Some(grouped(self.heads, self.groups, rank).map(own))
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let (inner, states) = (self.inner(), self.states());
+        let norm = weights.optional_vector("norm")?;
         let mut conv = taps_first("conv", self.conv_width(), self.d_conv, weights)?;
         if let Some(by) = &self.in_scales {
             // The convolution is linear up to its bias, so that its taps may carry the multipliers.
@@ -215,7 +261,11 @@ impl LayerSpec for Mamba2 {
                 scale_input: true,
                 chunk: self.chunk_size,
             },
-            norm: weights.optional_vector("norm")?,
+            among: norm
+                .as_ref()
+                .filter(|n| n.cols() > inner)
+                .and(weights.columns_of("out_proj")),
+            norm,
             out_proj: Projection::build("out_proj", weights)?,
             spec: self.clone(),
         }))
@@ -228,6 +278,8 @@ struct Ready {
     conv: Convolution,
     scan: Scan,
     norm: Option<Tensor>,
+    /// Where its channels are among those that the norm is over, when these are more.
+    among: Option<Range<usize>>,
     out_proj: Projection,
 }
 
@@ -246,6 +298,19 @@ impl Ready {
     }
 
     fn normed(&self, x: &Tensor, norm: &GateNorm, cx: &mut Context<'_>) -> Result<Tensor> {
+        // Other ranks' channels come from them: beside zeros, so that the sum of all is what is gathered.
+        let gathered = match &self.among {
+            None => None,
+            Some(own) => {
+                let width = self.norm.as_ref().map_or(x.cols(), Tensor::cols);
+                let mut row = cx.take(x.rows(), width)?;
+                cx.backend.clear(&mut row)?;
+                cx.backend.copy(x, &mut row.columns(own.clone()))?;
+                cx.all_reduce(&mut row)?;
+                Some(row)
+            }
+        };
+        let x = gathered.as_ref().unwrap_or(x);
         let mut y = cx.take(x.rows(), x.cols())?;
         cx.backend.rms_norm(ops::RmsNorm {
             x,
@@ -254,7 +319,10 @@ impl Ready {
             groups: norm.groups.unwrap_or(self.spec.groups),
             y: &mut y,
         })?;
-        Ok(y)
+        Ok(match &self.among {
+            Some(own) => y.columns(own.clone()),
+            None => y,
+        })
     }
 
     fn gated(&self, x: &Tensor, z: &Tensor, cx: &mut Context<'_>) -> Result<Tensor> {
@@ -299,6 +367,7 @@ impl Layer for Ready {
                 self.normed(&gated, norm, cx)?
             }
         };
-        self.out_proj.forward(&mixed, y, cx)
+        self.out_proj.forward(&mixed, y, cx)?;
+        cx.all_reduce(y)
     }
 }

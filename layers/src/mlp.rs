@@ -1,11 +1,14 @@
 //! The feed-forward network: down(act(gate x) · up x), or down(act(up x)) without a gate.
 
+use std::ops::Range;
+
 use strata_kernels::ops::{Activate, Activation, Scale};
 use strata_kernels::{Result, Tensor};
 
 use crate::layer::{Context, Layer, LayerSpec};
 use crate::linear::{Projection, projection};
 use crate::param::{Check, Fields, Param};
+use crate::share::{Of, Share, even};
 use crate::weights::{WeightSpec, Weights};
 use crate::yaml::{Faults, Value};
 use crate::{params, words};
@@ -71,6 +74,21 @@ impl LayerSpec for Mlp {
         specs
     }
 
+    fn share(&self, _widths: &[usize], rank: Of) -> Option<std::result::Result<Share, String>> {
+        let own = |own: Range<usize>| {
+            let spec = Mlp {
+                d_ff: own.len(),
+                ..self.clone()
+            };
+            let share = Share::new(spec).columns("down", self.d_ff, own.clone(), rank);
+            let own = [own];
+            share
+                .rows("up", self.d_ff, &own)
+                .rows("gate", self.d_ff, &own)
+        };
+        Some(even(self.d_ff, rank).map(own))
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let gate = self
             .gated
@@ -119,6 +137,7 @@ impl Layer for Ready {
             act: self.act,
             y: y_inner,
         })?;
-        self.down.forward(&inner, y, cx)
+        self.down.forward(&inner, y, cx)?;
+        cx.all_reduce(y)
     }
 }

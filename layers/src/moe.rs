@@ -1,12 +1,15 @@
 //! A mixture of experts: a router picks `top_k` of the networks for each token, and their results are
 //! added, weighted by the router's scores.
 
+use std::ops::Range;
+
 use strata_kernels::ops::{Activate, Activation, Combine, ExpertLinear, Route, Score};
 use strata_kernels::{Matrix, Result, Tensor};
 
 use crate::layer::{Context, Layer, LayerSpec};
 use crate::linear::{Projection, projection};
 use crate::param::{Check, Fields, Param};
+use crate::share::{Of, Share, even};
 use crate::weights::{Init, WeightSpec, Weights};
 use crate::yaml::{Faults, Value};
 use crate::{params, words};
@@ -172,6 +175,38 @@ impl LayerSpec for Moe {
         }
     }
 
+    /// Experts are dealt out, and zeros stand for others', so that what a rank has none of adds nothing; or each
+    /// expert is cut.
+    fn share(&self, _widths: &[usize], rank: Of) -> Option<std::result::Result<Share, String>> {
+        let (experts, d_ff) = (self.experts, self.d_ff);
+        let names = ["gate", "up", "down"];
+        if rank.experts {
+            if experts < rank.count {
+                let count = rank.count;
+                return Some(Err(format!(
+                    "{experts} experts are too few for {count} devices"
+                )));
+            }
+            let owner = |e: usize| e * rank.count / experts;
+            let others = (0..experts).filter(|e| owner(*e) != rank.index);
+            let zeros = others.flat_map(|e| names.map(|name| format!("{name}.{e}")));
+            return Some(Ok(zeros.fold(Share::new(self.clone()), Share::zeros)));
+        }
+        let own = |own: Range<usize>| {
+            let spec = Moe {
+                d_ff: own.len(),
+                ..self.clone()
+            };
+            (0..experts).fold(Share::new(spec), |share, e| {
+                let [gate, up, down] = names.map(|name| format!("{name}.{e}"));
+                let rows = [own.clone()];
+                let share = share.columns(&down, d_ff, own.clone(), rank);
+                share.rows(&gate, d_ff, &rows).rows(&up, d_ff, &rows)
+            })
+        };
+        Some(even(d_ff, rank).map(own))
+    }
+
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>> {
         let experts = |name: &str| -> Result<Vec<Matrix>> {
             (0..self.experts)
@@ -253,6 +288,7 @@ impl Layer for Ready {
             x: &down,
             weights: &weights,
             y,
-        })
+        })?;
+        cx.all_reduce(y)
     }
 }

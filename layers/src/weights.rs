@@ -1,5 +1,7 @@
 //! The weights that layers want, and who hands them out.
 
+use std::ops::Range;
+
 use strata_kernels::{Backend, HostTensor, Matrix, Result, Tensor};
 
 /// One weight that a layer wants.
@@ -13,6 +15,29 @@ pub struct WeightSpec {
     pub role: Role,
     /// How it is drawn when there is no checkpoint.
     pub init: Init,
+    /// Which part of a weight it is; none if it is whole.
+    pub cut: Option<Cut>,
+}
+
+/// A part of a weight.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cut {
+    /// These rows, one run behind the other, of so many.
+    Rows {
+        /// Rows of the whole.
+        of: usize,
+        /// Those that are taken.
+        take: Vec<Range<usize>>,
+    },
+    /// These columns of so many, of a matrix.
+    Columns {
+        /// Columns of the whole.
+        of: usize,
+        /// Those that are taken.
+        take: Range<usize>,
+    },
+    /// Nothing of it: zeros.
+    Zeros,
 }
 
 impl WeightSpec {
@@ -24,6 +49,38 @@ impl WeightSpec {
             shape,
             role,
             init,
+            cut: None,
+        }
+    }
+
+    /// The weight that it is a part of.
+    pub fn whole(&self) -> WeightSpec {
+        let mut whole = WeightSpec {
+            cut: None,
+            ..self.clone()
+        };
+        match &self.cut {
+            Some(Cut::Rows { of, .. }) => whole.shape[0] = *of,
+            Some(Cut::Columns { of, .. }) => whole.shape[1] = *of,
+            Some(Cut::Zeros) | None => {}
+        }
+        whole
+    }
+
+    /// Of the elements of the whole weight those that it has.
+    pub fn cut_from(&self, values: Vec<f32>) -> Vec<f32> {
+        let row = self.shape[1..].iter().product::<usize>();
+        match &self.cut {
+            None => values,
+            Some(Cut::Zeros) => vec![0.0; self.elements()],
+            Some(Cut::Rows { take, .. }) => {
+                let rows = take.iter().map(|t| &values[t.start * row..t.end * row]);
+                rows.flatten().copied().collect()
+            }
+            Some(Cut::Columns { of, take }) => {
+                let rows = values.chunks(*of).map(|r| &r[take.clone()]);
+                rows.flatten().copied().collect()
+            }
         }
     }
 
@@ -34,6 +91,7 @@ impl WeightSpec {
             shape: shape.to_vec(),
             role: Role::Vector,
             init,
+            cut: None,
         }
     }
 
@@ -138,6 +196,14 @@ impl Weights<'_> {
     pub fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Tensor> {
         self.backend
             .upload(&HostTensor::from_f32(&[rows, cols], values)?, rows, cols)
+    }
+
+    /// Which columns of the whole matrix `name` the layer has, where it has a part.
+    pub fn columns_of(&self, name: &str) -> Option<Range<usize>> {
+        match &self.spec(name).cut {
+            Some(Cut::Columns { take, .. }) => Some(take.clone()),
+            _ => None,
+        }
     }
 
     fn spec(&self, name: &str) -> &WeightSpec {

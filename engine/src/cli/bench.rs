@@ -10,6 +10,7 @@ use super::output::{Terminal, bytes};
 use super::trace::Tracing;
 use super::{Common, Environment};
 use crate::bench::{BenchOptions, Figure, bench};
+use crate::load::LoadOptions;
 use crate::session::Engine;
 
 const AFTER: &str = "\
@@ -52,9 +53,12 @@ pub struct Bench {
 
 impl Bench {
     pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
-        let model = self
-            .common
-            .load(self.model.as_deref(), environment, terminal)?;
+        let tokens = self.depth + self.prompt + self.generate + 1;
+        let options = LoadOptions {
+            workload: Some((tokens as usize, usize::from(self.batch))),
+            ..self.common.load_options(self.model.as_deref(), environment)
+        };
+        let model = self.common.load_with(&options, terminal)?;
         let options = BenchOptions {
             prompt: self.prompt as usize,
             generate: self.generate as usize,

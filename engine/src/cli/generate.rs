@@ -9,6 +9,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::constrained::Form;
 use super::output::{Terminal, rate};
 use super::trace::Tracing;
 use super::{Common, Environment, catch_interrupts, interrupted, parse_token_ids, read_text};
@@ -32,6 +33,7 @@ Examples:
   strata generate --chat --prompt-file notes.md --prompt \"Where does Mara live?\"
   strata generate --chat --prompt-file notes.md --prompt \"Quote the second paragraph.\" --lookup 32
   strata generate ./Jamba2-3B --prompt \"Once\" --temperature 0.7 --top-p 0.9 --seed 1
+  strata generate --prompt \"Where?\" --json-schema '{\"type\": \"object\", \"properties\": {\"place\": {\"type\": \"string\"}}}'
   strata generate ./Jamba2-3B --token-ids 1,2,3 --max-tokens 8 --json";
 
 /// Continue a text
@@ -59,7 +61,7 @@ pub struct Generate {
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     /// Go on after an end-of-sequence token
-    #[arg(long)]
+    #[arg(long, conflicts_with = "form")]
     ignore_eos: bool,
     /// Feed the prompt so many tokens at a time
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -71,6 +73,8 @@ pub struct Generate {
     lookup: LookingUp,
     #[command(flatten)]
     tracing: Tracing,
+    #[command(flatten)]
+    form: Form,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -191,6 +195,7 @@ impl Sampling {
             logit_bias: self.logit_bias.clone(),
             seed: self.seed.unwrap_or(defaults.seed),
             logprobs: self.logprobs,
+            constraint: None,
         }
     }
 }
@@ -198,6 +203,7 @@ impl Sampling {
 impl Generate {
     pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
         // Read before loading: a mistake here should not cost a minute.
+        let form = self.form.source()?;
         let file = self.prompt_file.as_deref().map(read_text).transpose()?;
         let mut prompt = self.prompt.clone();
         if prompt.is_none() && file.is_none() && self.token_ids.is_none() {
@@ -235,7 +241,8 @@ impl Generate {
             config = config.with_chunk(chunk as usize);
         }
         let config = self.lookup.config(config, &model, terminal);
-        let sampling = self.sampling.params(&model);
+        let mut sampling = self.sampling.params(&model);
+        sampling.constraint = Form::constraint(form.as_ref(), &model, terminal)?;
         if self.sampling.seed.is_some() && sampling.temperature == 0.0 {
             terminal.note("greedy decoding: --seed has no effect without --temperature");
         }

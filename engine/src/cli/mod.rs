@@ -4,6 +4,7 @@ mod against;
 mod bench;
 mod chat;
 mod classify;
+mod constrained;
 mod convert;
 mod doc;
 mod generate;
@@ -26,6 +27,7 @@ use strata_kernels::DType;
 
 use crate::hub::HubOptions;
 use crate::load::{self, Calibration, CudaPlaces, LoadOptions, Model};
+use crate::placement::Parallel;
 use crate::recipe::Recipe;
 use crate::session::EngineConfig;
 use output::Terminal;
@@ -118,7 +120,8 @@ pub struct Source {
 pub struct Common {
     #[command(flatten)]
     source: Source,
-    /// Where to run: cpu, cuda (a GPU; cuda:1 is the second), or reference (plain loops, to settle arguments)
+    /// Where to run: cpu, cuda (a GPU; cuda:1 is the second), or reference (plain loops, to settle arguments);
+    /// several with commas between share the model: cuda:0,cuda:1
     #[arg(
         long,
         value_name = "DEVICE",
@@ -126,6 +129,13 @@ pub struct Common {
         help_heading = "Computing"
     )]
     device: String,
+    /// How several devices share the model: blocks one behind the other (pipeline), parts of every layer (tensor),
+    /// or those with experts whole (expert)
+    #[arg(long, value_enum, default_value_t = ParallelChoice::Auto, help_heading = "Computing")]
+    parallel: ParallelChoice,
+    /// Keep experts in the host's memory and multiply with them there; the rest is the device's
+    #[arg(long, value_enum, value_name = "WHERE", help_heading = "Computing")]
+    experts: Option<ExpertsChoice>,
     /// Compute type; auto is the checkpoint's
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
     dtype: DTypeChoice,
@@ -182,6 +192,30 @@ enum DTypeChoice {
     F16,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ParallelChoice {
+    Auto,
+    Pipeline,
+    Tensor,
+    Expert,
+}
+
+impl ParallelChoice {
+    fn chosen(self) -> Parallel {
+        match self {
+            ParallelChoice::Auto => Parallel::Auto,
+            ParallelChoice::Pipeline => Parallel::Pipeline,
+            ParallelChoice::Tensor => Parallel::Tensor,
+            ParallelChoice::Expert => Parallel::Expert,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ExpertsChoice {
+    Cpu,
+}
+
 impl DTypeChoice {
     fn chosen(self) -> Option<DType> {
         match self {
@@ -206,6 +240,9 @@ impl Source {
             card: self.card.clone(),
             random: self.random,
             device: "cpu".into(),
+            parallel: Parallel::Auto,
+            experts_on_host: false,
+            workload: None,
             dtype: None,
             quantize: None,
             calibrate: None,
@@ -220,6 +257,8 @@ impl Common {
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
         LoadOptions {
             device: self.device.clone(),
+            parallel: self.parallel.chosen(),
+            experts_on_host: self.experts == Some(ExpertsChoice::Cpu),
             dtype: self.dtype.chosen(),
             quantize: self.quantize.clone(),
             calibrate: self.calibrating.calibration(),

@@ -1,7 +1,9 @@
 //! `strata plan`.
 
+use std::collections::HashSet;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -10,10 +12,12 @@ use strata_kernels::DType;
 use strata_layers::{Graph, plan};
 
 use super::output::{Terminal, bytes};
-use super::{DTypeChoice, Environment, Source, read_text};
+use super::{DTypeChoice, Environment, ExpertsChoice, ParallelChoice, Source, read_text};
 use crate::estimate::{Estimate, estimate};
+use crate::fit::{self, Fit, Question};
 use crate::footprint::Footprint;
 use crate::load::{self, Planned};
+use crate::placement;
 use crate::plan_diff;
 use crate::recipe::{Recipe, Storage};
 use crate::session::EngineConfig;
@@ -81,6 +85,16 @@ pub struct Workload {
     /// Store matrices by this recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), block format, or file of a recipe
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find)]
     quantize: Option<Recipe>,
+    /// Say what goes where on these devices, and what they have room for: cuda:0,cuda:1; with limits cuda:0=40GB,cpu=16GB;
+    /// or sizes alone for devices that are not here: 80GB,80GB
+    #[arg(long, value_name = "DEVICES")]
+    device: Option<String>,
+    /// How several devices share the model
+    #[arg(long, value_enum, default_value_t = ParallelChoice::Auto)]
+    parallel: ParallelChoice,
+    /// Keep experts in the host's memory
+    #[arg(long, value_enum, value_name = "WHERE")]
+    experts: Option<ExpertsChoice>,
 }
 
 impl Plan {
@@ -119,7 +133,8 @@ impl Plan {
             } => {
                 let options = source.load_options(model.as_deref(), environment);
                 let planned = load::plan(&options, &mut terminal.load_progress())?;
-                out.write_all(workload.estimate(planned, source.json)?.as_bytes())
+                let text = workload.estimate(planned, environment, source.json)?;
+                out.write_all(text.as_bytes())
             }
             Plan::Diff {
                 left,
@@ -173,7 +188,7 @@ impl Plan {
 
 impl Workload {
     /// The estimate as text, or for scripts.
-    fn estimate(&self, planned: Planned, json: bool) -> Result<String> {
+    fn estimate(&self, planned: Planned, environment: &Environment, json: bool) -> Result<String> {
         let dtype = self.dtype.chosen().or(planned.declared_dtype());
         let dtype = dtype.unwrap_or(DType::F32);
         let storage = Storage {
@@ -190,11 +205,55 @@ impl Workload {
             unused_tensors: planned.unused.tensors,
             ..estimate(&planned.graph, &config, &storage, &footprint, rows)
         };
-        Ok(if json {
-            format!("{}\n", self.object(&planned, &config, &found))
-        } else {
-            self.text(&planned, &config, &found)
-        })
+        let text = match json {
+            true => String::new(),
+            false => self.text(&planned, &config, &found),
+        };
+        let mut object = self.object(&planned, &config, &found);
+        let Some(devices) = &self.device else {
+            return Ok(if json { format!("{object}\n") } else { text });
+        };
+        let rooms = rooms(devices, environment)?;
+        let graph = Arc::new(planned.graph);
+        let formats = graph.weights().into_iter();
+        let formats = formats.map(|w| (w.path.clone(), storage.of(&w))).collect();
+        let hosted = match self.experts {
+            Some(ExpertsChoice::Cpu) => placement::experts(&graph),
+            None => HashSet::new(),
+        };
+        let question = Question {
+            graph: &graph,
+            formats: &formats,
+            hosted: &hosted,
+            devices: &rooms,
+            parallel: self.parallel.chosen(),
+            kv: dtype,
+            context,
+            batch: self.batch as usize,
+        };
+        let fit = question.answer().map_err(anyhow::Error::msg)?;
+        let ways = match fit.fits() {
+            true => Vec::new(),
+            false => question.ways(&|recipe| fit::quantised(&question, recipe)),
+        };
+        if !json {
+            return Ok(text + &on_devices(&question, &fit, &ways));
+        }
+        let load = |l: &fit::Load| {
+            json!({
+                "device": l.device, "runs": l.runs, "room_bytes": l.room, "fits": l.fits(),
+                "weights_bytes": l.weights, "kv_bytes": l.kv, "state_bytes": l.state,
+                "buffer_bytes": l.buffers, "total_bytes": l.total(),
+            })
+        };
+        let loads: Vec<_> = fit.loads.iter().map(load).collect();
+        object["devices"] = json!(loads);
+        object["fits"] = json!(fit.fits());
+        object["host_bytes"] = json!(question.hosted_bytes());
+        object["context_that_fits"] = json!(fit.context);
+        object["batch_that_fits"] = json!(fit.batch);
+        object["would_fit_with"] = json!(ways);
+        Ok(format!("{object}\n"))
     }
 
     fn object(&self, planned: &Planned, config: &EngineConfig, e: &Estimate) -> serde_json::Value {
@@ -284,6 +343,60 @@ impl Workload {
         }
         text
     }
+}
+
+/// The devices that were named, and the bytes that each has room for.
+fn rooms(devices: &str, environment: &Environment) -> Result<Vec<(String, Option<u64>)>> {
+    let room = |device: load::Named| -> Result<(String, Option<u64>)> {
+        let known = device.limit.is_some() || matches!(&*device.name, "cpu" | "reference");
+        let room = if known {
+            device.limit
+        } else {
+            let (backend, _) = load::backend_at(&device.name, None, &environment.cuda)
+                .with_context(|| format!("{0}: give its memory, such as {0}=80GB", device.name))?;
+            backend.memory()?.map(|(free, _)| free)
+        };
+        Ok((device.said, room))
+    };
+    load::named(devices)?.into_iter().map(room).collect()
+}
+
+/// What goes where, as text.
+fn on_devices(question: &Question<'_>, fit: &Fit, ways: &[String]) -> String {
+    let mut text = String::from("on these devices\n");
+    let mut line = |line: &str| {
+        text.push_str("  ");
+        text.push_str(line);
+        text.push('\n');
+    };
+    fit::table(fit).iter().for_each(|l| line(l));
+    if !question.hosted.is_empty() {
+        let held = bytes(question.hosted_bytes());
+        line(&format!("the host: experts; {held} of weights"));
+    }
+    let sequences = |n: usize| match n {
+        1 => "1 sequence".to_string(),
+        n => format!("{} sequences", grouped(n as u64)),
+    };
+    if !fit.fits() {
+        let ways = match ways.is_empty() {
+            true => "nothing that was tried: a smaller model, or more devices".into(),
+            false => ways.join(", or "),
+        };
+        line(&format!("it does not fit; what would make it fit: {ways}"));
+    }
+    if let Some(context) = fit.context {
+        let (tokens, of) = (grouped(context as u64), sequences(question.batch));
+        line(&format!("room for {of} of {tokens} tokens each"));
+    }
+    if let Some(batch) = fit.batch {
+        let tokens = grouped(question.context as u64);
+        line(&format!(
+            "room for {} of {tokens} tokens each",
+            sequences(batch)
+        ));
+    }
+    text
 }
 
 /// Digits in groups of three.

@@ -7,28 +7,33 @@ mod convert_int8;
 mod convert_random;
 mod device;
 mod inspect;
+mod layout;
 mod limits;
 mod locate;
 mod model;
 mod stored;
 mod text_files;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::{Checkpoint, Config};
-use strata_kernels::{DType, Format};
+use strata_kernels::{Backend, DType, Format};
 use strata_layers::graph::GraphWeight;
 use strata_layers::yaml::Value;
-use strata_layers::{Faults, Role};
+use strata_layers::{Faults, Role, WeightSource};
 
+use crate::fit::{self, Question};
 use crate::footprint::Footprint;
 use crate::generation_config::{self, GenerationConfig};
+use crate::hosted::{Hosted, HostedWeights};
 use crate::hub::{self, HubOptions};
+use crate::placement::Parallel;
 use crate::random_weights::RandomWeights;
 use crate::recipe::{Recipe, Storage};
-use crate::runner::Network;
+use crate::runner::{Network, Placed};
 use crate::text;
 
 pub use strata_converters::files::map_file;
@@ -38,9 +43,11 @@ pub use calibrate::Calibration;
 pub use convert::{ConvertOptions, Converted, convert};
 pub use device::{CudaPlaces, Device, backend, backend_at};
 pub use inspect::{Inspected, Row, inspect};
+pub use layout::{Named, named};
 pub use locate::{Planned, plan};
 pub use model::{Limits, Model, dtype_of_word};
 
+use layout::Devices;
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
 use stored::{SCANNED_BYTES, Stored, main_format, non_finite};
@@ -60,8 +67,14 @@ pub struct LoadOptions {
     pub card: Option<PathBuf>,
     /// Weights drawn by this seed instead of a checkpoint's.
     pub random: Option<u64>,
-    /// `cpu`, `cuda`, `cuda:N` or `reference`.
+    /// `cpu`, `cuda`, `cuda:N` or `reference`; or several, with commas between.
     pub device: String,
+    /// How several devices share the model.
+    pub parallel: Parallel,
+    /// Whether experts stay in the host's memory.
+    pub experts_on_host: bool,
+    /// Tokens of a sequence and number of sequences that there must be room for; none is one of a page.
+    pub workload: Option<(usize, usize)>,
     /// Where a GPU's libraries may be, and where its kernels are kept.
     pub cuda: CudaPlaces,
     /// Compute type; none is the checkpoint's.
@@ -92,6 +105,8 @@ pub enum Error {
     Text(#[from] text::Error),
     #[error(transparent)]
     Generation(#[from] generation_config::Error),
+    #[error(transparent)]
+    Constraint(#[from] crate::constraint::Error),
     #[error("{path}: {source}")]
     Io {
         path: PathBuf,
@@ -135,7 +150,7 @@ impl LoadProgress for Silent {
 
 /// Loads a model.
 pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Model> {
-    let (backend, cpu) = backend_at(&options.device, options.threads, &options.cuda)?;
+    let devices = Devices::open(options)?;
     let located = locate(options, progress)?;
     let mut planned = planned(options, &located)?;
     let mut notes = Vec::new();
@@ -183,7 +198,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     };
 
     let weights = planned.graph.weights();
-    let footprint = Footprint::of(planned.graph()?)?;
+    let cpu = devices.cpu.clone();
     let threads = cpu.as_ref().map_or(1, |c| c.threads());
     // What a device does not compute, this machine prepares with all it has.
     let preparing = match &cpu {
@@ -228,15 +243,38 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
                 .collect()
         }
     };
-    let bytes = |w: &GraphWeight| formats[&w.path].bytes_of(&w.spec.shape).unwrap_or(0) as u64;
-    let weights_bytes = weights.iter().map(bytes).sum();
     let std = planned.plan.init_std;
-    let network = match &source {
-        Weights::Random(seed) => {
+    let graph = Arc::new(planned.graph);
+    let hosted = devices.hosted(options, &graph, &mut notes);
+    let (context, batch) = options.workload.unwrap_or((1, 1));
+    let question = Question {
+        graph: &graph,
+        formats: &formats,
+        hosted: &hosted,
+        devices: &devices.rooms(),
+        parallel: options.parallel,
+        kv: dtype,
+        context,
+        batch,
+    };
+    let fit = question.answer().map_err(Error::Input)?;
+    if !fit.fits() {
+        return Err(Error::Input(fit::refusal(&question, &fit)));
+    }
+    let weights_bytes = fit.loads.iter().map(|l| l.weights).sum::<u64>() + question.hosted_bytes();
+    let split = fit.spots.iter().any(|s| s.rank.is_some());
+    let whole = graph.unshared();
+    if split && !whole.is_empty() {
+        notes.push(format!(
+            "layers of kind {} have no parts: every device has them whole; --parallel pipeline has each once",
+            strata_layers::param::list_of(whole)
+        ));
+    }
+    let ranks = devices.ranks(&fit.spots);
+    let total: u64 = match &source {
+        Weights::Random(_) => {
             fits_memory(weights_bytes)?;
-            let drawn = RandomWeights::new(*seed, std, dtype, backend.clone());
-            let drawn = drawn.with_formats(formats, preparing, importance);
-            Network::build(planned.graph, &drawn, backend, activations)?
+            0
         }
         Weights::Checkpoint(mapping) => {
             notes.extend(non_finite(mapping, SCANNED_BYTES));
@@ -245,25 +283,70 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
             {
                 notes.push("matrices that are in blocks already stay in them".into());
             }
-            let total = mapping.rows().iter().map(|r| r.bytes as u64).sum();
-            progress.start("loading", total);
-            let drawn = RandomWeights::new(NEW_SEED, std, matrices, backend.clone());
-            let drawn = drawn.with_formats(formats.clone(), preparing, importance.clone());
-            let source = Stored::new(
-                mapping,
-                formats,
-                preparing,
-                drawn,
-                backend.clone(),
-                progress,
-            )
-            .weighing(importance);
-            let network = Network::build(planned.graph, &source, backend, activations)?;
-            source.finish();
-            network
+            mapping.rows().iter().map(|r| r.bytes as u64).sum()
         }
     };
+    if total > 0 {
+        progress.start("loading", total);
+    }
+    let progress = RefCell::new(progress);
+    // Of each device, as weights go straight to it.
+    let mut sources: Vec<Box<dyn WeightSource + '_>> = Vec::new();
+    let mut backends = Vec::new();
+    for backend in &devices.backends {
+        let (seed, wide) = match &source {
+            Weights::Random(seed) => (*seed, dtype),
+            Weights::Checkpoint(_) => (NEW_SEED, matrices),
+        };
+        let on = |backend: &Arc<dyn Backend>| -> Box<dyn WeightSource + '_> {
+            let drawn = RandomWeights::new(seed, std, wide, backend.clone());
+            let drawn = drawn.with_formats(formats.clone(), preparing, importance.clone());
+            let Weights::Checkpoint(mapping) = &source else {
+                return Box::new(drawn);
+            };
+            let (formats, backend) = (formats.clone(), backend.clone());
+            let stored = Stored::new(mapping, formats, preparing, drawn, backend, &progress);
+            Box::new(stored.weighing(importance.clone()))
+        };
+        let device = on(backend);
+        match &devices.host {
+            Some(host) if !hosted.is_empty() && backend.memory()?.is_some() => {
+                let paths = &hosted;
+                let host_weights = on(host);
+                sources.push(Box::new(HostedWeights {
+                    paths,
+                    host: host_weights,
+                    device,
+                }));
+                backends
+                    .push(Arc::new(Hosted::new(backend.clone(), host.clone())) as Arc<dyn Backend>);
+            }
+            _ => {
+                sources.push(device);
+                backends.push(backend.clone());
+            }
+        }
+    }
+    let parts = fit.spots.iter().zip(backends).zip(ranks);
+    let places = parts
+        .zip(&sources)
+        .map(|(((spot, backend), rank), source)| Placed {
+            backend,
+            source: &**source,
+            graph: spot.graph.clone(),
+            nodes: spot.nodes.clone(),
+            rank,
+        });
+    let network = Network::over(graph.clone(), places.collect(), activations)?;
+    drop(sources);
+    if total > 0 {
+        progress.into_inner().finish();
+    }
 
+    let footprint = match &fit.footprints[..] {
+        [one] => *one,
+        _ => Footprint::of((*graph).clone())?,
+    };
     let (tokenizer, generation, no_text) = match &located {
         Located::Files(files) => text_of(files, planned.plan.vocab)?,
         Located::Config(_) | Located::Plan(_) => (None, GenerationConfig::default(), None),
@@ -282,6 +365,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         kv_dtype: dtype,
         weights_bytes,
         footprint,
+        stages: fit.spots.into_iter().zip(fit.footprints).collect(),
         storage,
         threads,
         features: cpu.as_ref().map_or("plain loops", |c| c.features()),
@@ -291,6 +375,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         no_text,
         template,
         weights: source,
+        vocabulary: std::sync::OnceLock::new(),
     })
 }
 

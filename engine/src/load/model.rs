@@ -1,6 +1,6 @@
 //! A model that is ready to run.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use strata_converters::mapping::Mapping;
 use strata_kernels::DType;
@@ -10,17 +10,20 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::stored::non_finite;
 use super::{Error, Result};
+use crate::constraint::{self, Vocabulary};
 use crate::estimate::{self, Estimate};
 use crate::footprint::Footprint;
 use crate::generation;
 use crate::generation_config::GenerationConfig;
 use crate::perplexity;
+use crate::placement::Spot;
 use crate::recipe::Storage;
 use crate::runner::Network;
 use crate::sampler::SampleError;
 use crate::session::{self, EngineConfig};
 use crate::state_file::Fingerprint;
 use crate::text::{Chat, ChatTemplate, Tokenizer};
+use crate::tools::{self, Format, Tool};
 
 /// A model that is ready to run.
 pub struct Model {
@@ -40,6 +43,8 @@ pub struct Model {
     pub weights_bytes: u64,
     /// Bytes of activations that steps take.
     pub footprint: Footprint,
+    /// What each device runs, and bytes of activations that steps take there.
+    pub stages: Vec<(Spot, Footprint)>,
     /// How its weights are stored, for the most part.
     pub storage: Storage,
     /// Threads that compute.
@@ -55,6 +60,8 @@ pub struct Model {
     pub(super) cpu: Option<Arc<Cpu>>,
     pub(super) template: Option<String>,
     pub(super) weights: Weights,
+    /// Made when the first constraint is.
+    pub(super) vocabulary: OnceLock<std::result::Result<Arc<Vocabulary>, constraint::Error>>,
 }
 
 /// Where weights come from.
@@ -106,6 +113,15 @@ impl Model {
             .collect()
     }
 
+    /// What holds its output to a form. May take seconds: not for a thread that others wait for.
+    pub fn constrain(&self, source: &constraint::Source) -> Result<constraint::Constraint> {
+        let tokenizer = self.tokenizer()?;
+        let make = || Vocabulary::new(tokenizer, &self.eos());
+        let vocabulary = self.vocabulary.get_or_init(make).as_ref();
+        let compiled = vocabulary.map_err(Clone::clone)?.compile(source);
+        Ok(compiled?)
+    }
+
     /// Whether it has a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
@@ -117,20 +133,48 @@ impl Model {
         messages: &[serde_json::Value],
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let source = self.template.as_ref().ok_or_else(|| {
+        self.render_chat_with(messages, &[], add_generation_prompt)
+    }
+
+    /// The same with functions that the model may call: given to the template, or described in the system message
+    /// where the template knows none.
+    pub fn render_chat_with(
+        &self,
+        messages: &[serde_json::Value],
+        tools: &[Tool],
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let source = self.template_for(!tools.is_empty()).ok_or_else(|| {
             Error::Input(format!(
                 "{} has no chat template; use `strata generate` with the whole text",
                 self.name
             ))
         })?;
+        let knows = tools::knows_tools(source);
+        let messages = tools::prepare(messages, tools, Format::of_template(source), knows);
+        let told: Vec<serde_json::Value> = tools.iter().map(Tool::json).collect();
         let special_tokens = self.tokenizer.as_ref().map(|t| t.special_tokens());
         let chat = Chat {
-            messages,
+            messages: &messages,
+            tools: (knows && !told.is_empty()).then_some(&told[..]),
             add_generation_prompt,
             special_tokens,
             ..Chat::default()
         };
         Ok(ChatTemplate::new(source)?.render(&chat)?)
+    }
+
+    /// How the model writes calls of functions.
+    pub fn tool_format(&self) -> Format {
+        let template = self.template_for(true);
+        template.map(Format::of_template).unwrap_or_default()
+    }
+
+    fn template_for(&self, tools: bool) -> Option<&str> {
+        let own = self.template.as_deref()?;
+        let tokenizer = self.tokenizer.as_ref().filter(|_| tools);
+        let for_tools = tokenizer.and_then(|t| t.chat_template(None, true));
+        Some(for_tools.unwrap_or(own))
     }
 
     /// One line about the model.
@@ -264,6 +308,22 @@ impl Model {
     pub fn estimate(&self, config: &EngineConfig, rows: usize) -> Estimate {
         let graph = &self.network.graph;
         let estimate = estimate::estimate(graph, config, &self.storage, &self.footprint, rows);
+        let estimate = match &self.stages[..] {
+            [_] => estimate,
+            stages => Estimate {
+                // Ranks may keep the same keys, and each stage has buffers.
+                kv_bytes: config.pages(graph.prefix) as u64
+                    * (config.page_size * self.kv_dtype.size()) as u64
+                    * stages.iter().map(|(s, _)| s.page_elements()).sum::<u64>(),
+                state_bytes: config.slots() as u64
+                    * stages.iter().map(|(s, _)| s.slot_bytes()).sum::<u64>(),
+                buffer_bytes: stages
+                    .iter()
+                    .map(|(_, f)| f.bytes(config.token_budget, rows))
+                    .sum(),
+                ..estimate
+            },
+        };
         Estimate {
             // Of the types that the checkpoint has, which may differ from matrix to matrix.
             weight_bytes: self.weights_bytes,

@@ -8,9 +8,10 @@ use strata_converters::mapping::{self, Mapping};
 use strata_converters::{Config, transforms};
 use strata_kernels::{Backend, DType, Format, HostTensor, Matrix};
 use strata_layers::plan::is_new;
-use strata_layers::{WeightSource, WeightSpec};
+use strata_layers::{Cut, WeightSource, WeightSpec};
 
 use super::LoadProgress;
+use crate::cut;
 use crate::importance::Importance;
 use crate::quantize::quantize;
 use crate::random_weights::RandomWeights;
@@ -65,7 +66,7 @@ pub(super) fn non_finite(mapping: &Mapping, up_to: usize) -> Vec<String> {
 }
 
 /// A checkpoint's weights on a device.
-pub(super) struct Stored<'a> {
+pub(super) struct Stored<'a, 'p> {
     mapping: &'a Mapping,
     /// What each weight runs in.
     formats: HashMap<String, Format>,
@@ -75,10 +76,10 @@ pub(super) struct Stored<'a> {
     drawn: RandomWeights,
     backend: Arc<dyn Backend>,
     ready: RefCell<HashMap<String, Matrix>>,
-    progress: RefCell<&'a mut dyn LoadProgress>,
+    progress: &'a RefCell<&'p mut dyn LoadProgress>,
 }
 
-impl<'a> Stored<'a> {
+impl<'a, 'p> Stored<'a, 'p> {
     /// Matrices are converted to their `formats`, which differ from what is stored only where that has no
     /// blocks.
     pub(super) fn new(
@@ -87,9 +88,9 @@ impl<'a> Stored<'a> {
         threads: usize,
         drawn: RandomWeights,
         backend: Arc<dyn Backend>,
-        progress: &'a mut dyn LoadProgress,
+        progress: &'a RefCell<&'p mut dyn LoadProgress>,
     ) -> Self {
-        let (ready, progress) = (RefCell::default(), RefCell::new(progress));
+        let ready = RefCell::default();
         Stored {
             mapping,
             formats,
@@ -107,11 +108,6 @@ impl<'a> Stored<'a> {
         Stored { importance, ..self }
     }
 
-    /// Everything that was wanted is loaded.
-    pub(super) fn finish(&self) {
-        self.progress.borrow_mut().finish();
-    }
-
     fn host(&self, path: &str) -> strata_kernels::Result<HostTensor> {
         let host = self
             .mapping
@@ -127,19 +123,32 @@ impl<'a> Stored<'a> {
     }
 }
 
-impl WeightSource for Stored<'_> {
+impl WeightSource for Stored<'_, '_> {
     fn matrix(&self, path: &str, spec: &WeightSpec) -> strata_kernels::Result<Matrix> {
         if is_new(path) {
             return self.drawn.matrix(path, spec);
         }
-        if let Some(ready) = self.ready.borrow().get(path) {
+        let format = self.formats.get(path).copied();
+        let known = match (&spec.cut, format) {
+            (Some(Cut::Zeros), Some(format)) => cut::zeros(format, spec),
+            _ => path.to_string(),
+        };
+        if let Some(ready) = self.ready.borrow().get(&known) {
             return Ok(ready.clone());
         }
-        let host = self.host(path)?;
+        let whole = self.host(path)?;
+        let wanted = format.unwrap_or(whole.format());
+        // What is quantised here is cut behind that, so that a part has the bits of the whole.
+        let quantises = wanted != whole.format() && wanted.dtype().is_none();
+        let host = match quantises {
+            true => whole,
+            false => cut::host(&whole, path, spec)?,
+        };
+        let part = spec;
+        let spec = if quantises { &spec.whole() } else { spec };
         let [rows, cols] = spec.shape[..] else {
             panic!("{path}: a matrix has two dimensions, not {:?}", spec.shape);
         };
-        let wanted = self.formats.get(path).copied().unwrap_or(host.format());
         let matrix = match wanted.dtype() {
             _ if wanted == host.format() => {
                 let data = self.backend.upload(&host, rows, cols)?;
@@ -167,11 +176,12 @@ impl WeightSource for Stored<'_> {
                     op: "load",
                     why: format!("{path}: {error}"),
                 })?;
-                let data = self.backend.upload(&host, rows, cols)?;
+                let (host, cols) = (cut::host(&host, path, part)?, part.shape[1]);
+                let data = self.backend.upload(&host, part.shape[0], cols)?;
                 Matrix::new(wanted, cols, data)
             }
         };
-        self.ready.borrow_mut().insert(path.into(), matrix.clone());
+        self.ready.borrow_mut().insert(known, matrix.clone());
         Ok(matrix)
     }
 
@@ -179,6 +189,6 @@ impl WeightSource for Stored<'_> {
         if is_new(path) {
             return self.drawn.vector(path, spec);
         }
-        Ok(self.host(path)?.to_f32())
+        Ok(spec.cut_from(self.host(path)?.to_f32()))
     }
 }

@@ -3,6 +3,7 @@
 use strata_kernels::ops::{Gather, Likeliest, Linear};
 use strata_kernels::{Repeat, Result, Tensor};
 
+use super::lane::{End, Lane};
 use super::{Runner, Step};
 use crate::ids::TokenId;
 use crate::trace::Part;
@@ -30,20 +31,28 @@ impl Runner {
         sink: &mut dyn FnMut(usize, Row<'_>),
     ) -> Result<()> {
         let rows = self.begin(step);
-        let backend = self.network.backend.clone();
-        if step.is_decode(self.network.graph.vocab) {
-            let repeat = Repeat {
-                key: [self.id, !(self.scratch.bytes() as u64)],
-                ids: step.tokens,
-                ragged: step.ragged,
+        let decode = step.is_decode(self.network.graph.vocab);
+        self.all(rows, None, &|lane, state, onlookers| {
+            let mut choose = |lane: &mut Lane| {
+                lane.run(step, state, onlookers)?;
+                lane.choose(step.logits, rows)?;
+                onlookers.lap(Part::Head);
+                Ok(())
             };
-            backend.repeat(&repeat, &mut || self.choose(step, rows))?;
-        } else {
-            self.choose(step, rows)?;
-        }
+            if decode {
+                lane.repeat(step, true, &mut choose)
+            } else {
+                choose(lane)
+            }
+        })?;
         let count = step.logits.len();
+        let lane = self.lanes.iter().find(|lane| lane.end.is_some());
+        let (lane, end) = lane
+            .and_then(|l| Some((l, l.end.as_ref()?)))
+            .expect("some stage has the output matrix");
         let found = &mut self.host_likeliest[..count];
-        backend.read(&self.likeliest.first_rows(count), found)?;
+        let likeliest = end.likeliest.first_rows(count);
+        lane.stage.backend.read(&likeliest, found)?;
         if found.iter().any(|token| *token < 0.0) {
             return self.head(step.logits, rows, 0, &mut |row, logits| {
                 sink(row, Row::Logits(logits));
@@ -52,26 +61,6 @@ impl Runner {
         for (row, token) in step.logits.iter().zip(found) {
             sink(*row, Row::Likeliest(*token as TokenId));
         }
-        Ok(())
-    }
-
-    /// A step up to the likeliest tokens, all of it on the device.
-    fn choose(&mut self, step: &Step<'_>, rows: usize) -> Result<()> {
-        self.embed(step, rows)?;
-        self.lap(Part::Embedding);
-        self.nodes(step.ragged, rows, None)?;
-        let mut first = 0;
-        for wanted in step.logits.chunks(LOGIT_ROWS) {
-            let logits = self.project(wanted, rows)?;
-            let network = &self.network;
-            network.backend.likeliest(Likeliest {
-                x: &logits,
-                by: network.graph.logit_scale.unwrap_or(1.0) as f32,
-                y: &mut self.likeliest.row_range(first..first + wanted.len()),
-            })?;
-            first += wanted.len();
-        }
-        self.lap(Part::Head);
         Ok(())
     }
 
@@ -86,13 +75,14 @@ impl Runner {
         let network = self.network.clone();
         let graph = &network.graph;
         for (i, wanted) in wanted.chunks(LOGIT_ROWS).enumerate() {
-            let logits = if i * LOGIT_ROWS < projected {
-                self.logits.first_rows(wanted.len())
-            } else {
-                self.project(wanted, rows)?
+            let lane = self.end();
+            let backend = lane.stage.backend.clone();
+            let logits = match &lane.end {
+                Some(end) if i * LOGIT_ROWS < projected => end.logits.first_rows(wanted.len()),
+                _ => lane.project(wanted, rows)?,
             };
             let host = &mut self.host_logits[..wanted.len() * graph.vocab];
-            network.backend.read_rows(&logits, host, &mut |i, logits| {
+            backend.read_rows(&logits, host, &mut |i, logits| {
                 if let Some(by) = graph.logit_scale {
                     logits.iter_mut().for_each(|l| *l *= by as f32);
                 }
@@ -102,13 +92,59 @@ impl Runner {
         self.lap(Part::Head);
         Ok(())
     }
+}
+
+impl Lane {
+    /// Runs what comes again for as long as its sequences do; two kinds of it, told apart by `chooses`.
+    pub(super) fn repeat(
+        &mut self,
+        step: &Step<'_>,
+        chooses: bool,
+        operations: &mut dyn FnMut(&mut Lane) -> Result<()>,
+    ) -> Result<()> {
+        // Ranks wait for each other on the way, which nothing records.
+        if self.stage.rank.is_some() {
+            return operations(self);
+        }
+        // Scratch is another when it has grown; all else is there for as long as the lane.
+        let scratch = self.scratch.bytes() as u64;
+        let repeat = Repeat {
+            key: [self.id, if chooses { !scratch } else { scratch }],
+            ids: step.tokens,
+            ragged: step.ragged,
+        };
+        let backend = self.stage.backend.clone();
+        backend.repeat(&repeat, &mut || operations(self))
+    }
+
+    /// The likeliest tokens of `wanted` rows, all of it on the device; nothing in a stage without the output matrix.
+    fn choose(&mut self, wanted: &[usize], rows: usize) -> Result<()> {
+        let Some(End { likeliest, .. }) = &self.end else {
+            return Ok(());
+        };
+        let likeliest = likeliest.clone();
+        let mut first = 0;
+        for wanted in wanted.chunks(LOGIT_ROWS) {
+            let logits = self.project(wanted, rows)?;
+            self.stage.backend.likeliest(Likeliest {
+                x: &logits,
+                by: self.stage.graph.logit_scale.unwrap_or(1.0) as f32,
+                y: &mut likeliest.row_range(first..first + wanted.len()),
+            })?;
+            first += wanted.len();
+        }
+        Ok(())
+    }
 
     /// The last value's rows `wanted`, at most [`LOGIT_ROWS`], times the output matrix.
     pub(super) fn project(&mut self, wanted: &[usize], rows: usize) -> Result<Tensor> {
-        let (network, backend) = (&self.network, &*self.network.backend);
-        let x = self.value(network.graph.last, rows);
-        let mut picked = self.picked.first_rows(wanted.len());
-        let mut logits = self.logits.first_rows(wanted.len());
+        let (stage, backend) = (&self.stage, &*self.stage.backend);
+        let (Some((head, bias)), Some(end)) = (&stage.head, &self.end) else {
+            panic!("the output matrix is in another stage");
+        };
+        let x = self.value(stage.graph.last, rows);
+        let mut picked = end.picked.first_rows(wanted.len());
+        let mut logits = end.logits.first_rows(wanted.len());
         backend.gather(Gather {
             x: &x,
             rows: wanted,
@@ -116,9 +152,9 @@ impl Runner {
         })?;
         backend.linear(Linear {
             x: &picked,
-            w: &network.head,
-            bias: network.head_bias.as_ref(),
-            activations: network.activations,
+            w: head,
+            bias: bias.as_ref(),
+            activations: self.activations,
             y: &mut logits,
         })?;
         Ok(logits)

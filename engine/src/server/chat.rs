@@ -7,7 +7,7 @@ use axum::http::Response;
 use serde_json::{Map, Value, json};
 
 use super::Server;
-use super::constraint::{self, Wanted};
+use super::constraint::{self, Calling, Wanted};
 use super::error::{ApiError, json_response};
 use super::fields::{Faults, Fields};
 use super::job::End;
@@ -15,8 +15,10 @@ use super::messages;
 use super::request::{Asked, MOST_TOP};
 use super::said::{Said, Usage, collect, finish_reason};
 use super::stream::{self, Sse, Telling};
+use crate::generation::StopReason;
 use crate::ids::TokenId;
 use crate::sampler::Sampled;
+use crate::tools::{Call, Calls, Piece, ToolChoice};
 
 /// What one request wants, read and checked.
 struct Chat {
@@ -52,15 +54,20 @@ fn read(server: &Server, body: &Map<String, Value>) -> Result<Chat, ApiError> {
     let faults = Faults::default();
     let fields = Fields::new("", body, &faults);
     server.check_model(&fields)?;
-    let (asked, wanted) = read_common(server, &fields);
+    let (mut asked, wanted) = read_common(server, &fields);
     let messages = messages::read(&fields, "messages");
     let form = Wanted::of_chat(&fields);
     let document = fields.text("document");
     faults.finish()?;
-    constraint::of_request(&form)?;
+    if document.is_some() && !form.tools.is_empty() && form.choice != ToolChoice::None {
+        let message = "a document stands where functions would be described; leave one of them out";
+        return Err(ApiError::field("tools", message));
+    }
+    asked.hold_to(constraint::of_request(server, &form)?, server);
+    let tools = asked.calling.as_ref().map_or(&[][..], |c| &c.tools);
     let prompt = match document {
         Some(id) => server.encode_about(&*server.ready_document(id)?, &messages)?,
-        None => server.encode_chat(&messages)?,
+        None => server.encode_chat(&messages, tools)?,
     };
     finish(server, asked, prompt, wanted)
 }
@@ -135,7 +142,9 @@ async fn answer(server: Arc<Server>, chat: Chat) -> Result<Response<Body>, ApiEr
     };
     let mut ticket = server.submit(name, choices).await?;
     if head.asked.stream {
+        let reader = |calling: &Calling| vec![calling.reader(); count];
         let telling = Told {
+            calls: head.asked.calling.as_ref().map(reader),
             head,
             choices: count,
             usage: Usage::default(),
@@ -177,12 +186,29 @@ impl Head {
         json!({"content": content, "refusal": null})
     }
 
+    /// A call of a function.
+    fn call(&self, call: &Call) -> Value {
+        json!({
+            "id": self.server.name("call"), "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        })
+    }
+
     fn choice(&self, index: usize, said: &Said) -> Value {
+        let mut message = json!({"role": "assistant", "content": said.text, "refusal": null});
+        let mut called = false;
+        if let Some(calling) = &self.asked.calling {
+            let (text, calls) = calling.read(&said.text);
+            called = !calls.is_empty();
+            if called {
+                let text = text.trim();
+                message["content"] = (!text.is_empty()).then_some(text).into();
+                message["tool_calls"] = calls.iter().map(|call| self.call(call)).collect();
+            }
+        }
         let mut choice = json!({
-            "index": index,
-            "message": {"role": "assistant", "content": said.text, "refusal": null},
-            "logprobs": self.logprobs(&said.tokens),
-            "finish_reason": said.reason.map(finish_reason),
+            "index": index, "message": message, "logprobs": self.logprobs(&said.tokens),
+            "finish_reason": said.reason.map(|reason| finished(reason, called)),
         });
         if self.asked.token_ids {
             choice["token_ids"] = said.tokens.iter().map(|t| t.token).collect();
@@ -191,14 +217,54 @@ impl Head {
     }
 }
 
+/// How an answer ended, which may have called functions.
+fn finished(reason: StopReason, called: bool) -> &'static str {
+    match finish_reason(reason) {
+        "stop" if called => "tool_calls",
+        word => word,
+    }
+}
+
 /// The same as it comes.
 struct Told {
     head: Head,
     choices: usize,
+    /// Of each choice, if functions may be called.
+    calls: Option<Vec<Calls>>,
     usage: Usage,
 }
 
 impl Told {
+    fn called(&self, choice: usize) -> bool {
+        self.calls.as_ref().is_some_and(|c| c[choice].found() > 0)
+    }
+
+    /// The deltas of a text; with `last`, of the rest of it, too.
+    fn deltas(&mut self, choice: usize, text: &str, last: bool) -> Vec<Value> {
+        let Some(calls) = &mut self.calls else {
+            return match text {
+                "" => Vec::new(),
+                text => vec![json!({"content": text})],
+            };
+        };
+        let calls = &mut calls[choice];
+        let mut number = calls.found();
+        let mut pieces = calls.push(text);
+        if last {
+            pieces.extend(calls.finish());
+        }
+        let delta = |piece| match piece {
+            Piece::Text(text) => json!({"content": text}),
+            Piece::Call(call) => {
+                let mut call = self.head.call(&call);
+                call["index"] = number.into();
+                number += 1;
+                json!({"tool_calls": [call]})
+            }
+        };
+        pieces.into_iter().map(delta).collect()
+    }
+
     fn chunk(&self, index: usize, delta: Value, tokens: &[Sampled], end: Option<&End>) -> Value {
         let logprobs = if tokens.is_empty() {
             Value::Null
@@ -207,7 +273,7 @@ impl Told {
         };
         let mut choice = json!({
             "index": index, "delta": delta, "logprobs": logprobs,
-            "finish_reason": end.map(|end| finish_reason(end.reason)),
+            "finish_reason": end.map(|end| finished(end.reason, self.called(index))),
         });
         if self.head.asked.token_ids {
             choice["token_ids"] = tokens.iter().map(|t| t.token).collect();
@@ -230,15 +296,20 @@ impl Telling for Told {
 
     fn token(&mut self, choice: usize, sampled: Sampled, text: &str, out: &mut Sse) {
         let wanted = self.head.asked.token_ids || self.head.asked.sampling.logprobs.is_some();
-        if !text.is_empty() || wanted {
-            out.data(&self.chunk(choice, json!({"content": text}), &[sampled], None));
+        let mut deltas = self.deltas(choice, text, false);
+        if deltas.is_empty() && wanted {
+            deltas.push(json!({"content": ""}));
+        }
+        let mut tokens = vec![sampled];
+        for delta in deltas {
+            out.data(&self.chunk(choice, delta, &std::mem::take(&mut tokens), None));
         }
     }
 
     fn end(&mut self, choice: usize, end: End, out: &mut Sse) {
         self.usage.add(&end, choice == 0);
-        if !end.rest.is_empty() {
-            out.data(&self.chunk(choice, json!({"content": end.rest}), &[], None));
+        for delta in self.deltas(choice, &end.rest, true) {
+            out.data(&self.chunk(choice, delta, &[], None));
         }
         out.data(&self.chunk(choice, json!({}), &[], Some(&end)));
     }

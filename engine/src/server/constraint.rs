@@ -1,10 +1,14 @@
 //! What a request asks of the form of an answer: JSON, a schema, calls of tools.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use super::Server;
 use super::error::ApiError;
 use super::fields::Fields;
+use crate::constraint::Constraint;
+use crate::ids::TokenId;
 use crate::text::describe;
+use crate::tools::{self, Call, Calls, Form, Piece, Tool, ToolChoice};
 
 /// What a request asks of the form of its answer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -34,31 +38,6 @@ pub enum Format {
         /// The schema.
         schema: Value,
     },
-}
-
-/// A function that the model may call.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Tool {
-    /// Its name.
-    pub name: String,
-    /// What it is for.
-    pub description: Option<String>,
-    /// The schema of its arguments.
-    pub parameters: Value,
-}
-
-/// Which tools are to be called.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub enum ToolChoice {
-    /// As the model likes.
-    #[default]
-    Auto,
-    /// None.
-    None,
-    /// At least one.
-    Required,
-    /// This one.
-    Named(String),
 }
 
 impl Wanted {
@@ -227,20 +206,88 @@ fn read_choice(fields: &Fields<'_>, nested: bool) -> ToolChoice {
     }
 }
 
-/// What holds an answer to what is wanted of it.
-pub fn of_request(wanted: &Wanted) -> Result<(), ApiError> {
-    let not_yet = |param: &str, what: &str| {
-        let message = format!("{what} cannot be promised by this server yet; leave `{param}` out");
-        Err(ApiError::field(param, message).with_code("not_supported"))
-    };
-    match wanted.format {
-        Format::Text => {}
-        Format::JsonObject | Format::JsonSchema { .. } => {
-            return not_yet("response_format", "answers of a given form");
+/// What holds an answer to what is wanted of it, and what its text is read for.
+#[derive(Debug, Clone, Default)]
+pub struct Promise {
+    /// The form of the text.
+    pub constraint: Option<Constraint>,
+    /// What is told to the model, and found in its text.
+    pub calling: Option<Calling>,
+}
+
+/// Functions that an answer may call.
+#[derive(Debug, Clone)]
+pub struct Calling {
+    /// The functions.
+    pub tools: Vec<Tool>,
+    /// How calls stand in the text.
+    format: tools::Format,
+    /// Special tokens that are part of calls.
+    pub marks: Vec<TokenId>,
+}
+
+impl Calling {
+    /// What finds calls in one answer.
+    pub fn reader(&self) -> Calls {
+        let names = self.tools.iter().map(|tool| tool.name.clone());
+        Calls::new(self.format, names.collect())
+    }
+
+    /// The text and the calls of a whole answer.
+    pub fn read(&self, text: &str) -> (String, Vec<Call>) {
+        let mut reader = self.reader();
+        let mut pieces = reader.push(text);
+        pieces.extend(reader.finish());
+        let (mut said, mut calls) = (String::new(), Vec::new());
+        for piece in pieces {
+            match piece {
+                Piece::Text(text) => said.push_str(&text),
+                Piece::Call(call) => calls.push(call),
+            }
         }
+        (said, calls)
     }
-    if !wanted.tools.is_empty() && wanted.choice != ToolChoice::None {
-        return not_yet("tools", "calls of tools");
+}
+
+/// What can be promised of an answer. Compiling takes a while: not for the threads that speak HTTP.
+pub fn of_request(server: &Server, wanted: &Wanted) -> Result<Promise, ApiError> {
+    let called = !wanted.tools.is_empty() && wanted.choice != ToolChoice::None;
+    let object = json!({"type": "object"});
+    let answer = match &wanted.format {
+        Format::Text => None,
+        Format::JsonObject => Some(&object),
+        Format::JsonSchema { schema, .. } => Some(schema),
+    };
+    if !called && answer.is_none() {
+        return Ok(Promise::default());
     }
-    Ok(())
+    let tokenizer = server.tokenizer()?;
+    let format = server.model.tool_format();
+    let form = Form {
+        tools: if called { &wanted.tools } else { &[] },
+        choice: &wanted.choice,
+        parallel: wanted.parallel,
+        answer,
+    };
+    let param = if answer.is_some() {
+        "response_format"
+    } else {
+        "tools"
+    };
+    let constraint = match form.source(format, tokenizer) {
+        None => None,
+        Some(source) => {
+            let compiled = server.model.constrain(&source);
+            Some(compiled.map_err(|e| ApiError::field(param, e.to_string()))?)
+        }
+    };
+    let calling = called.then(|| Calling {
+        tools: wanted.tools.clone(),
+        format,
+        marks: format.special_marks(tokenizer),
+    });
+    Ok(Promise {
+        constraint,
+        calling,
+    })
 }

@@ -46,8 +46,9 @@ pub struct Job {
     pub events: tokio::sync::mpsc::Sender<Event>,
     /// When it came.
     pub received: Instant,
-    /// A place among those that wait and run for each choice, free again when the job is dropped.
-    pub _place: OwnedSemaphorePermit,
+    /// A place among those that wait and run, for each choice: given back when the job is dropped.
+    #[expect(dead_code, reason = "it is held, not read")]
+    pub place: OwnedSemaphorePermit,
 }
 
 /// One sequence of a job.
@@ -65,6 +66,8 @@ pub struct Choice {
     pub sampling: SamplingParams,
     /// The log-probabilities of the prompt's tokens are wanted, with so many of the likeliest.
     pub score_prompt: Option<usize>,
+    /// Special tokens that are part of the text.
+    pub shown: Vec<TokenId>,
     /// The choice with the same prompt that reads it first.
     pub after: Option<usize>,
 }

@@ -11,6 +11,7 @@ use super::reading::{Reading, Status};
 use crate::document::{self, STAND_IN, Worded, Wording};
 use crate::ids::TokenId;
 use crate::text::describe;
+use crate::tools::Tool;
 
 /// Kinds of parts that are text.
 const TEXT_PARTS: [&str; 3] = ["text", "input_text", "output_text"];
@@ -118,20 +119,24 @@ pub fn text_of(fields: &Fields<'_>, content: &Value) -> Option<String> {
 }
 
 impl Server {
-    /// The tokens of a conversation, under the model's chat template.
-    pub fn encode_chat(&self, messages: &[Value]) -> Result<Vec<TokenId>, ApiError> {
-        let text = self.render(messages)?;
+    /// The tokens of a conversation in which functions may be called, under the model's chat template.
+    pub fn encode_chat(
+        &self,
+        messages: &[Value],
+        tools: &[Tool],
+    ) -> Result<Vec<TokenId>, ApiError> {
+        let text = self.render(messages, tools)?;
         self.encode(&text, false)
     }
 
-    fn render(&self, messages: &[Value]) -> Result<String, ApiError> {
+    fn render(&self, messages: &[Value], tools: &[Tool]) -> Result<String, ApiError> {
         if !self.model.has_chat_template() {
             return Err(ApiError::invalid(format!(
                 "{} has no chat template; use /v1/completions with the whole text",
                 self.model.name
             )));
         }
-        let rendered = self.model.render_chat(messages, true);
+        let rendered = self.model.render_chat_with(messages, tools, true);
         rendered.map_err(|error| ApiError::field("messages", error.to_string()))
     }
 
@@ -162,7 +167,7 @@ impl Server {
         }
         let mut whole = vec![json!({"role": "system", "content": STAND_IN})];
         whole.extend(messages.iter().cloned());
-        let after = document::behind(&wording as &dyn Wording, &self.render(&whole)?);
+        let after = document::behind(&wording as &dyn Wording, &self.render(&whole, &[])?);
         let after = after.map_err(unsteady)?;
         document
             .placed

@@ -21,6 +21,7 @@ mod library;
 mod messages;
 mod metrics;
 mod net;
+mod page;
 mod picture;
 mod reading;
 mod request;
@@ -396,7 +397,7 @@ impl Server {
             choices,
             events,
             received: Instant::now(),
-            _place: place,
+            place,
         };
         self.command(Command::Run(job))?;
         let allowed = Duration::from_secs(self.options.request_timeout);

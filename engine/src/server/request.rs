@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::Server;
+use super::constraint::{Calling, Promise};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::job::Choice;
@@ -39,6 +40,8 @@ pub struct Asked {
     pub include_usage: bool,
     /// Whether ids of tokens are wanted beside their text.
     pub token_ids: bool,
+    /// Functions that answers may call.
+    pub calling: Option<Calling>,
 }
 
 impl Asked {
@@ -75,6 +78,7 @@ impl Asked {
             logit_bias: logit_bias(server, fields),
             seed: fields.seed("seed").unwrap_or_else(random),
             logprobs: None,
+            constraint: None,
         };
         let options = fields.object("stream_options");
         let include_usage = options.is_some_and(|options| {
@@ -95,7 +99,17 @@ impl Asked {
             stream: fields.flag("stream").unwrap_or(false),
             include_usage,
             token_ids: fields.flag("return_token_ids").unwrap_or(false),
+            calling: None,
         }
+    }
+
+    /// Holds the answers to what was promised. A form ends by itself, at an end token.
+    pub fn hold_to(&mut self, promise: Promise, server: &Server) {
+        if promise.constraint.is_some() {
+            self.eos = server.model.eos();
+        }
+        self.sampling.constraint = promise.constraint;
+        self.calling = promise.calling;
     }
 
     /// The choices of these prompts, each of up to so many tokens: `n` for each prompt, one after the other, all but
@@ -130,6 +144,10 @@ impl Asked {
                         ..self.sampling.clone()
                     },
                     score_prompt,
+                    shown: self
+                        .calling
+                        .as_ref()
+                        .map_or(Vec::new(), |c| c.marks.clone()),
                     after: (i > 0).then_some(first),
                 });
             }

@@ -10,7 +10,7 @@ use axum::http::Response;
 use serde_json::{Map, Value, json};
 
 use super::Server;
-use super::constraint::{self, Wanted};
+use super::constraint::{self, Calling, Wanted};
 use super::error::{ApiError, json_response};
 use super::fields::{Faults, Fields};
 use super::job::End;
@@ -23,6 +23,7 @@ use crate::generation::StopReason;
 use crate::ids::TokenId;
 use crate::sampler::Sampled;
 use crate::text::describe;
+use crate::tools::{Call, Calls, Piece};
 
 /// Most bytes of conversations that are kept.
 const MOST_BYTES: usize = 64 << 20;
@@ -83,14 +84,17 @@ pub async fn respond(
         name: name.clone(),
         echo,
         logprobs: asked.sampling.logprobs.is_some(),
+        calling: asked.calling.clone(),
         conversation,
     };
     let mut ticket = server.submit(name, choices).await?;
     if asked.stream {
         let telling = Told {
+            reader: head.calling.as_ref().map(Calling::reader),
             head,
             number: 0,
             text: String::new(),
+            calls: Vec::new(),
             tokens: Vec::new(),
             usage: Usage::default(),
             reason: StopReason::Interrupted,
@@ -100,8 +104,19 @@ pub async fn respond(
     let (mut said, usage) = collect(&mut ticket, 1, 1).await?;
     let said = said.pop().unwrap_or_default();
     let reason = said.reason.unwrap_or(StopReason::Interrupted);
-    let answer = head.whole(&said.text, &said.tokens, reason, &usage);
-    head.keep(&said.text);
+    let (text, calls) = match &head.calling {
+        Some(calling) => calling.read(&said.text),
+        None => (said.text, Vec::new()),
+    };
+    let calls: Vec<Value> = calls.iter().map(|call| head.call(call)).collect();
+    let mut output = Vec::new();
+    if calls.is_empty() || !text.trim().is_empty() {
+        let part = head.part(&text, &said.tokens);
+        output.push(head.item(status(reason), vec![part]));
+    }
+    output.extend(calls.iter().cloned());
+    let answer = head.whole(output, reason, &usage);
+    head.keep(&text, &calls);
     Ok(json_response(&answer))
 }
 
@@ -135,7 +150,7 @@ fn read(server: &Server, body: &Map<String, Value>) -> Result<Wish, ApiError> {
     }
     let previous = fields.text("previous_response_id");
     faults.finish()?;
-    constraint::of_request(&form)?;
+    asked.hold_to(constraint::of_request(server, &form)?, server);
     let mut conversation = match previous {
         None => Vec::new(),
         Some(id) => server.past.find(id).ok_or_else(|| {
@@ -153,7 +168,8 @@ fn read(server: &Server, body: &Map<String, Value>) -> Result<Wish, ApiError> {
         messages.push(json!({"role": "system", "content": instructions}));
     }
     messages.extend(conversation.iter().cloned());
-    let prompt = server.encode_chat(&messages)?;
+    let tools = asked.calling.as_ref().map_or(&[][..], |c| &c.tools);
+    let prompt = server.encode_chat(&messages, tools)?;
     let default = server.model.generation.max_new_tokens.unwrap_or(usize::MAX);
     let max_tokens = server.room(prompt.len(), "max_output_tokens", wanted, default)?;
     let echo = json!({
@@ -165,7 +181,7 @@ fn read(server: &Server, body: &Map<String, Value>) -> Result<Wish, ApiError> {
         "reasoning": {"effort": null, "summary": null},
         "store": store,
         "temperature": asked.sampling.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": body.get("text").filter(|t| t.is_object()).cloned().unwrap_or(json!({"format": {"type": "text"}})),
         "tool_choice": body.get("tool_choice").cloned().unwrap_or("auto".into()),
         "tools": body.get("tools").cloned().unwrap_or(json!([])),
         "top_p": asked.sampling.top_p,
@@ -241,6 +257,7 @@ struct Head {
     created: u64,
     echo: Value,
     logprobs: bool,
+    calling: Option<Calling>,
     conversation: Option<Vec<Value>>,
 }
 
@@ -278,9 +295,16 @@ impl Head {
         })
     }
 
-    fn whole(&self, text: &str, tokens: &[Sampled], reason: StopReason, usage: &Usage) -> Value {
+    /// A call of a function, as an item.
+    fn call(&self, call: &Call) -> Value {
+        json!({
+            "id": self.server.name("fc"), "type": "function_call", "status": "completed",
+            "call_id": self.server.name("call"), "name": call.name, "arguments": call.arguments,
+        })
+    }
+
+    fn whole(&self, output: Vec<Value>, reason: StopReason, usage: &Usage) -> Value {
         let status = status(reason);
-        let item = self.item(status, vec![self.part(text, tokens)]);
         let told = json!({
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens()},
@@ -288,7 +312,7 @@ impl Head {
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.prompt + usage.generated,
         });
-        let mut object = self.object(status, vec![item], told);
+        let mut object = self.object(status, output, told);
         if status == "incomplete" {
             object["incomplete_details"] = json!({"reason": "max_output_tokens"});
         }
@@ -296,10 +320,20 @@ impl Head {
         object
     }
 
-    fn keep(&self, text: &str) {
+    fn keep(&self, text: &str, calls: &[Value]) {
         if let Some(conversation) = &self.conversation {
             let mut conversation = conversation.clone();
-            conversation.push(json!({"role": "assistant", "content": text}));
+            let mut message = json!({"role": "assistant", "content": text});
+            if !calls.is_empty() {
+                let call = |call: &Value| {
+                    json!({
+                        "id": call["call_id"], "type": "function",
+                        "function": {"name": call["name"], "arguments": call["arguments"]},
+                    })
+                };
+                message["tool_calls"] = calls.iter().map(call).collect();
+            }
+            conversation.push(message);
             self.server.past.keep(&self.name, conversation);
         }
     }
@@ -317,13 +351,61 @@ struct Told {
     head: Head,
     /// Of the next event.
     number: u64,
+    /// If functions may be called.
+    reader: Option<Calls>,
+    /// Text that is no call.
     text: String,
+    /// Calls, as items.
+    calls: Vec<Value>,
     tokens: Vec<Sampled>,
     usage: Usage,
     reason: StopReason,
 }
 
 impl Told {
+    /// Takes more of the text, with `last` all there is; what of it is no call.
+    fn take(&mut self, text: &str, last: bool) -> String {
+        let Some(reader) = &mut self.reader else {
+            self.text.push_str(text);
+            return text.into();
+        };
+        let mut pieces = reader.push(text);
+        if last {
+            pieces.extend(reader.finish());
+        }
+        let mut said = String::new();
+        for piece in pieces {
+            match piece {
+                Piece::Text(text) => said.push_str(&text),
+                Piece::Call(call) => self.calls.push(self.head.call(&call)),
+            }
+        }
+        self.text.push_str(&said);
+        said
+    }
+
+    /// The events of a call, item `index`.
+    fn tell_call(&mut self, index: usize, call: &Value, out: &mut Sse) {
+        let mut begun = call.clone();
+        begun["status"] = "in_progress".into();
+        begun["arguments"] = "".into();
+        let added = json!({"output_index": index, "item": begun});
+        self.event("response.output_item.added", added, out);
+        let about = |key: &str| json!({"item_id": call["id"], "output_index": index, key: call["arguments"]});
+        self.event(
+            "response.function_call_arguments.delta",
+            about("delta"),
+            out,
+        );
+        self.event(
+            "response.function_call_arguments.done",
+            about("arguments"),
+            out,
+        );
+        let done = json!({"output_index": index, "item": call});
+        self.event("response.output_item.done", done, out);
+    }
+
     fn event(&mut self, name: &str, mut value: Value, out: &mut Sse) {
         value["type"] = name.into();
         value["sequence_number"] = self.number.into();
@@ -363,9 +445,9 @@ impl Telling for Told {
     }
 
     fn token(&mut self, _choice: usize, sampled: Sampled, text: &str, out: &mut Sse) {
-        self.text.push_str(text);
+        let text = self.take(text, false);
         if !text.is_empty() || self.head.logprobs {
-            self.delta(text, std::slice::from_ref(&sampled), out);
+            self.delta(&text, std::slice::from_ref(&sampled), out);
         }
         if self.head.logprobs {
             self.tokens.push(sampled);
@@ -375,9 +457,9 @@ impl Telling for Told {
     fn end(&mut self, _choice: usize, end: End, out: &mut Sse) {
         self.usage.add(&end, true);
         self.reason = end.reason;
-        self.text.push_str(&end.rest);
-        if !end.rest.is_empty() {
-            self.delta(&end.rest, &[], out);
+        let rest = self.take(&end.rest, true);
+        if !rest.is_empty() {
+            self.delta(&rest, &[], out);
         }
     }
 
@@ -389,12 +471,15 @@ impl Telling for Told {
         let item = self.head.item(status(self.reason), vec![part]);
         let done = json!({"output_index": 0, "item": item});
         self.event("response.output_item.done", done, out);
-        let whole = self
-            .head
-            .whole(&self.text, &self.tokens, self.reason, &self.usage);
+        let calls = std::mem::take(&mut self.calls);
+        for (i, call) in calls.iter().enumerate() {
+            self.tell_call(i + 1, call, out);
+        }
+        let output = [vec![item], calls.clone()].concat();
+        let whole = self.head.whole(output, self.reason, &self.usage);
         let name = format!("response.{}", status(self.reason));
         self.event(&name, json!({"response": whole}), out);
-        self.head.keep(&self.text);
+        self.head.keep(&self.text, &calls);
     }
 
     fn fail(&mut self, error: &ApiError, out: &mut Sse) {

@@ -16,13 +16,14 @@ use super::error::{ApiError, json_response};
 use super::fields::{Faults, Fields, parse};
 use super::job::Command;
 use super::metrics::lock;
-use super::{Server, chat, completions, gate, responses};
+use super::{Server, chat, completions, gate, page, responses};
 use crate::ids::TokenId;
 use crate::text::EncodeOptions;
 
 /// All routes there are, as metrics name them.
-pub const ROUTES: [&str; 17] = [
+pub const ROUTES: [&str; 18] = [
     "/",
+    "/page/{file}",
     "/health",
     "/metrics",
     "/strata/state",
@@ -41,9 +42,6 @@ pub const ROUTES: [&str; 17] = [
     "/v1/detokenize",
 ];
 
-/// The page at `/`.
-const PAGE: &str = include_str!("page/index.html");
-
 type Answer = Result<Response<Body>, ApiError>;
 
 /// All of the server's routes.
@@ -51,7 +49,8 @@ pub fn router(server: Arc<Server>) -> Router {
     let tokenize = || post(tokenize);
     let detokenize = || post(detokenize);
     Router::new()
-        .route("/", get(page))
+        .route("/", get(page::index))
+        .route("/page/{file}", get(page::file))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .route("/strata/state", get(state))
@@ -95,10 +94,6 @@ fn with_type(text: impl Into<Body>, kind: &'static str) -> Response<Body> {
     let kind = HeaderValue::from_static(kind);
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
-}
-
-async fn page() -> Response<Body> {
-    with_type(PAGE, "text/html; charset=utf-8")
 }
 
 async fn health(State(server): State<Arc<Server>>) -> Response<Body> {

@@ -162,7 +162,7 @@ impl Worker {
                 Ok(assembly) => choices.push(Speaking {
                     id: None,
                     ended: false,
-                    assembly,
+                    assembly: assembly.showing(&choice.shown),
                     last: None,
                 }),
                 Err(error) => {
@@ -302,6 +302,13 @@ impl Worker {
 
     /// A sequence is at its end.
     fn end(&mut self, id: SeqId, reason: Reason) {
+        if let (Some(failure), Some((number, _))) = (self.engine.failure(id), self.owners.get(&id))
+        {
+            // Its form or its penalties, which the client asked for, leave no token.
+            let (error, number) = (ApiError::invalid(failure.to_string()), *number);
+            self.fail(number, error);
+            return;
+        }
         let Some((number, choice)) = self.owners.remove(&id) else {
             return;
         };

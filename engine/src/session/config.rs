@@ -63,8 +63,13 @@ impl EngineConfig {
     pub fn for_device(self, device: &dyn Backend, bytes_per_row: usize) -> Self {
         match device.prompt_rows() {
             0..=DEFAULT_CHUNK => self.with_row_bytes(bytes_per_row),
-            rows => self.with_rows(DEVICE_ACTIVATION_BYTES, rows, bytes_per_row),
+            rows => self.with_most_rows(rows, bytes_per_row),
         }
+    }
+
+    /// The same with chunks of up to so many rows, as a device takes them.
+    pub fn with_most_rows(self, rows: usize, bytes_per_row: usize) -> Self {
+        self.with_rows(DEVICE_ACTIVATION_BYTES, rows, bytes_per_row)
     }
 
     fn with_rows(self, most_bytes: usize, most_rows: usize, bytes_per_row: usize) -> Self {

@@ -45,10 +45,10 @@ impl Engine {
         let mut copy = Vec::new();
         if let Some(slot) = slot {
             let row = slot.0 as usize;
-            let backend = self.runner.state.backend().clone();
             for part in self.runner.state.parts().filter(|p| !p.paged) {
-                let mut own = backend.alloc(DType::F32, 1, part.tensor.cols())?;
-                backend.copy(&part.tensor.row_range(row..row + 1), &mut own)?;
+                let mut own = part.backend.alloc(DType::F32, 1, part.tensor.cols())?;
+                part.backend
+                    .copy(&part.tensor.row_range(row..row + 1), &mut own)?;
                 copy.push(own);
             }
         }
@@ -140,7 +140,7 @@ impl Engine {
         let store = &self.runner.state;
         for (part, own) in store.parts().filter(|p| !p.paged).zip(parts) {
             let mut to = part.tensor.row_range(row..row + 1);
-            store.backend().copy(own, &mut to)?;
+            part.backend.copy(own, &mut to)?;
         }
         Ok(())
     }

@@ -320,10 +320,9 @@ impl StateFile {
     }
 
     fn fill(&self, engine: &Engine, index: usize, state: &mut State) -> Result<(), Error> {
-        let backend = engine.store().backend();
         let page_size = engine.config().page_size;
         for part in parts(engine) {
-            let stored = &self.tensors[&part.name];
+            let (stored, backend) = (&self.tensors[&part.name], &part.backend);
             match &part.source {
                 Source::Slot(_, [rows, cols]) => {
                     let each = rows * cols * part.dtype.size();

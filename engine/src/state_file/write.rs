@@ -115,11 +115,12 @@ fn fill(
     text.resize(text.len().next_multiple_of(8), b' ');
     to.write_all(&(text.len() as u64).to_le_bytes())?;
     to.write_all(&text)?;
-    let backend = engine.store().backend();
     let (mut row, mut bytes) = (Vec::new(), Vec::new());
-    let mut put = |tensor: &Tensor, to: &mut BufWriter<File>| -> io::Result<()> {
+    let mut put = |part: &Part, tensor: &Tensor, to: &mut BufWriter<File>| -> io::Result<()> {
         row.resize(tensor.rows() * tensor.cols(), 0.0);
-        backend.read(tensor, &mut row).map_err(io::Error::other)?;
+        part.backend
+            .read(tensor, &mut row)
+            .map_err(io::Error::other)?;
         bytes.clear();
         encode(&row, tensor.dtype(), &mut bytes);
         to.write_all(&bytes)
@@ -130,7 +131,7 @@ fn fill(
         };
         for (_, slots) in &content.states {
             match slots {
-                Slots::Memory(slot) => put(&slot[i], &mut to)?,
+                Slots::Memory(slot) => put(part, &slot[i], &mut to)?,
                 Slots::File(file, snapshot) => {
                     to.write_all(file.slot_part(&part.name, *snapshot))?
                 }
@@ -148,7 +149,7 @@ fn fill(
         for (i, page) in content.pages.iter().enumerate() {
             let first = page.0 as usize * page_size;
             let len = page_size.min(content.tokens.len() - i * page_size);
-            put(&pages.row_range(first..first + len), &mut to)?;
+            put(part, &pages.row_range(first..first + len), &mut to)?;
         }
     }
     to.flush()?;

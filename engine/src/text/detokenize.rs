@@ -13,6 +13,8 @@ use super::tokenizer::{Streaming, Tokenizer, fallback_byte};
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     skip_special: bool,
+    /// Special tokens that are not skipped.
+    shown: Vec<u32>,
     /// Bytes of a character that is not complete, at most three.
     bytes: Vec<u8>,
     /// The first pieces of the text, to the first that gave any: decoders treat the beginning differently.
@@ -29,6 +31,7 @@ impl Detokenizer {
         Self {
             tokenizer,
             skip_special,
+            shown: vec![],
             bytes: vec![],
             head: vec![],
             last: vec![],
@@ -36,18 +39,27 @@ impl Detokenizer {
         }
     }
 
+    /// The same with these tokens shown, special or not: marks that a program reads, for instance.
+    pub fn showing(self, tokens: &[u32]) -> Self {
+        Self {
+            shown: tokens.to_vec(),
+            ..self
+        }
+    }
+
     /// The text that is settled by one more token; often one token late, never half a character.
     pub fn push(&mut self, id: u32) -> Result<String, Error> {
+        let skip_special = self.skip_special && !self.shown.contains(&id);
         let byte_fallback = match self.tokenizer.streaming() {
             Streaming::Bytes => {
                 self.bytes
-                    .extend(self.tokenizer.streamed_bytes(id, self.skip_special));
+                    .extend(self.tokenizer.streamed_bytes(id, skip_special));
                 return Ok(take_complete(&mut self.bytes));
             }
             Streaming::Tokens { byte_fallback } => Some(byte_fallback),
             Streaming::Whole => None,
         };
-        let Some(piece) = self.tokenizer.piece(id, self.skip_special) else {
+        let Some(piece) = self.tokenizer.piece(id, skip_special) else {
             return Ok(String::new());
         };
         let settled =

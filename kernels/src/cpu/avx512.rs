@@ -42,7 +42,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     type Pairs = __m512i;
     type I = __m512i;
     const LANES: usize = 16;
-    const ROWS: usize = 4;
+    const ROWS: usize = 6;
     const BYTE_ROWS: usize = 6;
     const BF16_DOT: bool = BF16;
 

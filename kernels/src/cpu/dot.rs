@@ -18,7 +18,7 @@ use crate::tensor::{View, ViewMut};
 pub(crate) const COLUMNS: usize = 4;
 /// Batches beyond this copy blocks of the weight into panels, in the order in which tiles read them.
 pub(crate) const STREAMED_ROWS: usize = 8;
-/// Rows of the weight in a panel: with 4 KiB of each it stays in a second-level cache.
+/// Rows of the weight in a panel: with 8 KiB of each it stays in a second-level cache.
 pub(crate) const PANEL_ROWS: usize = 64;
 /// Copies of x have rows of a multiple of this, zeros at the end.
 const X_STEP: usize = 64;
@@ -41,7 +41,8 @@ pub(crate) trait Product<S: Simd>: 'static {
     type Ws: Copy;
     /// Elements of K in a step.
     const STEP: usize;
-    /// The largest block of K: four rows of it fit into half of a first-level cache.
+    /// The largest block of K. A panel of it stays in a second-level cache; where it is twice as long, sums over
+    /// lanes are half as many, which counts for more than rows of x that leave the first-level cache.
     const BLOCK: usize;
     unsafe fn x(s: S, p: *const Self::X) -> Self::Xs;
     unsafe fn x_n(s: S, p: *const Self::X, n: usize) -> Self::Xs;
@@ -115,7 +116,7 @@ impl<S: Simd> Product<S> for Pairs {
     type Xs = S::Pairs;
     type Ws = S::Pairs;
     const STEP: usize = 2 * S::LANES;
-    const BLOCK: usize = 2048;
+    const BLOCK: usize = 4096;
     #[inline(always)]
     unsafe fn x(s: S, p: *const bf16) -> S::Pairs {
         // SAFETY: the caller's promise.
@@ -285,8 +286,8 @@ pub(crate) struct Dot<'a, X, W> {
 
 /// Elements of four bytes in a panel of `columns` rows of a weight.
 pub(crate) fn panel_len(columns: usize) -> usize {
-    // A block is at most 1024 steps of four bytes, or 2048 of two, and rounding up adds a little.
-    columns.next_multiple_of(COLUMNS) * (1024 + X_STEP)
+    // A block is at most 1024 elements of four bytes, or 4096 of two, and rounding up adds a little.
+    columns.next_multiple_of(COLUMNS) * (2048 + X_STEP)
 }
 
 /// A [`Dot`] by a certain product.
@@ -326,7 +327,7 @@ where
         for block in blocks::<S, P>(k) {
             let mut first = 0;
             while first < dot.rows {
-                let r = (dot.rows - first).min(S::ROWS);
+                let r = (dot.rows - first).min(S::ROWS).min(4);
                 let (block, sums) = (block.clone(), &mut sums[first..]);
                 // SAFETY: rows of x and of the weight have the elements of the block.
                 unsafe {
@@ -444,7 +445,9 @@ where
                             1 => panel_tile::<S, P, 1>(s, &dot, first, w, at, start, k, last),
                             2 => panel_tile::<S, P, 2>(s, &dot, first, w, at, start, k, last),
                             3 => panel_tile::<S, P, 3>(s, &dot, first, w, at, start, k, last),
-                            _ => panel_tile::<S, P, 4>(s, &dot, first, w, at, start, k, last),
+                            4 => panel_tile::<S, P, 4>(s, &dot, first, w, at, start, k, last),
+                            5 => panel_tile::<S, P, 5>(s, &dot, first, w, at, start, k, last),
+                            _ => panel_tile::<S, P, 6>(s, &dot, first, w, at, start, k, last),
                         }
                     }
                 }
@@ -523,6 +526,17 @@ unsafe fn panel_tile<S: Simd, P: Product<S>, const R: usize>(
     for r in 0..R {
         // SAFETY: these columns of the row belong to this kernel, one slice at a time.
         let y = unsafe { dot.y.columns(places[r].1, columns.clone()) };
+        if dot.bias.is_none()
+            && let Ok(y) = <&mut [f32; COLUMNS]>::try_from(&mut *y)
+        {
+            // The same, as one vector.
+            if start > 0 {
+                y.iter_mut().zip(part[r]).for_each(|(y, part)| *y += part);
+            } else {
+                *y = part[r];
+            }
+            continue;
+        }
         for (c, y) in y.iter_mut().enumerate() {
             let sum = if start == 0 {
                 part[r][c]

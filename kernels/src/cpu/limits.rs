@@ -9,7 +9,8 @@ use super::simd::{Kernel, Simd};
 /// Sustained rates of all threads together.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
-    /// Bytes read from a buffer far larger than the caches.
+    /// Bytes read from a buffer far larger than the caches, in the way that is fastest here: one place of each
+    /// thread after the other, or several side by side.
     pub read_bytes_per_second: f64,
     /// Multiplications and additions of BF16 inputs summed in f32, from registers. On paths
     /// without BF16 dot products these are the f32 ones.
@@ -30,14 +31,21 @@ pub fn measure(cpu: &Cpu) -> Limits {
     // Ones, so that every page is really there.
     let buffer = vec![1.0f32; BUFFER / 4];
     // Several pieces a thread, as products have them.
-    let piece = (buffer.len() / (8 * threads)).next_multiple_of(STREAMS * 64);
-    let seconds = times(|| {
+    let piece = (buffer.len() / (8 * threads)).next_multiple_of(MOST_STREAMS * 64);
+    let seconds: [_; 3] = times(&|streams| {
         cpu.pool().run(buffer.len().div_ceil(piece), |part, _| {
             let end = ((part + 1) * piece).min(buffer.len());
-            black_box(cpu.isa().launch(Read(&buffer[part * piece..end])));
+            let piece = &buffer[part * piece..end];
+            match streams {
+                0 => black_box(cpu.isa().launch(Read::<1>(piece))),
+                1 => black_box(cpu.isa().launch(Read::<4>(piece))),
+                _ => black_box(cpu.isa().launch(Read::<MOST_STREAMS>(piece))),
+            };
         });
     });
-    let read_bytes_per_second = BUFFER as f64 / seconds[RUNS / 2];
+    let fastest = seconds.map(|of_one| of_one[RUNS / 2]);
+    let fastest = fastest.into_iter().fold(f64::INFINITY, f64::min);
+    let read_bytes_per_second = BUFFER as f64 / fastest;
     let flops = |bf16: bool| {
         // Operations of one call, and how many calls fill some ten milliseconds.
         let run = |rounds: usize| {
@@ -65,7 +73,8 @@ pub fn measure(cpu: &Cpu) -> Limits {
             1
         };
         let operations = 2 * pairs * lanes * CHAINS * rounds * threads;
-        operations as f64 / times(|| run(rounds))[0]
+        let [seconds] = times(&|_| run(rounds));
+        operations as f64 / seconds[0]
     };
     Limits {
         read_bytes_per_second,
@@ -74,30 +83,34 @@ pub fn measure(cpu: &Cpu) -> Limits {
     }
 }
 
-/// Seconds that `f` takes, several times, the fastest first.
-fn times(f: impl Fn()) -> [f64; RUNS] {
-    let mut times = [0.0; RUNS];
-    for time in &mut times {
-        let start = Instant::now();
-        f();
-        *time = start.elapsed().as_secs_f64();
+/// Seconds that each of `N` ways of `f` takes, in turn and several times; of each the fastest first.
+fn times<const N: usize>(f: &dyn Fn(usize)) -> [[f64; RUNS]; N] {
+    let mut times = [[0.0; RUNS]; N];
+    for run in 0..RUNS {
+        for (way, times) in times.iter_mut().enumerate() {
+            let start = Instant::now();
+            f(way);
+            times[run] = start.elapsed().as_secs_f64();
+        }
     }
-    times.sort_by(f64::total_cmp);
+    for times in &mut times {
+        times.sort_by(f64::total_cmp);
+    }
     times
 }
 
-/// Places that a thread reads from at once.
-const STREAMS: usize = 8;
+/// Most places that a thread reads from at once.
+const MOST_STREAMS: usize = 8;
 /// Sums that do not wait for each other.
 const CHAINS: usize = 12;
 
-struct Read<'a>(&'a [f32]);
+/// A piece that is read at so many places side by side, as products read rows.
+struct Read<'a, const STREAMS: usize>(&'a [f32]);
 
-impl Kernel for Read<'_> {
+impl<const STREAMS: usize> Kernel for Read<'_, STREAMS> {
     type Out = f32;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        // Several places at once, as products read several rows: one stream does not fill the bus.
         let mut sums = [s.splat(0.0); STREAMS];
         let stream = self.0.len() / STREAMS;
         for i in (0..stream).step_by(S::LANES) {

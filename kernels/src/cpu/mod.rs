@@ -206,6 +206,15 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn receive(&self, from: &Tensor, of: &dyn Backend, to: &mut Tensor) -> Result<()> {
+        if from.is_host() {
+            return self.copy(from, to);
+        }
+        let mut room = vec![0.0; from.rows() * from.cols()];
+        of.read(from, &mut room)?;
+        self.write(&room, to)
+    }
+
     fn clear(&self, tensor: &mut Tensor) -> Result<()> {
         self.do_clear(tensor);
         Ok(())

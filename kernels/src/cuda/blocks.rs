@@ -8,9 +8,7 @@
 //! inputs after their rounding to integers, so that one row and many see the same inputs but for half a
 //! unit of BF16. With F32 activations nothing is rounded: rows of the matrix are widened to f32.
 
-use cudarc::driver::result;
-
-use super::device::{Allocation, Param, failed, launch};
+use super::device::{Allocation, Param, launch};
 use super::linear::{Product, TILE};
 use super::matmul::{Matmul, Shape, alignment};
 use super::{Rows, State, address, dense, optional, rows};
@@ -160,9 +158,7 @@ impl State {
         let each = PART / size;
         for (i, part) in bytes.chunks(each * size).enumerate() {
             let room = self.scratch(part.len())?;
-            // SAFETY: there is room for the bytes, which the driver has taken over when this returns.
-            unsafe { result::memcpy_htod_async(room, part, self.device.stream) }
-                .map_err(failed("copying a weight"))?;
+            self.send(room, part)?;
             let arrange = Arrange {
                 from: room,
                 to: memory.pointer,

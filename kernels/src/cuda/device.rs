@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{
-    self, CUcontext, CUdeviceptr, CUfunction, CUgraphExec, CUresult, CUstream,
+    self, CUcontext, CUdeviceptr, CUevent_flags_enum, CUfunction, CUgraphExec, CUresult, CUstream,
 };
 
 use super::compile::{KernelCache, UNITS, compile_all};
@@ -201,6 +201,50 @@ impl Device {
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("the GPU's work"))
     }
 
+    /// Lets `later`'s stream wait for all that was asked of this device so far.
+    pub fn before(&self, later: &Device) -> Result<()> {
+        let flag = CUevent_flags_enum::CU_EVENT_DISABLE_TIMING;
+        self.enter()?;
+        let event = result::event::create(flag).map_err(failed("making an event"))?;
+        // SAFETY: both streams are alive. The driver keeps what it needs of an event that is destroyed while
+        // somebody waits for it.
+        let waits = unsafe {
+            result::event::record(event, self.stream).and_then(|()| {
+                later.enter().ok();
+                let flag = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+                result::stream::wait_event(later.stream, event, flag)
+            })
+        };
+        // SAFETY: made above, destroyed once.
+        let gone = unsafe { result::event::destroy(event) };
+        waits
+            .and(gone)
+            .map_err(failed("waiting for another device"))
+    }
+
+    /// Copies bytes of another device, behind all that was asked of that so far and before all that will be.
+    /// Answers whether there is a way between the two.
+    pub fn copy_from(&self, other: &Device, from: u64, to: u64, bytes: usize) -> Result<bool> {
+        other.before(self)?;
+        self.enter()?;
+        let one = std::ptr::eq(self.context, other.context);
+        // SAFETY: the caller's: as many bytes lie at both, each on its device.
+        let copied = unsafe {
+            if one {
+                result::memcpy_dtod_async(to, from, bytes, self.stream)
+            } else {
+                let (to_context, from_context) = (self.context, other.context);
+                sys::cuMemcpyPeerAsync(to, to_context, from, from_context, bytes, self.stream)
+                    .result()
+            }
+        };
+        match copied {
+            Ok(()) => self.before(other).map(|()| true),
+            Err(_) if !one => Ok(false),
+            Err(error) => Err(failed("copying between devices")(error)),
+        }
+    }
+
     /// The stream of what operations do on the device: kernels, copies, fills.
     pub fn work(&self) -> CUstream {
         if self.records() {
@@ -365,6 +409,10 @@ impl Allocation {
 impl DeviceMemory for Allocation {
     fn address(&self) -> usize {
         self.pointer as usize
+    }
+
+    fn device(&self) -> &dyn std::any::Any {
+        &*self.device
     }
 }
 

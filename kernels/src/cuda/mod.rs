@@ -77,6 +77,8 @@ struct State {
     lists: Lists,
     /// Through which results come back.
     staging: Pinned,
+    /// Through which weights go in, from the first large one on.
+    loading: Option<Pinned>,
     /// Of either half of it, whether what was last sent there has arrived.
     arrived: [CUevent; 2],
     libraries: Vec<PathBuf>,
@@ -134,6 +136,7 @@ impl Cuda {
         let state = State {
             lists: Lists::new(&device)?,
             staging: Pinned::new(&device, STAGING)?,
+            loading: None,
             arrived: [event()?, event()?],
             libraries: options.libraries,
             matmul: None,
@@ -155,11 +158,6 @@ impl Cuda {
     /// What the GPU calls itself.
     pub fn gpu(&self) -> &str {
         &self.device.name
-    }
-
-    /// Free and total memory in bytes.
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        self.device.memory()
     }
 
     /// Waits until all operations are done.
@@ -320,6 +318,21 @@ impl Backend for Cuda {
     fn copy(&self, from: &Tensor, to: &mut Tensor) -> Result<()> {
         crate::reference::check_copy(from, to)?;
         self.enter()?.copy(from, to)
+    }
+
+    fn receive(&self, from: &Tensor, of: &dyn Backend, to: &mut Tensor) -> Result<()> {
+        crate::reference::check_copy(from, to)?;
+        if self.enter()?.receive(from, to)? {
+            return Ok(());
+        }
+        let mut room = vec![0.0; from.rows() * from.cols()];
+        of.read(from, &mut room)?;
+        self.write(&room, to)
+    }
+
+    fn memory(&self) -> Result<Option<(u64, u64)>> {
+        let (free, total) = self.device.memory()?;
+        Ok(Some((free as u64, total as u64)))
     }
 
     fn clear(&self, tensor: &mut Tensor) -> Result<()> {

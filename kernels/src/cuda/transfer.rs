@@ -5,13 +5,17 @@ use std::sync::Arc;
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUmemorytype_enum};
 
-use super::device::{Allocation, failed, launch};
+use super::device::{Allocation, Device, Pinned, failed, launch};
 use super::{State, address, code, fault};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, HostTensor, Tensor};
 
 /// Columns that a block of an elementwise kernel takes: `COLUMNS` in elements.cu.
 const COLUMNS: usize = 1024;
+
+/// Bytes that are sent at a time, and threads that read them.
+const LOADED: usize = 16 << 20;
+const READERS: usize = 8;
 
 fn size_of(op: &'static str, found: usize, expected: usize) -> Result<()> {
     if found == expected {
@@ -52,12 +56,51 @@ impl State {
             return Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols));
         }
         let memory = Allocation::new(&self.device, bytes.len())?;
-        if !bytes.is_empty() {
-            // SAFETY: there is room for the bytes, which the driver has taken over when this returns.
-            unsafe { result::memcpy_htod_async(memory.pointer, bytes, self.device.stream) }
-                .map_err(failed("copying a weight"))?;
-        }
+        self.send(memory.pointer, bytes)?;
         Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols))
+    }
+
+    /// Sends bytes to the device, where there is room for them. Many go through pinned memory of two halves: threads
+    /// read into one, from a mapped file perhaps, while the other is copied.
+    pub fn send(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.len() < LOADED / 8 {
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            // SAFETY: the caller's; the driver has taken the bytes over when this returns.
+            return unsafe { result::memcpy_htod_async(to, bytes, self.device.stream) }
+                .map_err(failed("copying a weight"));
+        }
+        if self.loading.is_none() {
+            self.loading = Some(Pinned::new(&self.device, 2 * LOADED)?);
+        }
+        let Some(loading) = &self.loading else {
+            return Ok(());
+        };
+        let readers = std::thread::available_parallelism().map_or(1, |n| n.get().min(READERS));
+        for (i, part) in bytes.chunks(LOADED).enumerate() {
+            let sent = self.arrived[i % 2];
+            // SAFETY: what was sent from this half has arrived, so that nobody uses it; it holds the part.
+            let half = unsafe {
+                result::event::synchronize(sent).map_err(failed("copying a weight"))?;
+                let start = loading.pointer.add(i % 2 * LOADED);
+                std::slice::from_raw_parts_mut(start, part.len())
+            };
+            let each = part.len().div_ceil(readers).max(1);
+            std::thread::scope(|scope| {
+                for (from, to) in part.chunks(each).zip(half.chunks_mut(each)) {
+                    scope.spawn(|| to.copy_from_slice(from));
+                }
+            });
+            // SAFETY: the caller's; the half is kept until the event says that it was copied.
+            unsafe {
+                let to = to + (i * LOADED) as u64;
+                result::memcpy_htod_async(to, half, self.device.stream)
+                    .and_then(|()| result::event::record(sent, self.device.stream))
+                    .map_err(failed("copying a weight"))?;
+            }
+        }
+        Ok(())
     }
 
     pub fn read(&mut self, from: &Tensor, to: &mut [f32]) -> Result<()> {
@@ -240,6 +283,20 @@ impl State {
         // SAFETY: both tensors have rows of this width at these distances, and do not overlap.
         let done = unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.device.work()) };
         done.result().map_err(failed("copying"))
+    }
+
+    /// From another GPU's memory; `false` where there is no way but through the host's.
+    pub fn receive(&mut self, from: &Tensor, to: &mut Tensor) -> Result<bool> {
+        let other = from.device().and_then(|d| d.downcast_ref::<Device>());
+        let (Some(other), true) = (other, from.is_contiguous() && to.is_contiguous()) else {
+            return Ok(false);
+        };
+        self.not_recorded("receive")?;
+        let there = self
+            .device
+            .copy_from(other, address(from)?, address(to)?, from.bytes());
+        self.device.enter()?;
+        there
     }
 
     pub fn clear(&mut self, tensor: &mut Tensor) -> Result<()> {
