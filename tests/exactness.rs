@@ -9,8 +9,9 @@ use strata::runner::{Network, Point};
 use strata::sampler::SamplingParams;
 use strata::session::{Engine, EngineConfig, Output, Request};
 use strata::verify::{VerifyOptions, verify};
+use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::reference::Reference;
-use strata_kernels::{Backend, DType};
+use strata_kernels::{Backend, DType, KvType};
 use strata_layers::{Graph, Plan};
 use strata_tests::golden;
 
@@ -91,7 +92,7 @@ fn pure_attention() -> Plan {
 fn check(
     name: &str,
     plan: &Plan,
-    dtype: DType,
+    (dtype, kv): (DType, KvType),
     backend: Arc<dyn Backend>,
     others: &[(usize, Arc<dyn Backend>)],
 ) {
@@ -102,19 +103,22 @@ fn check(
         prompt: 41,
         generate: 9,
         chunks: vec![1, 3, 16],
-        kv_dtype: dtype,
+        kv_dtype: kv,
         seed: 3,
     };
+    // Tests that run at once have folders of their own.
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(kv.name());
+    std::fs::create_dir_all(&folder).unwrap();
     let checks = verify(
         &network,
         &options,
         others,
-        &std::env::temp_dir(),
+        &folder,
         &mut |_| {},
     )
     .unwrap();
     for check in &checks {
-        assert_eq!(check.fault, None, "{name}, {dtype}: {}", check.name);
+        assert_eq!(check.fault, None, "{name}, {dtype}, {kv}: {}", check.name);
     }
     let least = if plan.blocks.iter().any(|b| b.name == "a") {
         18
@@ -137,7 +141,27 @@ fn the_reference_is_exact() {
         ("trapezoids", trapezoids()),
         ("chunks", chunks()),
     ] {
-        check(name, &plan, DType::F32, Arc::new(Reference), &[]);
+        let types = (DType::F32, KvType::F32);
+        check(name, &plan, types, Arc::new(Reference), &[]);
+    }
+}
+
+#[test]
+fn keys_and_values_in_bytes_are_exact() {
+    let cpu = |threads| -> Arc<dyn Backend> {
+        let options = CpuOptions {
+            threads,
+            ..CpuOptions::default()
+        };
+        Arc::new(Cpu::new(options))
+    };
+    for (name, plan) in [("hybrid", hybrid()), ("attention", pure_attention())] {
+        let types = (DType::F32, KvType::Int8);
+        check(name, &plan, types, Arc::new(Reference), &[]);
+        for dtype in [DType::F32, DType::BF16] {
+            let others: Vec<_> = [1, 3].map(|n| (n, cpu(n))).into();
+            check(name, &plan, (dtype, KvType::Int8), cpu(2), &others);
+        }
     }
 }
 

@@ -46,8 +46,9 @@ impl Shape {
     /// What a token adds to the pages.
     pub fn pages(&self) -> Pages {
         Pages {
-            keys: self.kv_heads * self.head_dim,
-            values: self.kv_heads * self.v_head_dim,
+            heads: self.kv_heads,
+            head_dim: self.head_dim,
+            v_head_dim: self.v_head_dim,
         }
     }
 
@@ -77,6 +78,7 @@ impl Shape {
                 v,
                 k_pages,
                 v_pages,
+                kv_heads: self.kv_heads,
                 ragged,
             })?;
         }
@@ -178,8 +180,8 @@ impl LayerSpec for Attend {
         let pages = self.shape().pages();
         let expected = [
             ("x, the queries,", self.heads * self.head_dim),
-            ("`k`", pages.keys),
-            ("`v`", pages.values),
+            ("`k`", pages.keys()),
+            ("`v`", pages.values()),
         ];
         for ((what, expected), found) in expected.into_iter().zip(widths) {
             if *found != expected {

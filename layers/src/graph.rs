@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use strata_kernels::KvType;
+
 use crate::image::Image;
 use crate::layer::LayerSpec;
 use crate::lower;
@@ -209,6 +211,12 @@ impl Graph {
             .sum()
     }
 
+    /// Bytes that one token adds to the pages, kept as `kv`.
+    pub fn page_bytes_per_token(&self, kv: KvType) -> usize {
+        let pages = self.nodes.iter().filter_map(|n| n.state.pages);
+        pages.map(|p| p.bytes(kv)).sum()
+    }
+
     /// The list as text: a line a node.
     pub fn print(&self) -> String {
         let mut out = String::new();
@@ -252,9 +260,9 @@ impl Graph {
                 .iter()
                 .map(|p| format!("{}({}, {})", p.name, p.rows, p.cols))
                 .collect();
-            kept.extend(state.pages.map(|p| match p.keys == p.values {
-                true => format!("pages(2, {})", p.keys),
-                false => format!("pages({} + {})", p.keys, p.values),
+            kept.extend(state.pages.map(|p| match p.keys() == p.values() {
+                true => format!("pages(2, {})", p.keys()),
+                false => format!("pages({} + {})", p.keys(), p.values()),
             }));
             if let Some(from) = node.pages_of {
                 kept.push(format!("pages of {}", self.nodes[from].name));

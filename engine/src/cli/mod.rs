@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use strata_kernels::DType;
+use strata_kernels::{DType, KvType};
 
 use crate::hub::HubOptions;
 use crate::load::{self, Calibration, CudaPlaces, LoadOptions, Model};
@@ -143,6 +143,10 @@ pub struct Common {
     /// (bytes with a scale a row), or a file of a recipe
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find, help_heading = "Computing")]
     quantize: Option<Recipe>,
+    /// How keys and values are kept: in a floating-point type, or as bytes with a scale for each head of each token
+    /// (int8); auto is the compute type
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvChoice::Auto, help_heading = "Computing")]
+    kv: KvChoice,
     #[command(flatten)]
     calibrating: Calibrating,
     /// Threads to compute with [default: the processors this process may use]
@@ -227,6 +231,27 @@ impl DTypeChoice {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvChoice {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+    Int8,
+}
+
+impl KvChoice {
+    fn chosen(self) -> Option<KvType> {
+        match self {
+            KvChoice::Auto => None,
+            KvChoice::F32 => Some(KvType::F32),
+            KvChoice::Bf16 => Some(KvType::BF16),
+            KvChoice::F16 => Some(KvType::F16),
+            KvChoice::Int8 => Some(KvType::Int8),
+        }
+    }
+}
+
 impl Source {
     /// What is loaded without computing anything.
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
@@ -244,6 +269,7 @@ impl Source {
             experts_on_host: false,
             workload: None,
             dtype: None,
+            kv: None,
             quantize: None,
             calibrate: None,
             threads: None,
@@ -260,6 +286,7 @@ impl Common {
             parallel: self.parallel.chosen(),
             experts_on_host: self.experts == Some(ExpertsChoice::Cpu),
             dtype: self.dtype.chosen(),
+            kv: self.kv.chosen(),
             quantize: self.quantize.clone(),
             calibrate: self.calibrating.calibration(),
             threads: self.threads.map(usize::from),

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::{Checkpoint, Config};
-use strata_kernels::{Backend, DType, Format};
+use strata_kernels::{Backend, DType, Format, KvType};
 use strata_layers::graph::GraphWeight;
 use strata_layers::yaml::Value;
 use strata_layers::{Faults, Role, WeightSource};
@@ -79,6 +79,8 @@ pub struct LoadOptions {
     pub cuda: CudaPlaces,
     /// Compute type; none is the checkpoint's.
     pub dtype: Option<DType>,
+    /// How keys and values are kept; none is in the compute type.
+    pub kv: Option<KvType>,
     /// Quantises matrices while loading.
     pub quantize: Option<Recipe>,
     /// How much the columns of matrices count when they are quantised; none is alike.
@@ -191,6 +193,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         None => stored.dtype().unwrap_or(DType::BF16),
     };
     let dtype = options.dtype.unwrap_or(auto);
+    let kv_dtype = options.kv.unwrap_or(dtype.into());
     let activations = if dtype == DType::BF16 {
         DType::BF16
     } else {
@@ -253,7 +256,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         hosted: &hosted,
         devices: &devices.rooms(),
         parallel: options.parallel,
-        kv: dtype,
+        kv: kv_dtype,
         context,
         batch,
     };
@@ -362,7 +365,8 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         network: Arc::new(network),
         tokenizer,
         generation,
-        kv_dtype: dtype,
+        dtype,
+        kv_dtype,
         weights_bytes,
         footprint,
         stages: fit.spots.into_iter().zip(fit.footprints).collect(),

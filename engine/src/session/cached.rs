@@ -14,8 +14,7 @@ impl Engine {
     /// is that of the model, for state files.
     pub fn keep_states(&mut self, policy: Policy, fingerprint: Fingerprint) {
         let graph = &self.network().graph;
-        let page_bytes =
-            self.config.page_size * graph.page_elements_per_token() * self.config.kv_dtype.size();
+        let page_bytes = self.config.page_bytes(graph);
         let sizes = Sizes {
             slot_bytes: graph.slot_bytes() as u64,
             page_bytes: page_bytes as u64,

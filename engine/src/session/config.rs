@@ -1,6 +1,7 @@
 //! The sizes an engine works within.
 
-use strata_kernels::{Backend, DType};
+use strata_kernels::{Backend, KvType};
+use strata_layers::Graph;
 
 use crate::scheduler::Chunk;
 
@@ -17,8 +18,8 @@ pub struct EngineConfig {
     pub chunk: Chunk,
     /// Tokens of a page.
     pub page_size: usize,
-    /// Type of keys and values.
-    pub kv_dtype: DType,
+    /// How keys and values are kept.
+    pub kv_dtype: KvType,
     /// Most tokens of a sequence that are guessed ahead in a step (see [`crate::lookup`]); 0 for none.
     pub lookup: usize,
 }
@@ -34,14 +35,14 @@ pub const DEFAULT_PAGE: usize = 64;
 
 impl EngineConfig {
     /// For `sequences` at a time of up to `context` tokens each.
-    pub fn new(context: usize, sequences: usize, kv_dtype: DType) -> Self {
+    pub fn new(context: usize, sequences: usize, kv: impl Into<KvType>) -> Self {
         EngineConfig {
             context,
             max_sequences: sequences,
             token_budget: DEFAULT_CHUNK + sequences - 1,
             chunk: Chunk::AtMost(DEFAULT_CHUNK),
             page_size: DEFAULT_PAGE,
-            kv_dtype,
+            kv_dtype: kv.into(),
             lookup: 0,
         }
     }
@@ -96,6 +97,11 @@ impl EngineConfig {
     pub fn pages(&self, prefix: usize) -> usize {
         let tokens = self.context.saturating_add(prefix);
         self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
+    }
+
+    /// Bytes of a page of all attention layers of `graph`.
+    pub fn page_bytes(&self, graph: &Graph) -> usize {
+        self.page_size * graph.page_bytes_per_token(self.kv_dtype)
     }
 
     /// Slots that sequences own: one each, and one for a sequence that is being restored.

@@ -36,7 +36,7 @@ struct KvWrite {
     const Span* spans;
     const int* span_of;
     const u32* table;
-    int page_size, k_cols, v_cols;
+    int page_size, k_cols, v_cols, kv_heads;
 };
 
 KERNEL __launch_bounds__(128) kv_write(ARGS(KvWrite) p) {
@@ -47,6 +47,36 @@ KERNEL __launch_bounds__(128) kv_write(ARGS(KvWrite) p) {
     if (c < p.k_cols) store(p.k_pages, to * p.k_stride + c, p.k_type, p.k.row(t)[c]);
     c -= p.k_cols;
     if (c >= 0 && c < p.v_cols) store(p.v_pages, to * p.v_stride + c, p.v_type, p.v.row(t)[c]);
+}
+
+// The same to bytes: a warp rounds a head of keys or values by its largest element, as `quantize` in kv.rs.
+KERNEL __launch_bounds__(128) kv_write_bytes(ARGS(KvWrite) p) {
+    BEGIN();
+    const int t = blockIdx.x, lane = threadIdx.x % 32;
+    int h = blockIdx.y * 4 + threadIdx.x / 32;
+    if (h >= 2 * p.kv_heads) return;
+    const bool keys = h < p.kv_heads;
+    if (!keys) h -= p.kv_heads;
+    const int dim = (keys ? p.k_cols : p.v_cols) / p.kv_heads, each = bytes_of_head(dim);
+    const Span s = p.spans[p.span_of[t]];
+    const i64 row = page_row(p.table, s, p.page_size, s.position + t - s.start);
+    const float* x = (keys ? p.k : p.v).row(t) + h * dim;
+    u8* to = (u8*)(keys ? p.k_pages : p.v_pages) + row * (keys ? p.k_stride : p.v_stride) + (i64)h * each;
+    float most = 0.0f;
+    bool finite = true;
+    for (int d = lane; d < dim; d += 32) {
+        const float size = fabsf(x[d]);
+        most = fmaxf(most, size);
+        finite = finite && size < __int_as_float(0x7f800000);
+    }
+    most = warp_max(most);
+    finite = __all_sync(FULL, finite);
+    const float scale = __fdiv_rn(most, 127.0f);
+    for (int d = lane; d < each - 4; d += 32) {
+        const float code = d < dim && scale > 0.0f ? __fdiv_rn(x[d], scale) : 0.0f;
+        to[d] = (u8)(signed char)__float2int_rn(fminf(fmaxf(code, -127.0f), 127.0f));
+    }
+    if (lane == 0) *(float*)(to + each - 4) = finite ? scale : __int_as_float(0x7fc00000);
 }
 
 // A tile holds 16 queries of one sequence that share keys: neighbours in time, and the heads of a
@@ -94,7 +124,7 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         __syncthreads();
         for (int i = tid; i < KEYS * deep; i += 128) {
             int j = i / deep, d = i % deep;
-            float v = j < keys && d < p.dim ? load(p.k_pages, places[j] * p.k_stride + g * p.dim + d, p.k_type) : 0.0f;
+            float v = j < keys && d < p.dim ? load_kept(p.k_pages, places[j] * p.k_stride, g, d, p.dim, p.k_type) : 0.0f;
             kv[j * (deep + 1) + d] = v;
         }
         __syncthreads();
@@ -125,7 +155,7 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         __syncthreads();
         for (int i = tid; i < KEYS * p.v_dim; i += 128) {
             int j = i / p.v_dim, d = i % p.v_dim;
-            kv[i] = j < keys ? load(p.v_pages, places[j] * p.v_stride + g * p.v_dim + d, p.v_type) : 0.0f;
+            kv[i] = j < keys ? load_kept(p.v_pages, places[j] * p.v_stride, g, d, p.v_dim, p.v_type) : 0.0f;
         }
         __syncthreads();
 #pragma unroll

@@ -4,6 +4,17 @@ __device__ __forceinline__ i64 page_row(const u32* table, const Span& s, int pag
     return (i64)table[s.pages + position / page_size] * page_size + position % page_size;
 }
 
+// Bytes of a head of `dim` elements kept as bytes: codes, zeros up to a multiple of four, and the scale.
+__device__ __forceinline__ int bytes_of_head(int dim) { return (dim + 3) / 4 * 4 + 4; }
+
+// Element `d` of head `g` of a row of pages that begins at element `row`.
+__device__ __forceinline__ float load_kept(const void* pages, i64 row, int g, int d, int dim, int type) {
+    if (type != U8) return load(pages, row + g * dim + d, type);
+    const int each = bytes_of_head(dim);
+    const u8* head = (const u8*)pages + row + (i64)g * each;
+    return (float)(signed char)head[d] * *(const float*)(head + each - 4);
+}
+
 struct Attention {
     In q;
     const void *k_pages, *v_pages;
