@@ -109,14 +109,7 @@ fn check(
     // Tests that run at once have folders of their own.
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(kv.name());
     std::fs::create_dir_all(&folder).unwrap();
-    let checks = verify(
-        &network,
-        &options,
-        others,
-        &folder,
-        &mut |_| {},
-    )
-    .unwrap();
+    let checks = verify(&network, &options, others, &folder, &mut |_| {}).unwrap();
     for check in &checks {
         assert_eq!(check.fault, None, "{name}, {dtype}, {kv}: {}", check.name);
     }

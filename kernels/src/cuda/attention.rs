@@ -277,6 +277,9 @@ impl State {
         let grid = (count, op.kv_heads, splits);
         match by_units {
             Some(u) => launch!(self, u.kernel, grid, u.threads, u.shared; attend)?,
+            None if op.k_pages.dtype() == DType::U8 => {
+                launch!(self, "attention_bytes", grid, 128, shared; attend)?;
+            }
             None => launch!(self, "attention", grid, 128, shared; attend)?,
         }
         if splits > 1 {

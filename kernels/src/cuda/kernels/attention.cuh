@@ -7,12 +7,10 @@ __device__ __forceinline__ i64 page_row(const u32* table, const Span& s, int pag
 // Bytes of a head of `dim` elements kept as bytes: codes, zeros up to a multiple of four, and the scale.
 __device__ __forceinline__ int bytes_of_head(int dim) { return (dim + 3) / 4 * 4 + 4; }
 
-// Element `d` of head `g` of a row of pages that begins at element `row`.
-__device__ __forceinline__ float load_kept(const void* pages, i64 row, int g, int d, int dim, int type) {
-    if (type != U8) return load(pages, row + g * dim + d, type);
+// What multiplies the codes of head `g` of a row of bytes that begins at `row`.
+__device__ __forceinline__ float scale_of_head(const void* pages, i64 row, int g, int dim) {
     const int each = bytes_of_head(dim);
-    const u8* head = (const u8*)pages + row + (i64)g * each;
-    return (float)(signed char)head[d] * *(const float*)(head + each - 4);
+    return *(const float*)((const u8*)pages + row + (i64)(g + 1) * each - 4);
 }
 
 struct Attention {
