@@ -146,6 +146,7 @@ impl Engine {
             max_sequences: config.max_sequences,
             chunk: config.chunk,
             context: config.context.saturating_add(graph.prefix),
+            reach: config.reach,
         })?;
         let size = StateSize {
             page_size: config.page_size,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use strata_kernels::KvType;
 
 use crate::image::Image;
-use crate::layer::LayerSpec;
+use crate::layer::{LayerSpec, Reach};
 use crate::lower;
 use crate::plan::Plan;
 use crate::share::Of;
@@ -215,6 +215,22 @@ impl Graph {
     pub fn page_bytes_per_token(&self, kv: KvType) -> usize {
         let pages = self.nodes.iter().filter_map(|n| n.state.pages);
         pages.map(|p| p.bytes(kv)).sum()
+    }
+
+    /// The tokens that some layer can still see, where no layer with keys and values sees all: what lies between
+    /// may be given up.
+    pub fn reach(&self) -> Option<Reach> {
+        let attending = |n: &&Node| n.state.pages.is_some() || n.pages_of.is_some();
+        let seen = self.nodes.iter().filter(attending).map(|n| match &n.run {
+            Run::Layer { spec, .. } => spec.sight(),
+            Run::Add | Run::Concat => None,
+        });
+        let all: Option<Vec<Reach>> = seen.collect();
+        let wider = |a: Reach, b: Reach| Reach {
+            window: a.window.max(b.window),
+            keep_first: a.keep_first.max(b.keep_first),
+        };
+        all?.into_iter().reduce(wider)
     }
 
     /// The list as text: a line a node.

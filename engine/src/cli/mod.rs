@@ -26,7 +26,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_kernels::{DType, KvType};
 
 use crate::hub::HubOptions;
-use crate::load::{self, Calibration, CudaPlaces, LoadOptions, Model};
+use crate::load::{self, Beyond, Calibration, CudaPlaces, LoadOptions, Model};
 use crate::placement::Parallel;
 use crate::recipe::Recipe;
 use crate::session::EngineConfig;
@@ -252,6 +252,36 @@ impl KvChoice {
     }
 }
 
+/// What to do with more tokens than the context.
+#[derive(Debug, Clone, Copy, Args)]
+struct BeyondContext {
+    /// What becomes of more tokens than the context: refuse them, or attend-last: attention sees the last ones of the
+    /// context's number only (a window), while states of fixed size have seen all; what is seen is told. Rotary
+    /// positions go on, as distances stay within the context
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = BeyondChoice::Refuse)]
+    beyond_context: BeyondChoice,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BeyondChoice {
+    Refuse,
+    AttendLast,
+}
+
+impl BeyondContext {
+    fn attends_last(self) -> bool {
+        self.beyond_context == BeyondChoice::AttendLast
+    }
+
+    /// For a context that was asked for, or the model's.
+    fn chosen(self, context: Option<usize>) -> Beyond {
+        match self.beyond_context {
+            BeyondChoice::Refuse => Beyond::Refuse,
+            BeyondChoice::AttendLast => Beyond::AttendLast(context),
+        }
+    }
+}
+
 impl Source {
     /// What is loaded without computing anything.
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
@@ -270,6 +300,7 @@ impl Source {
             workload: None,
             dtype: None,
             kv: None,
+            beyond: Beyond::Refuse,
             quantize: None,
             calibrate: None,
             threads: None,

@@ -23,7 +23,7 @@ use strata_converters::{Checkpoint, Config};
 use strata_kernels::{Backend, DType, Format, KvType};
 use strata_layers::graph::GraphWeight;
 use strata_layers::yaml::Value;
-use strata_layers::{Faults, Role, WeightSource};
+use strata_layers::{Faults, Graph, Role, WeightSource};
 
 use crate::fit::{self, Question};
 use crate::footprint::Footprint;
@@ -81,6 +81,8 @@ pub struct LoadOptions {
     pub dtype: Option<DType>,
     /// How keys and values are kept; none is in the compute type.
     pub kv: Option<KvType>,
+    /// What becomes of sequences longer than the context.
+    pub beyond: Beyond,
     /// Quantises matrices while loading.
     pub quantize: Option<Recipe>,
     /// How much the columns of matrices count when they are quantised; none is alike.
@@ -89,6 +91,16 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Where the Hub is; none knows no Hub ids.
     pub hub: Option<HubOptions>,
+}
+
+/// What becomes of sequences that are longer than the context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Beyond {
+    /// They are refused.
+    #[default]
+    Refuse,
+    /// Attention sees their last tokens only: so many, or as many as the model was made for.
+    AttendLast(Option<usize>),
 }
 
 /// Why a model cannot be loaded.
@@ -155,6 +167,12 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     let devices = Devices::open(options)?;
     let located = locate(options, progress)?;
     let mut planned = planned(options, &located)?;
+    if let Beyond::AttendLast(window) = options.beyond {
+        let window = window.unwrap_or(planned.plan.context);
+        let plan = planned.plan.attending_last(window);
+        planned.plan = plan.map_err(|why| Error::Input(format!("--beyond-context: {why}")))?;
+        planned.graph = Graph::lower(&planned.plan, &planned.label)?;
+    }
     let mut notes = Vec::new();
 
     let (source, stored) = match (options.random, &located) {

@@ -21,6 +21,8 @@ impl Engine {
             page_size: self.config.page_size,
         };
         self.forget_states();
+        // States share pages, and those of a beginning may be needed again.
+        self.scheduler.keep_pages();
         self.cache = Some(Cache::new(policy, fingerprint, &sizes));
     }
 
@@ -75,7 +77,8 @@ impl Engine {
             let mut users = vec![0; pool.total()];
             let sequences = self.scheduler.sequences().flat_map(|s| &s.pages);
             let kept = self.snapshots.values().flat_map(|s| &s.state.pages);
-            sequences.chain(kept).for_each(|p| users[p.0 as usize] += 1);
+            let live = sequences.chain(kept).filter(|p| p.is_there());
+            live.for_each(|p| users[p.0 as usize] += 1);
             for (i, users) in users.iter().enumerate() {
                 let page = PageId(i as u32);
                 let (found, expected) = (pool.references(page), users + cache.users(page));

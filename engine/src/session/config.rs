@@ -1,7 +1,7 @@
 //! The sizes an engine works within.
 
 use strata_kernels::{Backend, KvType};
-use strata_layers::Graph;
+use strata_layers::{Graph, Reach};
 
 use crate::scheduler::Chunk;
 
@@ -22,6 +22,8 @@ pub struct EngineConfig {
     pub kv_dtype: KvType,
     /// Most tokens of a sequence that are guessed ahead in a step (see [`crate::lookup`]); 0 for none.
     pub lookup: usize,
+    /// What attention sees of a sequence, where pages of the rest are given back: see [`Graph::reach`].
+    pub reach: Option<Reach>,
 }
 
 /// Most rows of a prompt that are computed together, unless someone asks for more: enough that weights are
@@ -44,6 +46,16 @@ impl EngineConfig {
             page_size: DEFAULT_PAGE,
             kv_dtype: kv.into(),
             lookup: 0,
+            reach: None,
+        }
+    }
+
+    /// The same with pages given back that no layer of `graph` sees any more, so that a sequence has no more than a
+    /// window's and a step's, however long it is. Prompts then go on from states of exactly their tokens only.
+    pub fn giving_back(self, graph: &Graph) -> Self {
+        EngineConfig {
+            reach: graph.reach(),
+            ..self
         }
     }
 
@@ -93,10 +105,17 @@ impl EngineConfig {
         }
     }
 
-    /// Pages that hold the context of all sequences, with a prefix before it and one to spare for each.
+    /// Pages that hold the context of all sequences, or what is seen of it at once where others are given back, with
+    /// a prefix before it and one to spare for each.
     pub fn pages(&self, prefix: usize) -> usize {
-        let tokens = self.context.saturating_add(prefix);
-        self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
+        let pages = |tokens: usize| tokens.div_ceil(self.page_size);
+        let all = pages(self.context.saturating_add(prefix));
+        let most = self.reach.map_or(all, |r| {
+            // Of either run the first page may be seen in part.
+            let seen = r.window.saturating_add(self.token_budget);
+            all.min(pages(r.keep_first) + pages(seen) + 2)
+        });
+        self.max_sequences * (most + 1)
     }
 
     /// Bytes of a page of all attention layers of `graph`.
