@@ -18,6 +18,8 @@ use strata_kernels::{Backend, DType, KvType, Matrix, Ragged, Span, Tensor, rando
 mod cuda;
 #[path = "cuda_repeat.rs"]
 mod cuda_repeat;
+#[path = "cuda_repeat_mixer.rs"]
+mod cuda_repeat_mixer;
 
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;

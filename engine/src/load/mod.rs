@@ -6,6 +6,7 @@ mod convert_gguf;
 mod convert_int8;
 mod convert_random;
 mod device;
+mod hashes;
 mod inspect;
 mod layout;
 mod limits;
@@ -41,12 +42,13 @@ pub use strata_converters::write::Progress as WriteProgress;
 
 pub use calibrate::Calibration;
 pub use convert::{ConvertOptions, Converted, convert};
-pub use device::{CudaPlaces, Device, backend, backend_at};
+pub use device::{CudaPlaces, Device, backend, backend_at, cache_folder};
 pub use inspect::{Inspected, Row, inspect};
 pub use layout::{Named, named};
 pub use locate::{Planned, plan};
 pub use model::{Limits, Model, dtype_of_word};
 
+use hashes::Hashes;
 use layout::Devices;
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
@@ -91,6 +93,8 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Where the Hub is; none knows no Hub ids.
     pub hub: Option<HubOptions>,
+    /// Folder of the hashes of weights; none computes them each time that they are asked for.
+    pub hashes: Option<PathBuf>,
 }
 
 /// What becomes of sequences that are longer than the context.
@@ -174,6 +178,10 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         planned.graph = Graph::lower(&planned.plan, &planned.label)?;
     }
     let mut notes = Vec::new();
+    let hashes = match (&options.hashes, &located) {
+        (Some(folder), Located::Files(files)) => Hashes::of(folder, files),
+        _ => None,
+    };
 
     let (source, stored) = match (options.random, &located) {
         (Some(seed), _) => {
@@ -397,6 +405,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         no_text,
         template,
         weights: source,
+        hashes,
         vocabulary: std::sync::OnceLock::new(),
     })
 }

@@ -274,7 +274,10 @@ async fn run(
         () = signals.next() => {
             server.draining.store(true, Ordering::SeqCst);
             let open = server.open();
-            note(&format!("{open} answers are let end; press Ctrl-C again to stop at once"));
+            if open > 0 {
+                let answers = if open == 1 { "answer is" } else { "answers are" };
+                note(&format!("{open} {answers} let end; press Ctrl-C again to stop at once"));
+            }
             // The thread is there until it is told to stop.
             let _ = server.commands.send(Command::Drain);
             let all = server.free.acquire_many(server.places as u32);
