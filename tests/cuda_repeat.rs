@@ -122,6 +122,7 @@ impl<'a> Block<'a> {
             v: &v(0),
             k_pages: &mut keys,
             v_pages: &mut values,
+            kv_heads: 4,
             ragged,
         })?;
         b.attention(Attention {

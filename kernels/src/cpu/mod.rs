@@ -25,6 +25,7 @@ mod embed;
 mod expert_linear;
 mod gather;
 mod int8;
+mod kept;
 mod kv_write;
 mod layer_norm;
 mod likeliest;

@@ -90,7 +90,7 @@ pub const UNITS: [Unit; 24] = [
     unit!("ssd_chunked.cu": "ssd_scores", "ssd_chunked_4", "ssd_chunked_8", "ssd_keep"),
     unit!("s4d_scan.cu": "s4d_scan"),
     unit!("mamba3_scan.cu": "mamba3_scan"),
-    unit!("attention.cu": "rope", "kv_write", "attention", "attention_sum"),
+    unit!("attention.cu": "rope", "kv_write", "kv_write_bytes", "attention", "attention_bytes", "attention_sum"),
     unit!("attention_units.cu": "attention_units_64", "attention_units_80", "attention_units_96",
         "attention_units_128"),
     unit!("route.cu": "route", "likeliest"),
