@@ -76,7 +76,7 @@ impl State {
             if self.by_block_units(&op, rounded)? {
                 return Ok(());
             }
-            if op.w.format().scales_rows() && op.activations == DType::BF16 {
+            if op.w.format() == Format::Int8 && op.activations == DType::BF16 {
                 return self.linear_int8(&op, rounded);
             }
             return self.linear_blocks(&op);
