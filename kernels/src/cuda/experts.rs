@@ -191,8 +191,10 @@ impl State {
         let (choices, k, n) = (op.y.rows(), op.x.cols(), op.y.cols());
         let of_matrix = blocks::blocks(&op.w[0]) as i64;
         let rounded = op.activations == DType::BF16;
-        if rounded && format == Format::Int8 {
-            return self.expert_int8(op, &product);
+        match format {
+            Format::Int8 if rounded => return self.expert_int8(op, &product),
+            Format::Fp8 if rounded => return self.expert_fp8(op, &product),
+            _ => {}
         }
         let shared = blocks::room(format, k, 1);
         let few = choices <= ONE_BY_ONE && shared <= self.device.shared_memory;

@@ -4,6 +4,7 @@
 // element by element may be done in the same kernel, as in row.cu.
 
 #include "blocks.cuh"
+#include "fp8.cuh"
 #include "row.cuh"
 
 #define THREADS 512
@@ -147,6 +148,19 @@ struct Step<INT8> {
     }
 };
 
+// E4M3 codes with a scale a row: x is BF16, two bytes a code, of each step first the eights that begin a lane's sixteen.
+template <>
+struct Step<FP8> {
+    static const int CODES = 128, BLOCK = 128, AHEAD = 6;
+    uint4 c;
+    static __device__ __forceinline__ int place(int c) { return 16 * (c / 16) + 128 * (c / 8 % 2); }
+    __device__ __forceinline__ void load(const u8* w, i64, i64 f, int u) { c = once(w + 128 * f + 16 * u); }
+    __device__ __forceinline__ float times(const Rounded& x, int p, int u, float sum) const {
+        const u8* at = x.codes + 256 * p + 16 * u;
+        return add_sixteen(c, *(const uint4*)at, *(const uint4*)(at + 128), sum);
+    }
+};
+
 template <int F>
 struct Sum {
     typedef float T;
@@ -158,6 +172,13 @@ struct Sum<INT8> {
     // `codes` bytes lie before the scales.
     static __device__ __forceinline__ float of(int sum, const u8* w, i64 codes, int n, float dx) {
         return __fmul_rn(__fmul_rn((float)sum, __ldg((const float*)(w + codes) + n)), dx);
+    }
+};
+template <>
+struct Sum<FP8> {
+    typedef float T;
+    static __device__ __forceinline__ float of(float sum, const u8* w, i64 codes, int n, float) {
+        return __fmul_rn(sum, __ldg((const float*)(w + codes) + n));
     }
 };
 
@@ -179,7 +200,8 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             q[a].load(p.w, p.blocks, f0 + begin + a, u);
             if (GATED) g[a].load(p.gate, p.blocks, f0 + begin + a, u);
         }
-    auto parts_of_all = [&]() { return (float*)(room + ((p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15)); };
+    const int of_x = F == FP8 ? 2 * p.k : (p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15;
+    auto parts_of_all = [&]() { return (float*)(room + of_x); };
     // Behind that is what the norm takes.
     auto norm_room = [&]() { return parts_of_all() + TEAMS * p.places * (GATED ? 2 : 1) + (p.conv.y.p ? 8 * p.rows : 0); };
     if (F != Q6_K) norm_weights<THREADS>(p.norm, norm_room());
@@ -232,6 +254,12 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         int c = c0 + 8 * lane, codes[8];
         float v[8], d = whole;
         eight(c, v);
+        if (F == FP8) {
+            const int at = 2 * (c / S::CODES) * S::CODES + S::place(c % S::CODES);
+            const uint4 x = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+            if (c < p.k) *(uint4*)(room + at) = x;
+            continue;
+        }
         if (F == INT8) {
 #pragma unroll
             for (int i = 0; i < 8; i++) codes[i] = code_of(v[i], inverse);
@@ -318,3 +346,4 @@ OF_FORMAT_ROW(Q8_0, q8_0)
 OF_FORMAT_ROW(Q6_K, q6_k)
 OF_FORMAT_ROW(Q4_K, q4_k)
 OF_FORMAT_ROW(INT8, int8)
+OF_FORMAT_ROW(FP8, fp8)
