@@ -246,7 +246,7 @@ pub fn quantised(question: &Question<'_>, recipe: &str) -> Option<HashMap<String
     for weight in question.graph.weights() {
         let wide = formats
             .get(&weight.path)
-            .is_some_and(|f| f.dtype().is_some());
+            .is_some_and(|f| !f.rounds_inputs());
         if let (true, Some(format)) = (wide, recipe.choose(&weight)) {
             formats.insert(weight.path, format);
         }

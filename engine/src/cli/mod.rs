@@ -142,7 +142,7 @@ pub struct Common {
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
     dtype: DTypeChoice,
     /// Quantise matrices while loading: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, int8
-    /// (bytes with a scale a row), or a file of a recipe
+    /// or fp8 (bytes with a scale a row), or a file of a recipe
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find, help_heading = "Computing")]
     quantize: Option<Recipe>,
     /// How keys and values are kept: in a floating-point type, or as bytes with a scale for each head of each token

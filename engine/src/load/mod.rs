@@ -3,8 +3,8 @@
 mod calibrate;
 mod convert;
 mod convert_gguf;
-mod convert_int8;
 mod convert_random;
+mod convert_rows;
 mod device;
 mod hashes;
 mod inspect;
@@ -238,15 +238,16 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         format: stored.dtype().map_or(stored, |_| dtype.into()),
         recipe: options.quantize.clone(),
     };
-    // Of checkpoints what is not in blocks yet may be changed; widening is exact, so `f32` computes from the
-    // stored form.
+    // Of checkpoints what is not in blocks yet may be changed, and FP8 quantised further; widening is exact, so
+    // `f32` computes from the stored form.
     let convert = options.dtype.filter(|d| *d != DType::F32);
     let runs_in = |weight: &GraphWeight, stored: Format| match stored.dtype() {
         _ if weight.spec.role == Role::Vector => Format::F32,
-        None => stored,
-        Some(stored) => {
+        None if stored != Format::Fp8 => stored,
+        dtype => {
             let chosen = options.quantize.as_ref().and_then(|r| r.choose(weight));
-            chosen.unwrap_or_else(|| convert.unwrap_or(stored).into())
+            let kept = dtype.map_or(stored, |dtype| convert.unwrap_or(dtype).into());
+            chosen.unwrap_or(kept)
         }
     };
     // In blocks there is nothing to draw: the weights of new blocks stay wide.
@@ -307,8 +308,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         }
         Weights::Checkpoint(mapping) => {
             notes.extend(non_finite(mapping, SCANNED_BYTES));
-            if options.quantize.is_some()
-                && mapping.rows().iter().any(|r| r.format.dtype().is_none())
+            if options.quantize.is_some() && mapping.rows().iter().any(|r| r.format.rounds_inputs())
             {
                 notes.push("matrices that are in blocks already stay in them".into());
             }

@@ -23,6 +23,7 @@ mod dot;
 mod elementwise;
 mod embed;
 mod expert_linear;
+mod fp8;
 mod gather;
 mod int8;
 mod kept;
