@@ -28,7 +28,7 @@ const BY_BLOCKS: f32 = 4e-6;
 const AS_BF16: f32 = 4.5e-3;
 
 /// Random rows, quantised.
-fn quantised(rng: &mut Rng, format: Format, rows: usize, cols: usize) -> HostTensor {
+pub(super) fn quantised(rng: &mut Rng, format: Format, rows: usize, cols: usize) -> HostTensor {
     let each = format.row_bytes(cols).unwrap();
     let mut bytes = vec![0; rows * each];
     for row in bytes.chunks_mut(each) {
@@ -38,7 +38,7 @@ fn quantised(rng: &mut Rng, format: Format, rows: usize, cols: usize) -> HostTen
     HostTensor::new(format, &[rows, cols], Arc::new(bytes), range).unwrap()
 }
 
-fn matrix(b: &dyn Backend, of: &HostTensor) -> Matrix {
+pub(super) fn matrix(b: &dyn Backend, of: &HostTensor) -> Matrix {
     let [rows, cols] = of.shape()[..] else {
         panic!("two dimensions")
     };
@@ -46,7 +46,7 @@ fn matrix(b: &dyn Backend, of: &HostTensor) -> Matrix {
 }
 
 /// Magnitudes of the elements, as f32.
-fn magnitudes(of: &HostTensor) -> HostTensor {
+pub(super) fn magnitudes(of: &HostTensor) -> HostTensor {
     HostTensor::from_f32(of.shape(), &abs(&of.to_f32())).unwrap()
 }
 

@@ -155,6 +155,7 @@ fn cuda_steps_that_repeat_are_the_same_bits() {
         Some(Format::Q4K),
         Some(Format::Q6K),
         Some(Format::Q5K),
+        Some(Format::Int8),
     ];
     for (i, rows) in (0..3 * forms.len()).map(|i| (i, [1, 2, 5][i / forms.len()])) {
         let form = forms[i % forms.len()];

@@ -18,6 +18,8 @@ use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor, random};
 mod cuda;
 #[path = "cuda_repeat.rs"]
 mod cuda_repeat;
+#[path = "cuda_repeat_mixer.rs"]
+mod cuda_repeat_mixer;
 
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;

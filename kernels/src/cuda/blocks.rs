@@ -10,7 +10,7 @@
 
 use super::device::{Allocation, Param, launch};
 use super::linear::{Product, TILE};
-use super::matmul::{Matmul, Shape, alignment};
+use super::matmul::{Shape, alignment};
 use super::{Rows, State, address, dense, optional, rows};
 use crate::error::Result;
 use crate::format::Format;
@@ -128,14 +128,29 @@ pub(super) fn kernels(format: Format) -> Option<Kernels> {
     }
 }
 
-/// Blocks of a matrix.
+/// The kernel that widens rows of a format that is not stored one by one.
+pub(super) fn widening(format: Format) -> Option<&'static str> {
+    match format {
+        Format::Int8 => Some("widen_int8"),
+        _ => kernels(format).map(|k| k.widen),
+    }
+}
+
+/// Blocks of a matrix; its rows where those have scales.
 pub(super) fn blocks(w: &Matrix) -> usize {
+    if w.format().scales_rows() {
+        return w.rows();
+    }
     w.rows() * (w.cols() / w.format().block().elements)
 }
 
 /// Bytes of shared memory that `rows` rounded rows take: `row_room` in blocks.cuh.
 pub(super) fn room(format: Format, k: usize, rows: usize) -> usize {
-    let block = Form::of(format).block;
+    let block = if format.scales_rows() {
+        128
+    } else {
+        Form::of(format).block
+    };
     rows * (k + k / 4 + 4 * (k / block)).next_multiple_of(16)
 }
 
@@ -188,7 +203,7 @@ impl State {
     }
 
     pub(super) fn embed_blocks(&mut self, op: Embed<'_>) -> Result<()> {
-        let Some(kernels) = kernels(op.table.format()) else {
+        let Some(widening) = widening(op.table.format()) else {
             return dense("embed", op.table);
         };
         let (y, k) = (Rows::of(op.y)?, op.table.cols());
@@ -205,22 +220,24 @@ impl State {
             dtype: 0,
             wide: i32::from(y.wide()),
         };
-        let grid = (op.ids.len(), (k / 32).div_ceil(128), 1);
-        launch!(self, kernels.widen, grid, 128, 0; widen)
+        let grid = (op.ids.len(), k.div_ceil(32).div_ceil(128), 1);
+        launch!(self, widening, grid, 128, 0; widen)
     }
 
     pub(super) fn linear_blocks(&mut self, op: &Linear<'_>) -> Result<()> {
-        let Some(kernels) = kernels(op.w.format()) else {
+        let Some(widening) = widening(op.w.format()) else {
             return dense("linear", op.w);
         };
         let (rows, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
-        let shared = room(op.w.format(), k, if rows == 1 { 1 } else { 8 });
-        if op.activations == DType::BF16 && rows <= FEW && shared <= self.device.shared_memory {
-            return self.few(op, &kernels);
-        }
         let rounded = op.activations == DType::BF16;
-        if rounded && self.blocks_by_units(op, &kernels)? {
-            return Ok(());
+        if let Some(kernels) = kernels(op.w.format()).filter(|_| rounded) {
+            let shared = room(op.w.format(), k, if rows == 1 { 1 } else { 8 });
+            if rows <= FEW && shared <= self.device.shared_memory {
+                return self.few(op, &kernels);
+            }
+            if self.blocks_by_units(op, &kernels)? {
+                return Ok(());
+            }
         }
         // Part of the matrix as f32, and x where it is rounded.
         let each = part(n, 4 * k);
@@ -233,7 +250,7 @@ impl State {
         let w = scratch + of_x as u64;
         for first in (0..n).step_by(each) {
             let part = each.min(n - first);
-            self.widen(&kernels, op.w, first..first + part, w, DType::F32)?;
+            self.widen(widening, op.w, first..first + part, w, DType::F32)?;
             let product = Product {
                 x,
                 w,
@@ -247,7 +264,7 @@ impl State {
                 n: part as i32,
                 round: 0,
             };
-            if rows == 1 && x.wide() {
+            if rows == 1 && x.wide() && k.is_multiple_of(4) {
                 let grid = (part.div_ceil(WARPS), 1, 1);
                 launch!(self, "one_row_f32_1_1", grid, 32 * WARPS, 0; product)?;
             } else {
@@ -288,7 +305,7 @@ impl State {
     /// Rows of `w` as numbers, side by side at `to`.
     fn widen(
         &mut self,
-        kernels: &Kernels,
+        kernel: &'static str,
         w: &Matrix,
         range: std::ops::Range<usize>,
         to: u64,
@@ -308,8 +325,8 @@ impl State {
             dtype: super::code(dtype),
             wide: 1,
         };
-        let grid = (range.len(), (k / 32).div_ceil(128), 1);
-        launch!(self, kernels.widen, grid, 128, 0; widen)
+        let grid = (range.len(), k.div_ceil(32).div_ceil(128), 1);
+        launch!(self, kernel, grid, 128, 0; widen)
     }
 
     /// Rows of x at `to`, rounded as products with this format take them.
@@ -336,9 +353,6 @@ impl State {
 
     /// By matrix units: parts of the matrix as BF16. False where the library has no algorithm.
     fn blocks_by_units(&mut self, op: &Linear<'_>, kernels: &Kernels) -> Result<bool> {
-        if self.matmul.is_none() {
-            self.matmul = Some(Matmul::new(&self.device, &self.libraries)?);
-        }
         let (m, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
         let each = part(n, 2 * k);
         let of_x = (2 * m * k).next_multiple_of(256);
@@ -347,9 +361,10 @@ impl State {
         self.round_blocks(op.x, op.w.format(), x, DType::BF16)?;
         for first in (0..n).step_by(each) {
             let part = each.min(n - first);
-            self.widen(kernels, op.w, first..first + part, w, DType::BF16)?;
+            self.widen(kernels.widen, op.w, first..first + part, w, DType::BF16)?;
             let y = after(op.y, first)?.pointer;
             let shape = Shape {
+                integers: false,
                 m,
                 n: part,
                 k,
@@ -358,10 +373,7 @@ impl State {
                 w_align: alignment(w),
                 y_align: alignment(y),
             };
-            let Some(matmul) = &mut self.matmul else {
-                return Ok(false);
-            };
-            if !matmul.run(shape, x, w, y)? {
+            if !self.matmul()?.run(shape, x, w, y)? {
                 return Ok(false);
             }
         }

@@ -57,7 +57,7 @@ macro_rules! unit {
 const HOPPER: Option<&str> = Some("sm_90a");
 
 /// All files of kernels.
-pub const UNITS: [Unit; 23] = [
+pub const UNITS: [Unit; 24] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
     unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
@@ -65,7 +65,9 @@ pub const UNITS: [Unit; 23] = [
     unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
         "row_gated_4"),
     unit!("row_blocks.cu": "row_q8_0", "row_q8_0_gated", "row_q6_k", "row_q6_k_gated", "row_q4_k",
-        "row_q4_k_gated"),
+        "row_q4_k_gated", "row_int8", "row_int8_gated"),
+    unit!("int8.cu": "round_int8", "arrange_int8", "widen_int8", "units_int8", "units_int8_chosen",
+        "scale_int8", "few_int8", "few_int8_chosen"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
         "expert_tiles_f16", "expert_tiles_bf16", "sort_choices"),
     unit!("blocks_narrow.cu": "few_q8_0_1", "few_q8_0_4", "few_q8_0_8", "few_q8_0_chosen", "widen_q8_0", "few_q4_0_1", "few_q4_0_4", "few_q4_0_8", "few_q4_0_chosen", "widen_q4_0", "few_iq4_nl_1", "few_iq4_nl_4", "few_iq4_nl_8", "few_iq4_nl_chosen", "widen_iq4_nl", "round_blocks_32", "arrange"),
@@ -82,7 +84,8 @@ pub const UNITS: [Unit; 23] = [
         "selective_scan_groups_4", "selective_scan_step_1", "selective_scan_step_2",
         "selective_scan_step_4"),
     unit!("ssd_scan.cu": "ssd_scan_1", "ssd_scan_2", "ssd_scan_4", "ssd_scan_8", "ssd_scan_16",
-        "ssd_scan_32", "ssd_scan_step_1", "ssd_scan_step_2", "ssd_scan_step_4", "ssd_scan_step_8",
+        "ssd_scan_32", "ssd_scan_pairs_1", "ssd_scan_pairs_2", "ssd_scan_pairs_4", "ssd_scan_pairs_8",
+        "ssd_scan_pairs_16", "ssd_scan_pairs_32", "ssd_scan_step_1", "ssd_scan_step_2", "ssd_scan_step_4", "ssd_scan_step_8",
         "ssd_scan_step_16", "ssd_scan_step_32"),
     unit!("ssd_chunked.cu": "ssd_scores", "ssd_chunked_4", "ssd_chunked_8", "ssd_keep"),
     unit!("s4d_scan.cu": "s4d_scan"),

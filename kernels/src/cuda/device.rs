@@ -61,17 +61,19 @@ const LARGE: [&str; 7] = [
     "route",
 ];
 /// The same, by how their names begin.
-const LARGE_KINDS: [&str; 10] = [
+const LARGE_KINDS: [&str; 12] = [
     "few_",
     "row_q4",
     "row_q6",
     "row_q8",
+    "row_int8",
     "ssd_chunked_",
     "ssd_prepare_",
     "ssd_segments_",
     "ssd_hopper_",
     "attention_hopper_",
     "expert_units",
+    "units_int8",
 ];
 const OWN_SHARED: usize = 4096;
 

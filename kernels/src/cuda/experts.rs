@@ -13,7 +13,7 @@ use crate::ops::ExpertLinear;
 use crate::tensor::DType;
 
 /// Choices that go one by one: each reads its expert by itself.
-const ONE_BY_ONE: usize = 16;
+pub(super) const ONE_BY_ONE: usize = 16;
 const TILE: usize = 64;
 /// Rows and outputs of a tile in expert_units.cu, and what four stages of it take.
 const TILE_OF_UNITS: usize = 128;
@@ -24,17 +24,17 @@ const WIDENED: usize = 256 << 20;
 
 /// `ExpertProduct` in experts.cu.
 #[repr(C)]
-struct ExpertProduct {
-    x: Rows,
-    w: u64,
-    experts: u64,
-    experts_stride: i64,
-    y: Rows,
-    k: i32,
-    n: i32,
-    round: i32,
-    x_div: i32,
-    choices: i32,
+pub(super) struct ExpertProduct {
+    pub x: Rows,
+    pub w: u64,
+    pub experts: u64,
+    pub experts_stride: i64,
+    pub y: Rows,
+    pub k: i32,
+    pub n: i32,
+    pub round: i32,
+    pub x_div: i32,
+    pub choices: i32,
 }
 
 // SAFETY: laid out as there.
@@ -62,7 +62,7 @@ unsafe impl Param for Chosen {}
 
 /// `Sorted` in experts.cu.
 #[repr(C)]
-struct Sorted {
+pub(super) struct Sorted {
     count: u64,
     order: u64,
     tiles: u64,
@@ -157,7 +157,7 @@ impl State {
 
     /// Sorts choices by expert and cuts them into tiles of `tile`, in memory that has `beside` bytes more at its beginning: where they are,
     /// and where the other bytes begin.
-    fn sort_choices(
+    pub(super) fn sort_choices(
         &mut self,
         product: &ExpertProduct,
         choices: usize,
@@ -184,14 +184,18 @@ impl State {
     /// many at a time as fit a bounded memory.
     fn expert_blocks(&mut self, op: &ExpertLinear<'_>, mut product: ExpertProduct) -> Result<()> {
         let (format, experts) = (op.w[0].format(), op.w.len());
-        let Some(kernels) = blocks::kernels(format) else {
+        let Some(widening) = blocks::widening(format) else {
             return dense("expert_linear", &op.w[0]);
         };
         let (choices, k, n) = (op.y.rows(), op.x.cols(), op.y.cols());
         let of_matrix = blocks::blocks(&op.w[0]) as i64;
         let rounded = op.activations == DType::BF16;
+        if rounded && format.scales_rows() {
+            return self.expert_int8(op, &product);
+        }
         let shared = blocks::room(format, k, 1);
-        if rounded && choices <= ONE_BY_ONE && shared <= self.device.shared_memory {
+        let few = choices <= ONE_BY_ONE && shared <= self.device.shared_memory;
+        if let Some(kernels) = blocks::kernels(format).filter(|_| rounded && few) {
             let (split, grid) = self.teams(n * choices, k);
             let chosen = Chosen {
                 x: product.x,
@@ -237,8 +241,8 @@ impl State {
                 dtype: 0,
                 wide: 1,
             };
-            let grid = (part, (k / 32).div_ceil(128), experts);
-            launch!(self, kernels.widen, grid, 128, 0; widen)?;
+            let grid = (part, k.div_ceil(32).div_ceil(128), experts);
+            launch!(self, widening, grid, 128, 0; widen)?;
             (product.y, product.n) = (blocks::after(op.y, first)?, part as i32);
             let grid = (part.div_ceil(TILE), tiles(choices, experts, TILE), 1);
             launch!(self, "expert_tiles_f32", grid, 256, 0; product, sorted)?;
@@ -248,6 +252,6 @@ impl State {
 }
 
 /// The most tiles of so many rows that choices are cut into.
-fn tiles(choices: usize, experts: usize, tile: usize) -> usize {
+pub(super) fn tiles(choices: usize, experts: usize, tile: usize) -> usize {
     choices.div_ceil(tile) + experts.min(choices)
 }

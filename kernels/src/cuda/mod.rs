@@ -15,6 +15,7 @@ mod blocks;
 mod compile;
 mod device;
 mod experts;
+mod int8;
 mod linear;
 mod lists;
 mod locate;

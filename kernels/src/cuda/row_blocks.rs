@@ -47,6 +47,7 @@ fn kernels(format: Format) -> Option<([&'static str; 2], usize)> {
         Format::Q8_0 => Some((["row_q8_0", "row_q8_0_gated"], 128)),
         Format::Q4K => Some((["row_q4_k", "row_q4_k_gated"], 256)),
         Format::Q6K => Some((["row_q6_k", "row_q6_k_gated"], 256)),
+        Format::Int8 => Some((["row_int8", "row_int8_gated"], 128)),
         _ => None,
     }
 }

@@ -260,7 +260,16 @@ impl State {
             scale_input: i32::from(op.scale_input),
         };
         let step = op.ragged.rows() == op.ragged.spans.len();
+        // Two neighbouring channels a thread.
+        let whole = width.is_multiple_of(2) && state_stride % 2 == 0 && state.is_multiple_of(8);
+        let pairs = step && whole;
         let kernel = match states {
+            0..=8 if pairs => "ssd_scan_pairs_1",
+            9..=16 if pairs => "ssd_scan_pairs_2",
+            17..=32 if pairs => "ssd_scan_pairs_4",
+            33..=64 if pairs => "ssd_scan_pairs_8",
+            65..=128 if pairs => "ssd_scan_pairs_16",
+            129..=256 if pairs => "ssd_scan_pairs_32",
             0..=8 if step => "ssd_scan_step_1",
             9..=16 if step => "ssd_scan_step_2",
             17..=32 if step => "ssd_scan_step_4",
@@ -278,7 +287,9 @@ impl State {
                 return Err(unsupported("ssd_scan", why));
             }
         };
-        let (channels, threads) = if step {
+        let (channels, threads) = if pairs {
+            (2 * STEP_CHANNELS, 256)
+        } else if step {
             (STEP_CHANNELS, 256)
         } else {
             (CHANNELS, 128)

@@ -45,6 +45,7 @@ impl State {
     pub fn upload(&mut self, from: &HostTensor, rows: usize, cols: usize) -> Result<Tensor> {
         size_of("upload", from.len(), rows.saturating_mul(cols))?;
         let (bytes, format) = (from.bytes(), from.format());
+        let k = cols;
         // Of a weight in blocks, its rows of bytes.
         let (dtype, cols) = match format.dtype() {
             Some(dtype) => (dtype, cols),
@@ -53,6 +54,10 @@ impl State {
         size_of("upload", bytes.len(), rows * cols * dtype.size())?;
         if super::blocks::kernels(format).is_some() {
             let memory = self.upload_blocks(format, bytes)?;
+            return Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols));
+        }
+        if format.scales_rows() {
+            let memory = self.upload_int8(bytes, rows, k)?;
             return Ok(Tensor::on_device(Arc::new(memory), dtype, rows, cols));
         }
         let memory = Allocation::new(&self.device, bytes.len())?;

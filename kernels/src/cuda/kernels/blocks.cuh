@@ -6,7 +6,7 @@
 
 #include "common.cuh"
 
-enum Format { Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K };
+enum Format { Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, INT8 };
 
 struct Unit {
     u32 q[8];
@@ -257,32 +257,45 @@ __device__ __forceinline__ float element(const Unit& t, int run, int i) {
     return Of<F>::MINIMA ? __fsub_rn(v, t.m[run]) : v;
 }
 
-// Eight neighbours of a row, rounded to integers as rounded.rs does, in blocks of B that neighbouring lanes
-// share; the block's scale.
-template <int B>
-__device__ __forceinline__ float round_eight(const float* x, int c, int k, int wide, int* codes) {
-    float v[8] = {};
-    if (c < k) {
-        if (wide) {
-            float4 a = *(const float4*)(x + c), b = *(const float4*)(x + c + 4);
-            v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-        } else {
+// Eight neighbours of a row; zeros behind its end.
+__device__ __forceinline__ void take_eight(const float* x, int c, int k, int wide, float* v) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) v[i] = x[c + i];
-        }
+    for (int i = 0; i < 8; i++) v[i] = 0.0f;
+    if (c >= k) return;
+    if (wide) {
+        float4 a = *(const float4*)(x + c), b = *(const float4*)(x + c + 4);
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = x[c + i];
     }
+}
+
+// What a block's elements are times to become integers, and its scale, where `bits` are those of the largest
+// magnitude; and an element's integer.
+__device__ __forceinline__ float inverse_of(u32 bits, float& scale) {
+    const float most = __uint_as_float(bits);
+    scale = bits >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : most < 1e-30f ? 0.0f : most / 127.0f;
+    return most >= 1e-30f ? 127.0f / most : 0.0f;
+}
+__device__ __forceinline__ int code_of(float x, float inverse) {
+    return (signed char)__float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f));
+}
+
+// Eight neighbours, rounded to integers as rounded.rs does, in blocks of B that neighbouring lanes share; the
+// block's scale.
+template <int B>
+__device__ __forceinline__ float round_eight(const float* v, int* codes) {
     u32 bits = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) bits = max(bits, __float_as_uint(v[i]) & 0x7fffffffu);
 #pragma unroll
     for (int o = B / 16; o; o >>= 1) bits = max(bits, __shfl_xor_sync(FULL, bits, o));
-    const float most = __uint_as_float(bits);
-    const float inverse = most >= 1e-30f ? 127.0f / most : 0.0f;
+    float scale;
+    const float inverse = inverse_of(bits, scale);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        codes[i] = (signed char)__float_as_uint(__fadd_rn(__fmul_rn(v[i], inverse), 12582912.0f));
-    if (bits >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
-    return most < 1e-30f ? 0.0f : most / 127.0f;
+    for (int i = 0; i < 8; i++) codes[i] = code_of(v[i], inverse);
+    return scale;
 }
 
 __device__ __forceinline__ int dot4(u32 a, u32 b, int sum) {
@@ -313,7 +326,9 @@ __device__ __forceinline__ void few(In x, i64 x0, int rows, const u8* w, i64 blo
         u8* to = room + t * each;
         for (int c0 = warp * 256; c0 < k; c0 += 8 * 256) {
             int c = c0 + 8 * lane, codes[8];
-            float d = round_eight<B>(from, c, k, wide, codes);
+            float v[8];
+            take_eight(from, c, k, wide, v);
+            float d = round_eight<B>(v, codes);
             u32 low = pack_bytes(codes), high = pack_bytes(codes + 4);
             int sum = dot4(low, 0x01010101u, dot4(high, 0x01010101u, 0));
             sum += __shfl_xor_sync(FULL, sum, 1);
@@ -471,7 +486,9 @@ __device__ __forceinline__ void round_rows(In x, void* to, int type, int k, int 
     const int c = (blockIdx.y * 256 + threadIdx.x) * 8;
     if (c - (int)(threadIdx.x % 32) * 8 >= k) return;
     int codes[8];
-    float d = round_eight<B>(x.row(blockIdx.x), c, k, wide, codes), v[8];
+    float v[8];
+    take_eight(x.row(blockIdx.x), c, k, wide, v);
+    const float d = round_eight<B>(v, codes);
     if (c >= k) return;
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = d * (float)codes[i];

@@ -21,7 +21,11 @@ __device__ __forceinline__ void round_units(In x, int rows, u8* to, int k, int w
     const int tiles = gridDim.x / 8, tile = r / 8, runs = k / 32;
     int codes[8] = {};
     float d = 0.0f;
-    if (r < rows) d = round_eight<B>(x.row(r), c, k, wide, codes);
+    if (r < rows) {
+        float v[8];
+        take_eight(x.row(r), c, k, wide, v);
+        d = round_eight<B>(v, codes);
+    }
     const u32 low = pack_bytes(codes), high = pack_bytes(codes + 4);
     int sum = dot4(low, 0x01010101u, dot4(high, 0x01010101u, 0));
     sum += __shfl_xor_sync(FULL, sum, 1);

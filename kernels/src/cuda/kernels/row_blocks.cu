@@ -131,11 +131,39 @@ struct Step<Q6_K> {
     }
 };
 
+// Whole numbers with a scale a row, for which the row of x is one block: sums stay whole numbers.
+template <>
+struct Step<INT8> {
+    static const int CODES = 128, BLOCK = 128, AHEAD = 6;
+    uint4 c;
+    static __device__ __forceinline__ int place(int c) { return c; }
+    __device__ __forceinline__ void load(const u8* w, i64, i64 f, int u) { c = once(w + 128 * f + 16 * u); }
+    __device__ __forceinline__ int times(const Rounded& x, int p, int u, int sum) const {
+        const uint4 a = *(const uint4*)(x.codes + 128 * p + 16 * u);
+        return dot4(c.x, a.x, dot4(c.y, a.y, dot4(c.z, a.z, dot4(c.w, a.w, sum))));
+    }
+};
+
+template <int F>
+struct Sum {
+    typedef float T;
+    static __device__ __forceinline__ float of(float sum, const u8*, i64, int, float) { return sum; }
+};
+template <>
+struct Sum<INT8> {
+    typedef int T;
+    // `codes` bytes lie before the scales.
+    static __device__ __forceinline__ float of(int sum, const u8* w, i64 codes, int n, float dx) {
+        return __fmul_rn(__fmul_rn((float)sum, __ldg((const float*)(w + codes) + n)), dx);
+    }
+};
+
 // K is whole steps.
 template <int F, bool GATED>
 __device__ __forceinline__ void row_blocks(const BlockRow& p) {
     extern __shared__ __align__(16) u8 room[];
     typedef Step<F> S;
+    typedef typename Sum<F>::T T;
     const int AHEAD = GATED ? S::AHEAD / 2 : S::AHEAD, B = S::BLOCK;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = threadIdx.x / 8, u = threadIdx.x % 8;
     const int steps = p.k / S::CODES, row0 = blockIdx.x * p.rows, rows = min(p.rows, p.n - row0);
@@ -152,9 +180,31 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
     int* sums = (int*)(room + p.k);
     float* scales = (float*)(room + p.k + p.k / 4);
     const float* from = p.x.row(0);
+    float whole = 0.0f, inverse = 0.0f;
+    if (F == INT8) {
+        __shared__ u32 most_of[THREADS / 32];
+        u32 bits = 0;
+        for (int c = threadIdx.x * 8; c < p.k; c += 8 * THREADS) {
+            float v[8];
+            take_eight(from, c, p.k, p.wide, v);
+#pragma unroll
+            for (int i = 0; i < 8; i++) bits = max(bits, __float_as_uint(v[i]) & 0x7fffffffu);
+        }
+        bits = __reduce_max_sync(FULL, bits);
+        if (lane == 0) most_of[warp] = bits;
+        __syncthreads();
+        inverse = inverse_of(__reduce_max_sync(FULL, most_of[lane % (THREADS / 32)]), whole);
+    }
     for (int c0 = warp * 256; c0 < p.k; c0 += 8 * THREADS) {
         int c = c0 + 8 * lane, codes[8];
-        float d = round_eight<B>(from, c, p.k, p.wide, codes);
+        float v[8], d = whole;
+        take_eight(from, c, p.k, p.wide, v);
+        if (F == INT8) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) codes[i] = code_of(v[i], inverse);
+        } else {
+            d = round_eight<B>(v, codes);
+        }
         u32 low = pack_bytes(codes), high = pack_bytes(codes + 4);
         int sum = dot4(low, 0x01010101u, dot4(high, 0x01010101u, 0));
         sum += __shfl_xor_sync(FULL, sum, 1);
@@ -165,12 +215,12 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         if (c % B == 0) scales[c / B] = d;
     }
     __syncthreads();
-    float* parts = (float*)(room + ((p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15));
-    float* gate_parts = parts + TEAMS * p.places;
+    T* parts = (T*)(room + ((p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15));
+    T* gate_parts = parts + TEAMS * p.places;
     const Rounded x = {room, sums, scales};
     const u32 mine = 255u << (lane & 24);
     int at = begin % steps, place = team * p.places;
-    float sum = 0.0f, gate_sum = 0.0f;
+    T sum = 0, gate_sum = 0;
 #pragma unroll 1
     for (int i = begin; i < end; i += AHEAD) {
 #pragma unroll
@@ -192,21 +242,23 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
                 parts[place] = sum;
                 if (GATED) gate_parts[place] = gate_sum;
             }
-            place++, at = 0, sum = gate_sum = 0.0f;
+            place++, at = 0, sum = gate_sum = 0;
         }
     }
     __syncthreads();
     for (int r = threadIdx.x; r < rows; r += THREADS) {
-        float y = 0.0f, gate = 0.0f;
+        T ys = 0, gates = 0;
         for (int t = r * steps / p.share, last = ((r + 1) * steps - 1) / p.share; t <= last; t++) {
             const int i = t * p.places + r - t * p.share / steps;
-            y += parts[i];
-            if (GATED) gate += gate_parts[i];
+            ys += parts[i];
+            if (GATED) gates += gate_parts[i];
         }
         const int n = row0 + r;
+        float y = Sum<F>::of(ys, p.w, (i64)p.n * p.k, n, scales[0]);
         y += p.bias ? p.bias[n] : 0.0f;
         p.y.row(0)[n] = y;
         if (GATED) {
+            float gate = Sum<F>::of(gates, p.gate, (i64)p.n * p.k, n, scales[0]);
             gate += p.gate_bias ? p.gate_bias[n] : 0.0f;
             p.gate_y.row(0)[n] = gate;
             p.z.row(0)[n] = activation(gate, p.act) * y;
@@ -229,3 +281,4 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
 OF_FORMAT_ROW(Q8_0, q8_0)
 OF_FORMAT_ROW(Q6_K, q6_k)
 OF_FORMAT_ROW(Q4_K, q4_k)
+OF_FORMAT_ROW(INT8, int8)

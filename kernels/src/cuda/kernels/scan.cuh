@@ -47,13 +47,18 @@ __device__ __forceinline__ float sum_scattered(float* v, int lane) {
 // channel, so that memory is read in whole lines; all is added in the order above.
 #define STEP_CHANNELS 32
 
+// The sum of a lane's eight parts.
+__device__ __forceinline__ float eight_parts(const float (*parts)[STEP_CHANNELS], int lane) {
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = parts[i][lane];
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
 // The eight parts of each channel's sum, for the warp that has part 0.
 __device__ __forceinline__ float sum_parts(float part, int warp, int lane) {
     __shared__ float parts[8][STEP_CHANNELS];
     parts[warp][lane] = part;
     __syncthreads();
-    float v[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = parts[i][lane];
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    return eight_parts(parts, lane);
 }

@@ -126,42 +126,74 @@ OF_STATES(8)
 OF_STATES(16)
 OF_STATES(32)
 
-template <int S>
+// C neighbouring numbers of a state, which is read and written once a step.
+template <int C>
+__device__ __forceinline__ void take_some(const float* from, float* v) {
+    if (C == 2) {
+        const float2 two = __ldcs((const float2*)from);
+        v[0] = two.x, v[C - 1] = two.y;
+    } else {
+        v[0] = __ldcs(from);
+    }
+}
+template <int C>
+__device__ __forceinline__ void put_some(float* to, const float* v) {
+    if (C == 2) __stcs((float2*)to, make_float2(v[0], v[C - 1]));
+    else __stcs(to, v[0]);
+}
+
+// A lane takes C channels of a head, whose width is whole times C.
+template <int S, int C>
 __device__ __forceinline__ void step(const SsdScan& p) {
+    __shared__ float sums[C][8][STEP_CHANNELS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int parts = (p.width + STEP_CHANNELS - 1) / STEP_CHANNELS;
-    const int head = blockIdx.x / parts, p0 = blockIdx.x % parts * STEP_CHANNELS;
-    const bool here = p0 + lane < p.width;
-    const int of_head = here ? p0 + lane : p.width - 1, channel = head * p.width + of_head;
+    const int parts = (p.width + C * STEP_CHANNELS - 1) / (C * STEP_CHANNELS);
+    const int head = blockIdx.x / parts, p0 = blockIdx.x % parts * C * STEP_CHANNELS + C * lane;
+    const bool here = p0 < p.width;
+    const int of_head = here ? p0 : p.width - C, channel = head * p.width + of_head;
     const int group = head / p.group_heads * p.states;
     const float a = p.a[head], dt_bias = p.dt_bias ? p.dt_bias[head] : 0.0f, skip = p.d ? p.d[head] : 0.0f;
     BEGIN();
     const Span span = p.spans[blockIdx.y];
     float* state = p.state + span.slot * p.state_stride + (i64)head * p.states * p.width + of_head;
-    const float x = p.x.row(span.start)[channel], dt = p.dt.row(span.start)[head];
-    float h[S], sum = 0.0f;
+    const float dt = p.dt.row(span.start)[head];
+    float h[S][C], x[C], u[C], sum[C];
+#pragma unroll
+    for (int i = 0; i < C; i++) x[i] = p.x.row(span.start)[channel + i], sum[i] = 0.0f;
 #pragma unroll
     for (int s = 0; s < S; s++) {
-        int n = state_of<S>(warp, s);
-        h[s] = n < p.states ? state[(i64)n * p.width] : 0.0f;
+        const int n = state_of<S>(warp, s);
+#pragma unroll
+        for (int i = 0; i < C; i++) h[s][i] = 0.0f;
+        if (n < p.states) take_some<C>(state + (i64)n * p.width, h[s]);
     }
-    const float delta = fminf(fmaxf(softplus(dt + dt_bias), p.least), p.greatest);
-    const float decay = expf(delta * a), u = (p.scale_input ? delta : 1.0f) * x;
+    const float delta = fminf(fmaxf(softplus(dt + dt_bias), p.least), p.greatest), decay = expf(delta * a);
+#pragma unroll
+    for (int i = 0; i < C; i++) u[i] = (p.scale_input ? delta : 1.0f) * x[i];
     const float *b = p.b.row(span.start) + group, *c = p.c.row(span.start) + group;
 #pragma unroll
     for (int s = 0; s < S; s++) {
-        int n = state_of<S>(warp, s);
-        bool in = n < p.states;
-        h[s] = fmaf(decay, h[s], u * (in ? b[n] : 0.0f));
-        sum = fmaf(in ? c[n] : 0.0f, h[s], sum);
-        if (here && in) state[(i64)n * p.width] = h[s];
+        const int n = state_of<S>(warp, s);
+        const bool in = n < p.states;
+        const float bn = in ? b[n] : 0.0f, cn = in ? c[n] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < C; i++) {
+            h[s][i] = fmaf(decay, h[s][i], u[i] * bn);
+            sum[i] = fmaf(cn, h[s][i], sum[i]);
+        }
+        if (here && in) put_some<C>(state + (i64)n * p.width, h[s]);
     }
-    sum = sum_parts(sum, warp, lane);
-    if (warp == 0 && here) p.y.row(span.start)[channel] = fmaf(skip, x, sum);
+#pragma unroll
+    for (int i = 0; i < C; i++) sums[i][warp][lane] = sum[i];
+    __syncthreads();
+    if (warp != 0 || !here) return;
+#pragma unroll
+    for (int i = 0; i < C; i++) p.y.row(span.start)[channel + i] = fmaf(skip, x[i], eight_parts(sums[i], lane));
 }
 
-#define OF_STEP(S) \
-    KERNEL __launch_bounds__(256) ssd_scan_step_##S(ARGS(SsdScan) p) { step<S>(p); }
+#define OF_STEP(S)                                                                                     \
+    KERNEL __launch_bounds__(256) ssd_scan_step_##S(ARGS(SsdScan) p) { step<S, 1>(p); }                  \
+    KERNEL __launch_bounds__(256) ssd_scan_pairs_##S(ARGS(SsdScan) p) { step<S, 2>(p); }
 OF_STEP(1)
 OF_STEP(2)
 OF_STEP(4)
