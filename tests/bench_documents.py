@@ -11,6 +11,7 @@ cold start. Prints Markdown tables, and exits with 1 if a bar is missed.
 """
 
 import argparse
+import atexit
 import http.client
 import json
 import os
@@ -52,7 +53,8 @@ class Server:
         command = [args.strata, "serve", args.model, "--port", "0", "--json", "--request-timeout", "7200", *more]
         command += ["--threads", str(args.threads)] if args.threads else []
         start = time.monotonic()
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        atexit.register(self.process.kill)
         line = self.process.stdout.readline()
         if not line:
             sys.exit("the server did not start")
@@ -75,6 +77,13 @@ class Server:
     def complete(self, prompt):
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
         return self.ask("POST", "/v1/completions", body)
+
+    def wait(self, document):
+        while (said := self.ask("GET", f"/v1/documents/{document}")[0])["status"] not in ("ready", "failed"):
+            time.sleep(0.005)
+        if said["status"] == "failed":
+            sys.exit(f"the document was not read: {said}")
+        return said
 
     def question(self, document, question):
         body = {"question": question, "max_tokens": 1, "temperature": 0}
@@ -120,7 +129,8 @@ def over_http(args, folder, text, missed):
     if second > 0.03 * first:
         missed.append(f"second question: {100 * second / first:.2f} % of the first, 3 % allowed")
     end = "\n\nHere it goes on otherwise: the gate was painted red.\n\nQ: Who painted it?\nA:"
-    said, took = server.complete(text[: len(text) // 2] + end)
+    half = len(text) // 2 + int(SPACING / 2 / args.per_byte)
+    said, took = server.complete(text[:half] + end)
     rows.append(("the first half, then another end", *computed(said), took))
     replayed = said["strata"]["replayed"]
     if replayed > SPACING:
@@ -131,11 +141,8 @@ def over_http(args, folder, text, missed):
     server = Server(args, ["--documents", str(folder / "books")])
     said, _ = server.ask("POST", "/v1/documents?name=book", {"name": "book", "text": text})
     document, start = said["id"], time.monotonic()
-    while (said := server.ask("GET", f"/v1/documents/{document}")[0])["status"] not in ("ready", "failed"):
-        time.sleep(0.05)
+    said = server.wait(document)
     read = time.monotonic() - start
-    if said["status"] == "failed":
-        sys.exit(f"the document was not read: {said}")
     rows.append(("a document is read", said["tokens"], said["tokens"], read))
     said, took = server.question(document, QUESTIONS[0])
     rows.append(("it is asked", *computed(said), took))
@@ -143,10 +150,13 @@ def over_http(args, folder, text, missed):
     for cold in (False, True):
         if cold:
             forget(folder / "books", pathlib.Path(args.model))
+        start = time.monotonic()
         server = Server(args, ["--documents", str(folder / "books")])
+        server.wait(document)
+        ready = time.monotonic() - start
         said, took = server.question(document, QUESTIONS[1])
         name = "restarted cold" if cold else "restarted"
-        rows.append((f"the server is {name} (ready in {server.start:.2f} s), and asked", *computed(said), took))
+        rows.append((f"the server is {name} (the document is there after {ready:.2f} s), and asked", *computed(said), took))
         if not said["strata"]["from_file"]:
             missed.append("the document's state was not taken from its file")
         if not cold and took > 0.03 * first:
