@@ -197,7 +197,6 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             q[a].load(p.w, p.blocks, f0 + begin + a, u);
             if (GATED) g[a].load(p.gate, p.blocks, f0 + begin + a, u);
         }
-    const int of_x = F == FP8 ? 2 * p.k : (p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15;
     BEGIN();
     int* sums = (int*)(room + p.k);
     float* scales = (float*)(room + p.k + p.k / 4);
@@ -243,7 +242,7 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         if (c % B == 0) scales[c / B] = d;
     }
     __syncthreads();
-    T* parts = (T*)(room + of_x);
+    T* parts = (T*)(room + (F == FP8 ? 2 * p.k : (p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15));
     T* gate_parts = parts + TEAMS * p.places;
     const Rounded x = {room, sums, scales};
     const u32 mine = 255u << (lane & 24);
