@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::thread::sleep;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -572,4 +573,48 @@ fn the_probe_finds_facts_and_draws_its_map() {
         ],
         &folder.0,
     );
+}
+
+/// The hash of weights is kept, so that they need not be read for each question; files that changed have another, though
+/// they are as long and as old as before.
+#[test]
+fn weights_that_changed_are_refused_whatever_was_known_of_them() {
+    let folder = Folder::new("doc-hash");
+    let model = folder.copy(&root().join("model-cards/demo"), "model");
+    folder.write("a.md", "Mara lives in Oslo.\n");
+    let cache = folder.0.join("cache");
+    let run = |args: &[&str]| {
+        let mut command = command(args, &folder.0);
+        command.env("XDG_CACHE_HOME", &cache);
+        finish(command, b"")
+    };
+    let hashes = || fs::read_dir(cache.join("strata/weights")).map_or(0, |files| files.count());
+    let read = ["doc", "read", "model", "a.md", "-o", "a.state"];
+    let ask = ["doc", "ask", "a.state", "Where does Mara live?"];
+    assert_eq!(run(&read).status, 0);
+    // Files that were made just now may change again unseen: of them nothing is known.
+    sleep(Duration::from_secs(5));
+    for _ in 0..2 {
+        assert_eq!(run(&ask).out, " Oslo.\n");
+        assert_eq!(hashes(), 1);
+    }
+    let weights = model.join("model.safetensors");
+    let modified = fs::metadata(&weights).unwrap().modified().unwrap();
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let file = fs::File::options().write(true).open(&weights).unwrap();
+    file.set_modified(modified).unwrap();
+    drop(file);
+    for seconds in [0, 5] {
+        sleep(Duration::from_secs(seconds));
+        let refused = run(&ask);
+        assert_eq!(refused.status, 1, "{refused:?}");
+        assert!(
+            refused.err.contains("another set of weights"),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(hashes(), 2);
 }
