@@ -1,5 +1,5 @@
-//! A mixer of a selective scan in steps that a GPU records: norms before products, the convolution and the scan behind
-//! them are done together there, and are the same bits as one after the other.
+//! A mixer of a selective scan in steps that a GPU records, where products wait for what follows them: the same bits as
+//! one operation after the other.
 
 use std::sync::Arc;
 

@@ -337,7 +337,7 @@ fn many_questions_keep_their_order_and_a_run_goes_on() {
         let bare = |a: &Value| keys.iter().map(|k| a[*k].clone()).collect();
         answers.iter().map(bare).collect()
     };
-    let single = run(&[&ask[..], &["--parallel", "1"]].concat(), &folder.0);
+    let single = run(&[&ask[..], &["--at-once", "1"]].concat(), &folder.0);
     assert_eq!(bare(&lines(&single.out)), bare(&answers));
     // Cut off within the fourth answer.
     let whole = &printed.out;

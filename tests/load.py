@@ -34,15 +34,18 @@ class Refused(Exception):
     """An answer that is an error, with its status."""
 
 
-def shapes(count, most_prompt, most_tokens, seed):
-    """Requests that come again and again: a beginning that several share, an end of their own."""
+def shapes(count, most_prompt, most_tokens, seed, documents=0):
+    """Requests that come again and again: a beginning that several share, an end of their own. With `documents` the
+    beginnings are so many, whole, and every end is another."""
     draw = random.Random(seed)
-    stems = [" ".join(draw.choices(SENTENCES, k=200)) for _ in range(6)]
+    sentences = max(200, most_prompt // 30)
+    stems = [" ".join(draw.choices(SENTENCES, k=sentences)) for _ in range(documents or 6)]
     found = []
-    for _ in range(count):
+    for i in range(count):
         # As many short ones as long ones, by the logarithm of their length.
-        length = int(8 * (most_prompt / 8) ** draw.random())
-        end = " " + draw.choice(SENTENCES)[: draw.randint(5, 40)]
+        length = most_prompt if documents else int(8 * (most_prompt / 8) ** draw.random())
+        end = f" {i} " if documents else " "
+        end += draw.choice(SENTENCES)[: draw.randint(5, 40)]
         prompt = draw.choice(stems)[:length] + end
         found.append({"prompt": prompt, "max_tokens": draw.randint(1, most_tokens)})
     return found
@@ -107,7 +110,8 @@ class Client:
                 for choice in event["choices"]:
                     piece = choice.get("token_ids", [])
                     if self.kind != "strata":
-                        piece = [choice["text"]] if choice["text"] else []
+                        # An event a token, whose text may be empty; the last tells why it ended.
+                        piece = [choice["text"]] if choice["finish_reason"] is None else []
                     if piece:
                         now = time.monotonic()
                         times.append(now - last)
@@ -143,6 +147,11 @@ class Tally:
     def __init__(self):
         self.done = self.left = self.bad = self.tokens = self.wrong = 0
         self.first, self.between, self.errors = [], [], []
+        self.given = 0
+
+    def next(self):
+        self.given += 1
+        return self.given - 1
 
     def error(self, what):
         if len(self.errors) < 20:
@@ -162,7 +171,8 @@ async def one_client(client, number, args, all_shapes, alone, tally, until):
                 if not 400 <= status < 500:
                     tally.error(f"a bad request was answered {status}: {said[:200]!r}")
                 continue
-            i = draw.randrange(len(all_shapes))
+            # A question about a document is asked once.
+            i = draw.randrange(len(all_shapes)) if not args.documents else tally.next()
             leaves = luck < args.bad + args.leave
             after = draw.randint(0, all_shapes[i]["max_tokens"]) if leaves else None
             said, times, _ = await client.complete(all_shapes[i], after)
@@ -191,17 +201,22 @@ async def main():
     parser.add_argument("--shapes", type=int, default=48, help="different requests")
     parser.add_argument("--most-prompt", type=int, default=2000, help="bytes of the longest prompt")
     parser.add_argument("--most-tokens", type=int, default=64, help="tokens of the longest answer")
+    parser.add_argument("--documents", type=int, default=0, help="questions about so many documents of --most-prompt "
+                        "bytes, none asked twice, nothing known before")
     parser.add_argument("--leave", type=float, default=0.15, help="share of clients that leave early")
     parser.add_argument("--bad", type=float, default=0.05, help="share of bad requests")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rest", type=float, default=60, help="seconds before its memory is told [default: 60]")
     parser.add_argument("--pid", type=int, help="the server's process, for its memory")
     args = parser.parse_args()
 
     client = Client(args.url, args.kind, args.model)
-    all_shapes = shapes(args.shapes, args.most_prompt, args.most_tokens, args.seed)
-    alone = [(await client.complete(shape))[0] for shape in all_shapes]
-    if args.kind != "strata":
-        alone = None
+    count = 100_000 if args.documents else args.shapes
+    all_shapes = shapes(count, args.most_prompt, args.most_tokens, args.seed, args.documents)
+    alone = None
+    if not args.documents:
+        alone = [(await client.complete(shape))[0] for shape in all_shapes]
+        alone = alone if args.kind == "strata" else None
     before = resident_mb(args.pid)
     tally, start = Tally(), time.monotonic()
     until = start + args.seconds
@@ -211,7 +226,8 @@ async def main():
     ]
     await asyncio.gather(*clients)
     took = time.monotonic() - start
-    await asyncio.sleep(2)
+    # Connections end, and the allocator gives back.
+    await asyncio.sleep(args.rest)
     print(json.dumps({
         "kind": args.kind, "clients": args.clients, "seconds": round(took, 1),
         "answers": tally.done, "left": tally.left, "bad_requests": tally.bad,

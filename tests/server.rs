@@ -235,7 +235,7 @@ fn completions_are_those_of_the_command_streamed_or_not() {
     let known = usage["usage"]["prompt_tokens_details"]["cached_tokens"]
         .as_u64()
         .unwrap();
-    assert!(known as usize >= PROMPT.len() - 2, "{usage}");
+    assert!(known as usize >= PROMPT.len() - 1, "{usage}");
 
     // As token ids, in a list of two, and with the prompt before it.
     let ids = served
@@ -464,6 +464,8 @@ fn documents_are_read_once_and_kept_over_restarts() {
     assert_eq!(read.status, 0, "{read:?}");
     let asked = run(&["doc", "ask", &state, QUESTION, "--json"], &folder.0);
     let by_hand: Value = serde_json::from_str(&asked.out).unwrap();
+    // The command leaves out the space before an answer.
+    let expected = format!(" {}", by_hand["answer"].as_str().unwrap());
 
     let args = [&SMALL[..], &["--documents", "books"]].concat();
     let served = Served::start(&folder.0, &args);
@@ -509,13 +511,10 @@ fn documents_are_read_once_and_kept_over_restarts() {
         served.post(&format!("{path}/ask"), &body)
     };
     let answer = ask(&served, json!({})).good();
-    assert_eq!(
-        answer["choices"][0]["message"]["content"],
-        by_hand["answer"]
-    );
+    assert_eq!(answer["choices"][0]["message"]["content"], expected);
     assert_eq!(answer["strata"]["resumed_at"], document["tokens"]);
     let (streamed, _, _) = joined(&ask(&served, json!({"stream": true})), 0);
-    assert_eq!(streamed, by_hand["answer"].as_str().unwrap());
+    assert_eq!(streamed, expected);
     let about = json!({"document": id, "messages": [
         {"role": "user", "content": QUESTION}, {"role": "assistant", "content": " Greyford."},
         {"role": "user", "content": "Who is the mayor of Greyford?"},
@@ -557,10 +556,7 @@ fn documents_are_read_once_and_kept_over_restarts() {
     let document = ready(&served);
     assert_eq!(document["resumed_at"], document["tokens"], "{document}");
     let answer = ask(&served, json!({})).good();
-    assert_eq!(
-        answer["choices"][0]["message"]["content"],
-        by_hand["answer"]
-    );
+    assert_eq!(answer["choices"][0]["message"]["content"], expected);
     assert_eq!(answer["strata"]["from_file"], true);
     assert_eq!(answer["strata"]["resumed_at"], document["tokens"]);
     let gone = served.send("DELETE", &path, "", b"");

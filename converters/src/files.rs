@@ -123,6 +123,20 @@ impl ModelFiles {
         }
     }
 
+    /// Where its files lie on disk: all of a folder, and all of a GGUF set; none of bundled ones.
+    pub fn paths(&self) -> Result<Vec<PathBuf>> {
+        let folder = match &self.source {
+            Source::Folder(folder) => Some(folder.as_path()),
+            Source::Gguf(gguf) => gguf.folder(),
+            Source::Bundled(_) => None,
+        };
+        let Some(folder) = folder else {
+            return Ok(Vec::new());
+        };
+        let names = self.list()?.into_iter();
+        Ok(names.map(|name| folder.join(name)).collect())
+    }
+
     /// The name of the set, for messages.
     pub fn name(&self) -> &str {
         &self.label

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use strata::cli::{self, Cli, Environment};
 use strata::hub::HubOptions;
-use strata::load::CudaPlaces;
+use strata::load::{self, CudaPlaces};
 
 fn main() -> ExitCode {
     // The only place that reads the environment.
@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         let environment = Environment {
             hub: Some(HubOptions::from_env(get)?),
             cuda: CudaPlaces::from_env(get),
+            cache: load::cache_folder(get),
             no_color: get("NO_COLOR").is_some_and(|v| !v.is_empty()),
             api_key: get("STRATA_API_KEY").filter(|key| !key.is_empty()),
             log: get("STRATA_LOG"),

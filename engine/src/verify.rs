@@ -138,7 +138,7 @@ impl Trace {
             let mean = a.iter().sum::<f32>() / a.len() as f32;
             let deviation = a.iter().map(|a| (a - mean).powi(2)).sum::<f32>() / a.len() as f32;
             let distances = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-            let most = distances.fold(0.0, |m: f32, d| if d.is_nan() { d } else { m.max(d) });
+            let most = distances.fold(0.0, |m: f32, d| if m >= d || m.is_nan() { m } else { d });
             Some((*position, most / deviation.sqrt().max(f32::MIN_POSITIVE)))
         })
     }

@@ -17,7 +17,7 @@ pub mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use strata_kernels::tensor::HostBytes;
@@ -45,6 +45,8 @@ const MAX_PARTS: usize = 8;
 pub struct Gguf {
     label: String,
     name: String,
+    /// Where the files lie; none of a header alone.
+    folder: Option<PathBuf>,
     shards: BTreeMap<String, Arc<dyn HostBytes>>,
     /// The file with the metadata.
     first: Arc<dyn HostBytes>,
@@ -149,6 +151,7 @@ impl Gguf {
             name: split_name(file).map_or_else(|| stem(file).into(), |s| s.stem.into()),
             first: first.ok_or_else(missing)?,
             label,
+            folder: path.parent().map(Path::to_path_buf),
             shards,
             metadata,
             tensors,
@@ -168,6 +171,7 @@ impl Gguf {
         Ok(Gguf {
             name: stem(NAME).into(),
             label: NAME.into(),
+            folder: None,
             shards: BTreeMap::from([(NAME.to_string(), first.clone())]),
             first,
             metadata: read.metadata.into_iter().collect(),
@@ -184,6 +188,11 @@ impl Gguf {
     /// The name of the file, without its ending and without its place in a set.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where the files lie.
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
     }
 
     /// The files, by their names.

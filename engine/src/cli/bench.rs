@@ -53,9 +53,10 @@ pub struct Bench {
 
 impl Bench {
     pub fn run(self, environment: &Environment, terminal: &Terminal) -> Result<()> {
-        let tokens = self.depth + self.prompt + self.generate + 1;
+        let tokens = [self.depth, self.prompt, self.generate, 1];
+        let tokens: usize = tokens.iter().map(|n| *n as usize).sum();
         let options = LoadOptions {
-            workload: Some((tokens as usize, usize::from(self.batch))),
+            workload: Some((tokens, usize::from(self.batch))),
             ..self.common.load_options(self.model.as_deref(), environment)
         };
         let model = self.common.load_with(&options, terminal)?;

@@ -89,6 +89,8 @@ pub struct Environment {
     pub log: Option<String>,
     /// Where a GPU's libraries may be, and where its kernels are kept.
     pub cuda: CudaPlaces,
+    /// Folder of what can be computed again.
+    pub cache: Option<PathBuf>,
 }
 
 /// Where a model comes from, and how to print.
@@ -248,6 +250,7 @@ impl Source {
             calibrate: None,
             threads: None,
             cuda: environment.cuda.clone(),
+            hashes: environment.cache.as_ref().map(|c| c.join("weights")),
             hub,
         }
     }
@@ -385,4 +388,15 @@ fn text_of(name: &str, bytes: Vec<u8>) -> Result<String> {
         let at = error.utf8_error().valid_up_to();
         anyhow::anyhow!("{name}: byte {at} is no UTF-8 text; convert it to UTF-8 first")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    /// Two options of one name, for instance, which the compiler does not see.
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
+    }
 }

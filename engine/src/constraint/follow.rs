@@ -102,7 +102,11 @@ impl Follower {
         Error::Lost {
             kind: self.constraint.source().kind(),
             position: self.said.len(),
-            reason: compile::plain(reason),
+            reason: if reason.contains("NoExtensionBias") {
+                "no token of the model's vocabulary goes on from here".into()
+            } else {
+                compile::plain(reason)
+            },
         }
     }
 }

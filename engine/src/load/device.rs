@@ -61,15 +61,20 @@ impl CudaPlaces {
         libraries.extend(systems.map(PathBuf::from));
         // Folders that are not there need no mention in an error.
         libraries.retain(|l| l.is_dir());
-        let cache = get("XDG_CACHE_HOME")
-            .filter(|c| !c.is_empty())
-            .map(PathBuf::from);
-        let cache = cache.or_else(|| get("HOME").map(|h| Path::new(&h).join(".cache")));
         CudaPlaces {
             libraries,
-            kernels: cache.map(|c| c.join("strata/kernels")),
+            kernels: cache_folder(get).map(|c| c.join("kernels")),
         }
     }
+}
+
+/// Where what can be computed again is kept: in XDG_CACHE_HOME, or in the home folder.
+pub fn cache_folder(get: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let cache = get("XDG_CACHE_HOME")
+        .filter(|c| !c.is_empty())
+        .map(PathBuf::from);
+    let cache = cache.or_else(|| get("HOME").map(|h| Path::new(&h).join(".cache")));
+    cache.map(|c| c.join("strata"))
 }
 
 /// The backend of a device; a GPU's libraries are looked for where the system's loader does.
@@ -111,8 +116,9 @@ pub fn backend_at(device: &str, threads: Option<usize>, cuda: &CudaPlaces) -> Re
     Ok((Arc::new(cuda), None))
 }
 
-/// A folder of compiled kernels: a file each, with its checksum at the end.
-struct Folder(PathBuf);
+/// A folder of compiled kernels, or of other bytes that can be computed again: a file each, with its checksum at the
+/// end.
+pub(super) struct Folder(pub PathBuf);
 
 const CHECKSUM: usize = 16;
 

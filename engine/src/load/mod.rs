@@ -6,6 +6,7 @@ mod convert_gguf;
 mod convert_random;
 mod convert_rows;
 mod device;
+mod hashes;
 mod inspect;
 mod layout;
 mod limits;
@@ -41,12 +42,13 @@ pub use strata_converters::write::Progress as WriteProgress;
 
 pub use calibrate::Calibration;
 pub use convert::{ConvertOptions, Converted, convert};
-pub use device::{CudaPlaces, Device, backend, backend_at};
+pub use device::{CudaPlaces, Device, backend, backend_at, cache_folder};
 pub use inspect::{Inspected, Row, inspect};
 pub use layout::{Named, named};
 pub use locate::{Planned, plan};
 pub use model::{Limits, Model, dtype_of_word};
 
+use hashes::Hashes;
 use layout::Devices;
 use locate::{Located, locate, mapped, planned};
 use model::Weights;
@@ -87,6 +89,8 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Where the Hub is; none knows no Hub ids.
     pub hub: Option<HubOptions>,
+    /// Folder of the hashes of weights; none computes them each time that they are asked for.
+    pub hashes: Option<PathBuf>,
 }
 
 /// Why a model cannot be loaded.
@@ -154,6 +158,10 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     let located = locate(options, progress)?;
     let mut planned = planned(options, &located)?;
     let mut notes = Vec::new();
+    let hashes = match (&options.hashes, &located) {
+        (Some(folder), Located::Files(files)) => Hashes::of(folder, files),
+        _ => None,
+    };
 
     let (source, stored) = match (options.random, &located) {
         (Some(seed), _) => {
@@ -375,6 +383,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         no_text,
         template,
         weights: source,
+        hashes,
         vocabulary: std::sync::OnceLock::new(),
     })
 }

@@ -8,6 +8,7 @@ use strata_kernels::cpu::{self, Cpu};
 use strata_layers::Plan;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
+use super::hashes::Hashes;
 use super::stored::non_finite;
 use super::{Error, Result};
 use crate::constraint::{self, Vocabulary};
@@ -60,6 +61,8 @@ pub struct Model {
     pub(super) cpu: Option<Arc<Cpu>>,
     pub(super) template: Option<String>,
     pub(super) weights: Weights,
+    /// What is known of the weights' hash without reading them.
+    pub(super) hashes: Option<Hashes>,
     /// Made when the first constraint is.
     pub(super) vocabulary: OnceLock<std::result::Result<Arc<Vocabulary>, constraint::Error>>,
 }
@@ -210,12 +213,28 @@ impl Model {
         }
     }
 
-    /// Hashes of the plan, less its name, and of all weights. Reads every weight.
+    /// Hashes of the plan, less its name, and of all weights. Reads every weight, unless it is known from an earlier
+    /// time that these very files have this hash.
     pub fn fingerprint(&self) -> Result<Fingerprint> {
         let plan = Plan {
             name: String::new(),
             ..self.plan.clone()
         };
+        let recipe = self.storage.recipe.as_ref().map(|r| format!("{r:?}"));
+        let recipe = recipe.unwrap_or_default();
+        let weights = match (&self.weights, &self.hashes) {
+            (Weights::Checkpoint(mapping), Some(hashes)) => {
+                hashes.get_or(mapping, &recipe, || self.hash_weights(&recipe))?
+            }
+            _ => self.hash_weights(&recipe)?,
+        };
+        Ok(Fingerprint {
+            plan: format!("{:032x}", xxh3_128(plan.print().as_bytes())),
+            weights: format!("{weights:032x}"),
+        })
+    }
+
+    fn hash_weights(&self, recipe: &str) -> Result<u128> {
         let mut hash = Xxh3::new();
         match &self.weights {
             Weights::Random(seed) => {
@@ -229,13 +248,8 @@ impl Model {
                 }
             }
         }
-        if let Some(recipe) = &self.storage.recipe {
-            hash.update(format!("{recipe:?}").as_bytes());
-        }
-        Ok(Fingerprint {
-            plan: format!("{:032x}", xxh3_128(plan.print().as_bytes())),
-            weights: format!("{:032x}", hash.digest128()),
-        })
+        hash.update(recipe.as_bytes());
+        Ok(hash.digest128())
     }
 
     /// Adds to an error what can be found out about its cause.

@@ -2,10 +2,10 @@
 //!
 //! **How a request flows.** `net` takes a connection and holds the client to its times; `gate` asks who it is; `routes`
 //! finds the handler, which reads the body (`fields`, `request`, `messages`, `constraint`: all faults at once), makes
-//! tokens of it away from the event loop, and hands a [`job::Job`] to the engine's thread. `worker` owns the engine: it
+//! tokens of it away from the event loop, and hands a `job::Job` to the engine's thread. `worker` owns the engine: it
 //! takes commands between steps, runs steps, and puts what came of them into each job's bounded queue. The handler
 //! reads that to its end (`said`) or passes it on as it comes (`stream`). Whoever stops reading drops his
-//! [`job::Ticket`], and with it the job.
+//! `job::Ticket`, and with it the job.
 //!
 //! **Limits.** `max_queue` and the running sequences together are the places there are: a request without one is
 //! refused with 503 at once. Bodies, their depth and their values, heads, connections, writes and requests are bounded.
@@ -274,7 +274,10 @@ async fn run(
         () = signals.next() => {
             server.draining.store(true, Ordering::SeqCst);
             let open = server.open();
-            note(&format!("{open} answers are let end; press Ctrl-C again to stop at once"));
+            if open > 0 {
+                let answers = if open == 1 { "answer is" } else { "answers are" };
+                note(&format!("{open} {answers} let end; press Ctrl-C again to stop at once"));
+            }
             // The thread is there until it is told to stop.
             let _ = server.commands.send(Command::Drain);
             let all = server.free.acquire_many(server.places as u32);

@@ -10,7 +10,7 @@
 
 use super::device::{Allocation, Param, launch};
 use super::linear::{Product, TILE};
-use super::matmul::{Matmul, Shape, alignment};
+use super::matmul::{Shape, alignment};
 use super::{Rows, State, address, dense, optional, rows};
 use crate::error::Result;
 use crate::format::Format;
@@ -357,9 +357,6 @@ impl State {
 
     /// By matrix units: parts of the matrix as BF16. False where the library has no algorithm.
     fn blocks_by_units(&mut self, op: &Linear<'_>, kernels: &Kernels) -> Result<bool> {
-        if self.matmul.is_none() {
-            self.matmul = Some(Matmul::new(&self.device, &self.libraries)?);
-        }
         let (m, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
         let each = part(n, 2 * k);
         let of_x = (2 * m * k).next_multiple_of(256);
@@ -371,6 +368,7 @@ impl State {
             self.widen(kernels.widen, op.w, first..first + part, w, DType::BF16)?;
             let y = after(op.y, first)?.pointer;
             let shape = Shape {
+                integers: false,
                 m,
                 n: part,
                 k,
@@ -379,10 +377,7 @@ impl State {
                 w_align: alignment(w),
                 y_align: alignment(y),
             };
-            let Some(matmul) = &mut self.matmul else {
-                return Ok(false);
-            };
-            if !matmul.run(shape, x, w, y)? {
+            if !self.matmul()?.run(shape, x, w, y)? {
                 return Ok(false);
             }
         }

@@ -63,12 +63,11 @@ pub const UNITS: [Unit; 25] = [
     unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
     unit!("products.cu": "one_row_f32_2_1", "one_row_f32_1_1", "one_row_f32_1_2", "one_row_f32_1_4", "one_row_f16_2_1", "one_row_f16_1_1", "one_row_f16_1_2", "one_row_f16_1_4", "one_row_bf16_2_1", "one_row_bf16_1_1", "one_row_bf16_1_2", "one_row_bf16_1_4", "tiles_f32", "tiles_f16", "tiles_bf16"),
     unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
-        "row_gated_4", "row_scan_1_1", "row_scan_1_2", "row_scan_1_4", "row_scan_2_1",
-        "row_scan_2_2", "row_scan_2_4"),
+        "row_gated_4"),
     unit!("row_blocks.cu": "row_q8_0", "row_q8_0_gated", "row_q6_k", "row_q6_k_gated", "row_q4_k",
         "row_q4_k_gated", "row_int8", "row_int8_gated", "row_fp8", "row_fp8_gated"),
     unit!("int8.cu": "round_int8", "arrange_int8", "widen_int8", "units_int8", "units_int8_chosen",
-        "few_int8", "few_int8_chosen"),
+        "scale_int8", "few_int8", "few_int8_chosen"),
     unit!("fp8.cu": "widen_fp8", "scale_fp8", "few_fp8_1", "few_fp8_2", "few_fp8_4", "few_fp8_chosen",
         "units_fp8", "units_fp8_chosen"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
@@ -105,7 +104,7 @@ pub const UNITS: [Unit; 25] = [
 ];
 
 /// What the files include: name and text.
-const HEADERS: [(&CStr, &str); 9] = [
+const HEADERS: [(&CStr, &str); 8] = [
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
     (c"blocks.cuh", include_str!("kernels/blocks.cuh")),
     (c"common.cuh", include_str!("kernels/common.cuh")),
@@ -113,7 +112,6 @@ const HEADERS: [(&CStr, &str); 9] = [
     (c"fp8.cuh", include_str!("kernels/fp8.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"products.cuh", include_str!("kernels/products.cuh")),
-    (c"row.cuh", include_str!("kernels/row.cuh")),
     (c"scan.cuh", include_str!("kernels/scan.cuh")),
 ];
 

@@ -7,7 +7,7 @@
 use super::device::{Param, launch};
 use super::experts::{ExpertProduct, ONE_BY_ONE, tiles};
 use super::linear::Rounded;
-use super::matmul::{Matmul, Shape, alignment};
+use super::matmul::{Shape, alignment};
 use super::{Rows, State, address, blocks, optional, rows};
 use crate::error::Result;
 use crate::format::Format;
@@ -104,15 +104,13 @@ impl State {
 
     /// Many rows: parts of the matrix as BF16, `each` rows of it at `w`. False where the library has no algorithm.
     fn fp8_widened(&mut self, op: &Linear<'_>, x: u64, w: u64, each: usize) -> Result<bool> {
-        if self.matmul.is_none() {
-            self.matmul = Some(Matmul::new(&self.device, &self.libraries)?);
-        }
         let (m, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
         for first in (0..n).step_by(each) {
             let part = each.min(n - first);
             self.widen("widen_fp8", op.w, first..first + part, w, DType::BF16)?;
             let y = blocks::after(op.y, first)?.pointer;
             let shape = Shape {
+                integers: false,
                 m,
                 n: part,
                 k,
@@ -121,16 +119,13 @@ impl State {
                 w_align: alignment(w),
                 y_align: alignment(y),
             };
-            let Some(matmul) = &mut self.matmul else {
-                return Ok(false);
-            };
-            if !matmul.run(shape, x, w, y)? {
+            if !self.matmul()?.run(shape, x, w, y)? {
                 return Ok(false);
             }
         }
         let scales = address(op.w.data())? + (n * pitch(k)) as u64;
         let (bias, y) = (optional(op.bias)?, Rows::of(op.y)?);
-        launch!(self, "scale_fp8", (m, n.div_ceil(1024), 1), 256, 0; scales, bias, y, n as i32)?;
+        launch!(self, "scale_fp8", rows::grid(m, n), 256, 0; scales, bias, y, n as i32)?;
         Ok(true)
     }
 

@@ -1,13 +1,15 @@
 //! Weights of whole numbers with a scale a row. With BF16 activations inputs become bytes with a scale a row, and since
 //! sums of whole numbers are exact, one row and many give the same bits, which are the CPU's too. One row goes as
-//! [`row_blocks`](super::row_blocks) has it, few by dot products of bytes, more on matrix units that multiply bytes.
+//! [`row_blocks`](super::row_blocks) has it, few by dot products of bytes, more by the library's products of bytes, or
+//! by tiles of our own where it has none and for chosen experts.
 
 use cudarc::driver::result;
 
 use super::device::{Allocation, Param, failed, launch};
 use super::experts::{ExpertProduct, ONE_BY_ONE, tiles};
 use super::linear::Rounded;
-use super::{Rows, State, address, optional};
+use super::matmul::{Shape, alignment};
+use super::{Rows, State, address, optional, rows};
 use crate::error::Result;
 use crate::format::Format;
 use crate::ops::{ExpertLinear, Linear};
@@ -109,9 +111,21 @@ impl State {
             n: n as i32,
             x_div: 1,
         };
+        let shape = Shape {
+            integers: true,
+            m: rows,
+            n,
+            k: pitch(k),
+            x_stride: pitch(k),
+            y_stride: if rows == 1 { n } else { op.y.stride() },
+            w_align: alignment(bytes.w),
+            y_align: alignment(bytes.y.pointer),
+        };
         if rows <= FEW {
             let grid = (n.div_ceil(WARPS), rows, 1);
             launch!(self, "few_int8", grid, 32 * WARPS, 0; bytes)?;
+        } else if self.matmul()?.run(shape, x, bytes.w, bytes.y.pointer)? {
+            launch!(self, "scale_int8", rows::grid(rows, n), 256, 0; bytes)?;
         } else {
             let grid = (n.div_ceil(TILE), rows.div_ceil(TILE), 1);
             launch!(self, "units_int8", grid, 256, STAGES; bytes)?;

@@ -140,6 +140,15 @@ impl State {
         (best.0, best.1)
     }
 
+    /// The library of products, loaded when it is first asked for.
+    pub(super) fn matmul(&mut self) -> Result<&mut Matmul> {
+        let matmul = match self.matmul.take() {
+            Some(matmul) => matmul,
+            None => Matmul::new(&self.device, &self.libraries)?,
+        };
+        Ok(self.matmul.insert(matmul))
+    }
+
     /// False where the library has no algorithm for the shape.
     fn by_units(
         &mut self,
@@ -147,9 +156,6 @@ impl State {
         product: &Product,
         rounded: Option<Rounded>,
     ) -> Result<bool> {
-        if self.matmul.is_none() {
-            self.matmul = Some(Matmul::new(&self.device, &self.libraries)?);
-        }
         let (m, k, n) = (op.x.rows(), op.x.cols(), op.w.rows());
         // K is a multiple of eight.
         let x = self.scratch(2 * m * k)?;
@@ -166,6 +172,7 @@ impl State {
                 product.x, x, k as i32, k as i32, wide)?;
         }
         let shape = Shape {
+            integers: false,
             m,
             n,
             k,
@@ -174,10 +181,7 @@ impl State {
             w_align: alignment(product.w),
             y_align: alignment(product.y.pointer),
         };
-        let Some(matmul) = &mut self.matmul else {
-            return Ok(false);
-        };
-        if !matmul.run(shape, x, product.w, product.y.pointer)? {
+        if !self.matmul()?.run(shape, x, product.w, product.y.pointer)? {
             return Ok(false);
         }
         if product.bias != 0 {

@@ -20,6 +20,8 @@ const PLANS: usize = 4096;
 /// A shape: y (m, n) = x (m, k) · w (n, k)ᵀ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
+    /// Whether x and w are whole numbers of eight bits and y of 32; else x and w are BF16 and y is f32.
+    pub integers: bool,
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -55,7 +57,8 @@ impl Drop for Plan {
 /// The library, with its plans.
 pub(super) struct Matmul {
     handle: sys::cublasLtHandle_t,
-    description: sys::cublasLtMatmulDesc_t,
+    /// Of floats, and of whole numbers.
+    descriptions: [sys::cublasLtMatmulDesc_t; 2],
     workspace: Allocation,
     /// None where the library has no algorithm.
     plans: HashMap<Shape, Option<Plan>>,
@@ -73,34 +76,41 @@ impl Matmul {
     pub fn new(device: &Arc<Device>, folders: &[PathBuf]) -> Result<Self> {
         locate::products(folders)?;
         let handle = result::create_handle().map_err(failed("its start"))?;
-        let (sums, scale) = (
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            sys::cudaDataType_t::CUDA_R_32F,
-        );
-        let description = result::create_matmul_desc(sums, scale);
-        let description = description.map_err(failed("a description"))?;
-        let transposed: i32 = 1; // CUBLAS_OP_T
-        // SAFETY: the description is alive, and the value is what this attribute is.
-        unsafe {
-            result::set_matmul_desc_attribute(
-                description,
-                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-                (&raw const transposed).cast(),
-                size_of_val(&transposed),
-            )
-        }
-        .map_err(failed("a description"))?;
+        let describe = |sums, scale| {
+            let description = result::create_matmul_desc(sums, scale);
+            let description = description.map_err(failed("a description"))?;
+            let transposed: i32 = 1; // CUBLAS_OP_T
+            // SAFETY: the description is alive, and the value is what this attribute is.
+            unsafe {
+                result::set_matmul_desc_attribute(
+                    description,
+                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                    (&raw const transposed).cast(),
+                    size_of_val(&transposed),
+                )
+            }
+            .map_err(failed("a description"))?;
+            Ok(description)
+        };
         Ok(Matmul {
             handle,
-            description,
+            descriptions: [
+                describe(
+                    sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                    sys::cudaDataType_t::CUDA_R_32F,
+                )?,
+                describe(
+                    sys::cublasComputeType_t::CUBLAS_COMPUTE_32I,
+                    sys::cudaDataType_t::CUDA_R_32I,
+                )?,
+            ],
             workspace: Allocation::new(device, WORKSPACE)?,
             plans: HashMap::new(),
             device: device.clone(),
         })
     }
 
-    /// y = x · wᵀ for addresses of BF16 x and w and f32 y; false when there is no algorithm for the
-    /// shape.
+    /// y = x · wᵀ for addresses of x, w and y; false when there is no algorithm for the shape.
     pub fn run(&mut self, shape: Shape, x: u64, w: u64, y: u64) -> Result<bool> {
         if !self.plans.contains_key(&shape) {
             if self.plans.len() >= PLANS {
@@ -112,13 +122,15 @@ impl Matmul {
         let Some(Some(plan)) = self.plans.get(&shape) else {
             return Ok(false);
         };
-        let (one, zero) = (1.0f32, 0.0f32);
+        // One and zero, in the type of the sums.
+        let one = if shape.integers { 1 } else { 1.0f32.to_bits() };
+        let zero = 0u32;
         // SAFETY: layouts and tensors agree, which `Linear::check` has seen to; memory outlives the
         // stream's work.
         unsafe {
             result::matmul(
                 self.handle,
-                self.description,
+                self.descriptions[usize::from(shape.integers)],
                 (&raw const one).cast(),
                 (&raw const zero).cast(),
                 w as *const _,
@@ -142,15 +154,20 @@ impl Matmul {
     /// The library takes columns one after the other: rows of ours are its columns.
     fn plan(&self, s: &Shape) -> Result<Option<Plan>> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
-        use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        use sys::cudaDataType_t::{CUDA_R_8I, CUDA_R_16BF, CUDA_R_32F, CUDA_R_32I};
+        let (of, sums) = if s.integers {
+            (CUDA_R_8I, CUDA_R_32I)
+        } else {
+            (CUDA_R_16BF, CUDA_R_32F)
+        };
         let layout = |dtype, rows: usize, cols: usize, stride: usize| {
             result::create_matrix_layout(dtype, rows as u64, cols as u64, stride as i64)
                 .map_err(failed("a layout"))
         };
         let mut plan = Plan {
-            w: layout(CUDA_R_16BF, s.k, s.n, s.k)?,
-            x: layout(CUDA_R_16BF, s.k, s.m, s.x_stride)?,
-            y: layout(CUDA_R_32F, s.n, s.m, s.y_stride)?,
+            w: layout(of, s.k, s.n, s.k)?,
+            x: layout(of, s.k, s.m, s.x_stride)?,
+            y: layout(sums, s.n, s.m, s.y_stride)?,
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         let preference = result::create_matmul_pref().map_err(failed("a preference"))?;
@@ -186,7 +203,7 @@ impl Matmul {
             let found = all.and_then(|()| {
                 result::get_matmul_algo_heuristic(
                     self.handle,
-                    self.description,
+                    self.descriptions[usize::from(s.integers)],
                     plan.w,
                     plan.x,
                     plan.y,
@@ -215,7 +232,9 @@ impl Drop for Matmul {
             let _ = self.device.synchronize();
             // SAFETY: made in `new`, destroyed once, after the last work.
             unsafe {
-                let _ = result::destroy_matmul_desc(self.description);
+                for description in self.descriptions {
+                    let _ = result::destroy_matmul_desc(description);
+                }
                 let _ = result::destroy_handle(self.handle);
             }
         }

@@ -145,7 +145,7 @@ impl Cuda {
             scratch: None,
             experts: experts::Tables::default(),
             recordings: Recordings::default(),
-            waiting: Waiting::new(),
+            waiting: Waiting::None,
             norms: rows::WaitingNorms::default(),
             rounded: None,
             device: device.clone(),
@@ -217,7 +217,7 @@ fn optional(of: Option<&Tensor>) -> Result<u64> {
 }
 
 /// Rows of a tensor, as kernels take them.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C)]
 struct Rows {
     pointer: u64,
@@ -388,23 +388,10 @@ impl Backend for Cuda {
         state.rms_norm(op)
     }
 
-    fn conv1d(&self, op: Conv1d<'_>) -> Result<()> {
-        op.check()?;
-        let mut state = self.enter_open()?;
-        state.rounded = None;
-        state.conv1d(op)
-    }
-
-    fn selective_scan(&self, op: SelectiveScan<'_>) -> Result<()> {
-        op.check()?;
-        let mut state = self.enter_open()?;
-        state.rounded = None;
-        state.selective_scan(op)
-    }
-
     checked! {
         embed: Embed, gather: Gather, layer_norm: LayerNorm,
-        scale: Scale, ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
+        scale: Scale, conv1d: Conv1d, selective_scan: SelectiveScan,
+        ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine, likeliest: Likeliest,
     }

@@ -2,7 +2,7 @@
 //! own for it. What follows them is done as [`row`](super::row) has it.
 
 use super::device::{Param, launch};
-use super::row::{Blocks, RowConv, RowNorm, RowProduct};
+use super::row::{Blocks, RowProduct};
 use super::{Rows, State, blocks};
 use crate::error::Result;
 use crate::format::Format;
@@ -36,8 +36,6 @@ struct BlockRow {
     share: i32,
     places: i32,
     wide: i32,
-    norm: RowNorm,
-    conv: RowConv,
 }
 
 // SAFETY: laid out as there.
@@ -93,9 +91,7 @@ impl State {
         let (k, n) = (op.x.cols(), op.w.rows());
         let fits = op.x.rows() == 1 && op.activations == DType::BF16 && k.is_multiple_of(codes);
         let cut = Cut::new(n, k / codes, self.device.processors);
-        // Beside the row: parts of sums, of two products or of one and what a convolution takes.
-        let beside = (8 * TEAMS * cut.places).max(4 * TEAMS * cut.places + 32 * cut.rows);
-        let shared = blocks::room(format, k, 1) + beside;
+        let shared = blocks::room(format, k, 1) + 8 * TEAMS * cut.places;
         let steps = (cut.rows * (k / codes)).max(n);
         let fits = fits && shared <= self.device.shared_memory && steps < 1 << 24;
         fits.then(|| Blocks {
@@ -132,11 +128,8 @@ impl State {
             share: cut.share as i32,
             places: cut.places as i32,
             wide: i32::from(of.x.wide()),
-            norm: of.norm,
-            conv: of.conv,
         };
-        let items = if of.conv.cols > 0 { 32 * cut.rows } else { 0 };
-        let shared = blocks::room(blocks.format, k, 1) + parts + items + of.norm.room();
+        let shared = blocks::room(blocks.format, k, 1) + parts;
         let kernel = kernels[usize::from(gated)];
         launch!(self, kernel, (cut.grid, 1, 1), THREADS, shared; row)
     }

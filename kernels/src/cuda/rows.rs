@@ -1,7 +1,6 @@
 //! Elementwise operations, lookups, norms, routes: each row by itself.
 
 use super::device::{Param, launch};
-use super::row::RowNorm;
 use super::{Rows, State, address, code, optional};
 use crate::error::{Error, Result};
 use crate::ops::{
@@ -35,12 +34,12 @@ pub(super) fn activation(act: Activation) -> i32 {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Norm {
-    pub x: Rows,
-    pub weight: u64,
+    x: Rows,
+    weight: u64,
     bias: u64,
-    pub y: Rows,
+    y: Rows,
     eps: f32,
-    pub width: i32,
+    width: i32,
     weight_cols: i32,
     bias_cols: i32,
 }
@@ -64,23 +63,11 @@ unsafe impl Param for Several {}
 /// Norms that wait for more of their kind, while a step is recorded: of so many rows each in one part.
 #[derive(Default)]
 pub(super) struct WaitingNorms {
-    pub norms: Vec<Norm>,
-    pub rows: usize,
+    norms: Vec<Norm>,
+    rows: usize,
 }
 
 impl Norm {
-    /// As kernels of products take one of a single row, whose weights are as wide.
-    pub fn of_row(&self) -> RowNorm {
-        RowNorm {
-            x: self.x,
-            weight: self.weight,
-            y: self.y,
-            eps: self.eps,
-            width: self.width,
-            threads: threads(self.width as usize) as i32,
-        }
-    }
-
     /// Bytes from the first to behind the last of `rows` rows.
     fn extent(of: Rows, width: i32, rows: usize) -> std::ops::Range<u64> {
         let floats = (rows as i64 - 1) * of.stride + i64::from(width);

@@ -19,39 +19,39 @@ const ROWS: usize = 16;
 
 /// `Conv` in conv1d.cu.
 #[repr(C)]
-pub(super) struct Conv {
-    pub x: Rows,
-    pub w: Rows,
-    pub bias: u64,
-    pub state: u64,
-    pub state_stride: i64,
-    pub y: Rows,
-    pub spans: u64,
-    pub span_of: u64,
-    pub cols: i32,
-    pub taps: i32,
-    pub act: i32,
-    pub rows: i32,
+struct Conv {
+    x: Rows,
+    w: Rows,
+    bias: u64,
+    state: u64,
+    state_stride: i64,
+    y: Rows,
+    spans: u64,
+    span_of: u64,
+    cols: i32,
+    taps: i32,
+    act: i32,
+    rows: i32,
 }
 
 /// `SelectiveScan` in selective_scan.cu.
 #[repr(C)]
-pub(super) struct Selective {
-    pub x: Rows,
-    pub dt: Rows,
-    pub z: Rows,
-    pub b: Rows,
-    pub c: Rows,
-    pub a: Rows,
-    pub dt_bias: u64,
-    pub d: u64,
-    pub state: u64,
-    pub state_stride: i64,
-    pub y: Rows,
-    pub spans: u64,
-    pub inner: i32,
-    pub states: i32,
-    pub group_width: i32,
+struct Selective {
+    x: Rows,
+    dt: Rows,
+    z: Rows,
+    b: Rows,
+    c: Rows,
+    a: Rows,
+    dt_bias: u64,
+    d: u64,
+    state: u64,
+    state_stride: i64,
+    y: Rows,
+    spans: u64,
+    inner: i32,
+    states: i32,
+    group_width: i32,
 }
 
 /// `SsdScan` in ssd_scan.cu.
@@ -154,10 +154,11 @@ pub(super) fn state(of: &Tensor) -> Result<(u64, i64)> {
 }
 
 impl State {
-    pub fn convolution(&mut self, op: &Conv1d<'_>) -> Result<Conv> {
+    pub fn conv1d(&mut self, op: Conv1d<'_>) -> Result<()> {
         let batch = self.lists.batch(&op.ragged)?;
         let (state, state_stride) = state(op.conv_state)?;
-        Ok(Conv {
+        let (cols, spans) = (op.x.cols(), op.ragged.spans.len());
+        let conv = Conv {
             x: Rows::of(op.x)?,
             w: Rows::of(op.w)?,
             bias: optional(op.bias)?,
@@ -166,20 +167,11 @@ impl State {
             y: Rows::of(op.y)?,
             spans: batch.spans,
             span_of: batch.span_of,
-            cols: op.x.cols() as i32,
+            cols: cols as i32,
             taps: op.w.rows() as i32,
             act: rows::activation(op.act),
             rows: op.x.rows() as i32,
-        })
-    }
-
-    pub fn conv1d(&mut self, op: Conv1d<'_>) -> Result<()> {
-        if self.convolved(&op)? {
-            return Ok(());
-        }
-        self.flush()?;
-        let conv = self.convolution(&op)?;
-        let (cols, spans) = (op.x.cols(), op.ragged.spans.len());
+        };
         let across = cols.div_ceil(128);
         if op.ragged.spans.iter().all(|s| s.len <= SHORT) {
             return launch!(self, "conv1d_step", (across, spans, 1), 128, 0; conv);
@@ -189,11 +181,11 @@ impl State {
         launch!(self, "conv1d_state", (across, spans, 1), 128, 0; conv)
     }
 
-    pub fn selective(&mut self, op: &SelectiveScan<'_>) -> Result<Selective> {
-        let inner = op.x.cols();
+    pub fn selective_scan(&mut self, op: SelectiveScan<'_>) -> Result<()> {
+        let (inner, states) = (op.x.cols(), op.a.rows());
         let batch = self.lists.batch(&op.ragged)?;
         let (state, state_stride) = state(op.ssm_state)?;
-        Ok(Selective {
+        let scan = Selective {
             x: Rows::of(op.x)?,
             dt: Rows::of(op.dt)?,
             z: Rows::optional(op.z)?,
@@ -207,18 +199,9 @@ impl State {
             y: Rows::of(op.y)?,
             spans: batch.spans,
             inner: inner as i32,
-            states: op.a.rows() as i32,
+            states: states as i32,
             group_width: (inner / op.groups) as i32,
-        })
-    }
-
-    pub fn selective_scan(&mut self, op: SelectiveScan<'_>) -> Result<()> {
-        if self.scanned(&op)? {
-            return Ok(());
-        }
-        self.flush()?;
-        let scan = self.selective(&op)?;
-        let (inner, states) = (op.x.cols(), op.a.rows());
+        };
         let spans = op.ragged.spans.len();
         let step = op.ragged.rows() == spans;
         let kernel = match (states, op.groups) {

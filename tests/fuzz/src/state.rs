@@ -42,7 +42,8 @@ impl States {
             plan: "p".into(),
             weights: "w".into(),
         };
-        let path = folder("state").join("state");
+        // Of its own: tests run side by side, and a file that is cut off under a map of it is fatal.
+        let path = folder(&format!("state-{:?}", std::thread::current().id())).join("state");
         let mut states = States {
             engine,
             fingerprint,
@@ -108,5 +109,13 @@ impl States {
             self.engine.remove(sequence);
         }
         self.engine.drop_snapshot(id).expect("loaded");
+    }
+}
+
+impl Drop for States {
+    fn drop(&mut self) {
+        if let Some(folder) = self.path.parent() {
+            std::fs::remove_dir_all(folder).ok();
+        }
     }
 }

@@ -48,7 +48,7 @@ pub struct Ask {
     output: Option<PathBuf>,
     /// Most questions that are answered at once
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
-    parallel: u16,
+    at_once: u16,
     /// The model, if it is not where it was
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     model: Option<String>,
@@ -208,7 +208,7 @@ impl Ask {
     /// An engine whose sequences share the document's pages.
     fn engine(&self, model: &Model, placed: &Placed, prompts: &[Vec<TokenId>]) -> Result<Engine> {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + self.max_tokens;
-        let at_once = usize::from(self.parallel).min(prompts.len());
+        let at_once = usize::from(self.at_once).min(prompts.len());
         let config: EngineConfig = self.common.engine_config(model, longest, at_once);
         let own = longest.saturating_sub(placed.tokens.len());
         let prefix = model.network.graph.prefix;
@@ -265,7 +265,7 @@ impl Ask {
             eos: &eos,
             max_tokens: self.max_tokens,
             sampling: self.sampling.params(asked.model),
-            at_once: usize::from(self.parallel),
+            at_once: usize::from(self.at_once),
         };
         let plain = self.questions.is_none() && !self.common.source.json;
         let bar = terminal.bar("answering", asked.questions.len(), "questions");

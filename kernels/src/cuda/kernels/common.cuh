@@ -178,3 +178,10 @@ __device__ __forceinline__ void copy_four(float* to, const float* row, int c, in
 __device__ __forceinline__ bool is_wide(const float* p, i64 stride, int cols) {
     return (((u64)p & 15) | (u64)(stride & 3) | (u64)(cols & 3)) == 0;
 }
+
+// Of elementwise kernels: a block takes 1,024 columns of one row.
+#define COLUMNS 1024
+
+// Columns of a row that this thread takes: four neighbours where rows are aligned, else every 256th.
+#define FOR_COLUMNS(c, cols) \
+    for (int c = blockIdx.y * COLUMNS + threadIdx.x, c##_end = min((int)(cols), (int)(blockIdx.y + 1) * COLUMNS); c < c##_end; c += 256)

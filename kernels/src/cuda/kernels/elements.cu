@@ -2,12 +2,6 @@
 
 #include "common.cuh"
 
-#define COLUMNS 1024
-
-// Columns of a row that this thread takes: four neighbours where rows are aligned, else every 256th.
-#define FOR_COLUMNS(c, cols) \
-    for (int c = blockIdx.y * COLUMNS + threadIdx.x, c##_end = min((int)(cols), (int)(blockIdx.y + 1) * COLUMNS); c < c##_end; c += 256)
-
 KERNEL __launch_bounds__(256) add(In a, In b, Out y, int cols, int wide) {
     BEGIN();
     const float *p = a.row(blockIdx.x), *q = b.row(blockIdx.x);

@@ -184,6 +184,17 @@ KERNEL __launch_bounds__(256, 2) units_int8_chosen(ARGS(Bytes) p, ARGS(Sorted) s
     bytes_by_units<true>(p, s);
 }
 
+// Sums of whole numbers, where y will be, to y.
+KERNEL __launch_bounds__(256) scale_int8(ARGS(Bytes) p) {
+    BEGIN();
+    float* y = p.y.row(blockIdx.x);
+    const float *of_w = (const float*)(p.w + p.n * pitch_of(p.k)), of_x = p.scales[blockIdx.x];
+    FOR_COLUMNS(c, p.n) {
+        const float v = __fmul_rn(__fmul_rn((float)__float_as_int(y[c]), __ldg(of_w + c)), of_x);
+        y[c] = __fadd_rn(v, p.bias ? p.bias[c] : 0.0f);
+    }
+}
+
 // Few rows, or few choices: a warp a row and an output, rows by the y of the grid.
 __device__ __forceinline__ void by_warps(const Bytes& p, const u8* w, int row) {
     const int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;

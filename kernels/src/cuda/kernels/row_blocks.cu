@@ -5,7 +5,6 @@
 
 #include "blocks.cuh"
 #include "fp8.cuh"
-#include "row.cuh"
 
 #define THREADS 512
 #define TEAMS (THREADS / 8)
@@ -32,8 +31,6 @@ struct BlockRow {
     int share;  // steps of a team
     int places; // rows that a team can have to do with
     int wide;
-    RowNorm norm; // x is its result
-    RowConv conv; // of columns of y
 };
 
 // Codes are read once.
@@ -201,47 +198,17 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             if (GATED) g[a].load(p.gate, p.blocks, f0 + begin + a, u);
         }
     const int of_x = F == FP8 ? 2 * p.k : (p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15;
-    auto parts_of_all = [&]() { return (float*)(room + of_x); };
-    // Behind that is what the norm takes.
-    auto norm_room = [&]() { return parts_of_all() + TEAMS * p.places * (GATED ? 2 : 1) + (p.conv.y.p ? 8 * p.rows : 0); };
-    if (F != Q6_K) norm_weights<THREADS>(p.norm, norm_room());
     BEGIN();
-    if (F != Q6_K) norm_row<THREADS>(p.norm, norm_room());
-    // What the convolution takes beside its inputs, on its way: eight numbers of each of these rows.
-    if (!GATED && p.conv.y.p) {
-        for (int i = threadIdx.x; i < 8 * rows; i += THREADS) {
-            const int channel = row0 + i / 8 - p.conv.first;
-            const bool in = channel >= 0 && channel < p.conv.cols;
-            const float* at = in ? conv_item(p.conv, i % 8, channel) : nullptr;
-            copy4(parts_of_all() + TEAMS * p.places + i, at ? at : p.x.p, at);
-        }
-    }
-    copies_done();
     int* sums = (int*)(room + p.k);
     float* scales = (float*)(room + p.k + p.k / 4);
     const float* from = p.x.row(0);
-    const float* normed = norm_room();
-    const float by = F != Q6_K && p.norm.threads ? norm_by<THREADS>(p.norm, normed) : 1.0f;
-    auto eight = [&](int c, float* v) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = 0.0f;
-        if (F == Q6_K || !p.norm.threads) {
-            take_eight(from, c, p.k, p.wide, v);
-        } else if (c < p.k) {
-#pragma unroll
-            for (int i = 0; i < 8; i += 2) {
-                const float2 pair = norm_two(p.norm, normed, (c + i) / 2, by);
-                v[i] = pair.x, v[i + 1] = pair.y;
-            }
-        }
-    };
     float whole = 0.0f, inverse = 0.0f;
     if (F == INT8) {
         __shared__ u32 most_of[THREADS / 32];
         u32 bits = 0;
         for (int c = threadIdx.x * 8; c < p.k; c += 8 * THREADS) {
             float v[8];
-            eight(c, v);
+            take_eight(from, c, p.k, p.wide, v);
 #pragma unroll
             for (int i = 0; i < 8; i++) bits = max(bits, __float_as_uint(v[i]) & 0x7fffffffu);
         }
@@ -253,7 +220,7 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
     for (int c0 = warp * 256; c0 < p.k; c0 += 8 * THREADS) {
         int c = c0 + 8 * lane, codes[8];
         float v[8], d = whole;
-        eight(c, v);
+        take_eight(from, c, p.k, p.wide, v);
         if (F == FP8) {
             const int at = 2 * (c / S::CODES) * S::CODES + S::place(c % S::CODES);
             const uint4 x = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
@@ -276,7 +243,8 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         if (c % B == 0) scales[c / B] = d;
     }
     __syncthreads();
-    T *parts = (T*)parts_of_all(), *beside = parts + TEAMS * p.places; // of the gate, or what a convolution takes
+    T* parts = (T*)(room + of_x);
+    T* gate_parts = parts + TEAMS * p.places;
     const Rounded x = {room, sums, scales};
     const u32 mine = 255u << (lane & 24);
     int at = begin % steps, place = team * p.places;
@@ -300,19 +268,18 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             }
             if (u == 0) {
                 parts[place] = sum;
-                if (GATED) beside[place] = gate_sum;
+                if (GATED) gate_parts[place] = gate_sum;
             }
             place++, at = 0, sum = gate_sum = 0;
         }
     }
-    if (!GATED) wait_copies<0>();
     __syncthreads();
     for (int r = threadIdx.x; r < rows; r += THREADS) {
         T ys = 0, gates = 0;
         for (int t = r * steps / p.share, last = ((r + 1) * steps - 1) / p.share; t <= last; t++) {
             const int i = t * p.places + r - t * p.share / steps;
             ys += parts[i];
-            if (GATED) gates += beside[i];
+            if (GATED) gates += gate_parts[i];
         }
         const int n = row0 + r;
         float y = Sum<F>::of(ys, p.w, (i64)p.n * p.k, n, scales[0]);
@@ -323,9 +290,6 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             gate += p.gate_bias ? p.gate_bias[n] : 0.0f;
             p.gate_y.row(0)[n] = gate;
             p.z.row(0)[n] = activation(gate, p.act) * y;
-        } else if (p.conv.y.p) {
-            const int channel = n - p.conv.first;
-            if (channel >= 0 && channel < p.conv.cols) conv_step(p.conv, channel, (const float*)beside + 8 * r, y);
         } else if (p.after == ADD) {
             p.z.row(0)[n] = y + p.other.row(0)[n];
         }
