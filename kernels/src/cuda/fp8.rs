@@ -125,7 +125,7 @@ impl State {
         }
         let scales = address(op.w.data())? + (n * pitch(k)) as u64;
         let (bias, y) = (optional(op.bias)?, Rows::of(op.y)?);
-        launch!(self, "scale_fp8", (m, n.div_ceil(1024), 1), 256, 0; scales, bias, y, n as i32)?;
+        launch!(self, "scale_fp8", rows::grid(m, n), 256, 0; scales, bias, y, n as i32)?;
         Ok(true)
     }
 

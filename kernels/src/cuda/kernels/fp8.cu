@@ -43,9 +43,7 @@ KERNEL __launch_bounds__(128) widen_fp8(ARGS(Widen) p) {
 KERNEL __launch_bounds__(256) scale_fp8(const float* scales, const float* bias, Out y, int n) {
     BEGIN();
     float* row = y.row(blockIdx.x);
-    const int end = min(n, (int)(blockIdx.y + 1) * 1024);
-    for (int c = blockIdx.y * 1024 + threadIdx.x; c < end; c += 256)
-        row[c] = __fadd_rn(__fmul_rn(row[c], scales[c]), bias ? bias[c] : 0.0f);
+    FOR_COLUMNS(c, n) row[c] = __fadd_rn(__fmul_rn(row[c], scales[c]), bias ? bias[c] : 0.0f);
 }
 
 struct Codes {
