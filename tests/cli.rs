@@ -238,7 +238,7 @@ fn beyond_the_context_attention_sees_the_last_tokens_and_says_so() {
     assert!(done.err.contains(says), "{done:?}");
     let found: Value = serde_json::from_str(&done.out).unwrap();
     // The last token that was generated is not fed again.
-    let attention = &found["attention"];
+    let attention = &found["sight"];
     assert_eq!(attention["tokens"], 104);
     assert_eq!(attention["attention_sees"], json!([[40, 104]]));
     assert_eq!(attention["only_in_state"], 40);

@@ -1,10 +1,10 @@
-//! Answers of a given form and calls of functions, over HTTP.
+//! Answers of a given form and calls of functions, over HTTP; and what answers say beyond the context.
 
 #![cfg(target_os = "linux")]
 
 use serde_json::{Value, json};
-use strata_tests::Folder;
 use strata_tests::http::{Reply, Served};
+use strata_tests::{Folder, run};
 
 const SMALL: [&str; 6] = [
     "--memory",
@@ -297,4 +297,50 @@ fn the_page_is_served_with_its_policy_and_without_a_key() {
     }
     assert_eq!(served.get("/page/none.js").status, 404);
     assert_eq!(served.get("/strata/state").status, 401);
+}
+
+#[test]
+fn beyond_the_context_answers_say_what_attention_sees() {
+    let folder = Folder::new("serve-beyond");
+    let small = [
+        "--memory",
+        "64MiB",
+        "--context",
+        "64",
+        "--max-sequences",
+        "2",
+    ];
+    let policy = ["--beyond-context", "attend-last"];
+    let prompt: Vec<u32> = (0..100).map(|i| 3 + i % 90).collect();
+    let body = json!({"prompt": prompt, "max_tokens": 5, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    let refusing = Served::start(&folder.0, &small);
+    let told = refusing.post("/v1/completions", &body).json();
+    assert_eq!(told["error"]["code"], "context_length_exceeded");
+    let served = Served::start(&folder.0, &[&small[..], &policy].concat());
+    let ids: Vec<String> = prompt.iter().map(u32::to_string).collect();
+    let ids = ids.join(",");
+    let args = [
+        "--token-ids",
+        &ids,
+        "--max-tokens",
+        "5",
+        "--ignore-eos",
+        "--context",
+        "64",
+    ];
+    let all = [&["generate", "--json"], &args[..], &policy].concat();
+    let alone: Value = serde_json::from_str(&run(&all, &folder.0).out).unwrap();
+    for _ in 0..2 {
+        // The second time from a state that was kept.
+        let told = served.post("/v1/completions", &body).good();
+        let choice = &told["choices"][0];
+        assert_eq!(choice["text"], alone["text"], "{told}");
+        let attention = &told["strata"]["sight"];
+        assert_eq!(*attention, alone["sight"], "{told}");
+        assert_eq!(attention["attention_sees"], json!([[40, 104]]));
+        assert_eq!(attention["only_in_state"], 40);
+    }
+    let short = json!({"prompt": [70, 71, 72], "max_tokens": 2, "temperature": 0});
+    let told = served.post("/v1/completions", &short).good();
+    assert!(told["strata"]["sight"].is_null(), "{told}");
 }

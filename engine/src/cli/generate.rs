@@ -329,7 +329,7 @@ impl Generate {
             }
             self.lookup.json(done.guessed, &mut object);
             if let Some(sight) = Sight::of(graph, engine.computed(id)).filter(|_| beyond) {
-                object["attention"] = sight.json();
+                object["sight"] = sight.json();
             }
             if engine.traced().is_some() {
                 object["trace"] = Tracing::json(&engine, || model.limits());

@@ -11,9 +11,9 @@ use serde_json::json;
 
 use super::generate::LookingUp;
 use super::output::{Terminal, bytes};
-use super::{Common, Environment};
+use super::{BeyondContext, Common, Environment};
 use crate::document::ModelSource;
-use crate::load::Model;
+use crate::load::{LoadOptions, Model};
 use crate::prefix_cache::{Policy, parse_size, thousands};
 use crate::server::{self, Options, Setup};
 use crate::session::EngineConfig;
@@ -114,6 +114,8 @@ pub struct Serve {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(..=86_400), help_heading = "Limits")]
     drain_seconds: u64,
     #[command(flatten)]
+    beyond: BeyondContext,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -130,7 +132,10 @@ impl Serve {
         if !address.ip().is_loopback() && api_keys.is_empty() {
             terminal.note("everybody who reaches this machine can use the server: --api-key-file lets in those with a key only");
         }
-        let options = self.common.load_options(self.model.as_deref(), environment);
+        let options = LoadOptions {
+            beyond: self.beyond.chosen(self.context.map(|n| n as usize)),
+            ..self.common.load_options(self.model.as_deref(), environment)
+        };
         let model = self.common.load_with(&options, terminal)?;
         let (config, pages) = self.sizes(&model, terminal)?;
         let mut names = self.name.clone();
@@ -229,6 +234,15 @@ impl Serve {
                 thousands(config.context),
             ));
             config.context = fits;
+        }
+        if self.beyond.attends_last() {
+            terminal.note(&format!(
+                "a sequence may have {} tokens, as many as --memory holds; attention sees the last {} of them",
+                thousands(fits),
+                thousands(config.context),
+            ));
+            config.context = fits;
+            return Ok((config, most));
         }
         let pages = match self.memory {
             Some(_) => most,

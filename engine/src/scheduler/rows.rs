@@ -191,7 +191,7 @@ fn push_span(batch: &mut Batch, sequence: &mut Sequence, rows: usize) {
         .extend_from_slice(&sequence.tokens[position..own]);
     batch.tokens.extend_from_slice(&sequence.guess[..guessed]);
     // Nothing is seen of pages that are gone; what is read beside it is the sequence's own.
-    let any = sequence.live_pages().last();
+    let any = sequence.live_pages().next();
     let there = |page: &PageId| {
         if page.is_there() {
             *page

@@ -5,11 +5,14 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use serde_json::Value;
+use strata_layers::Graph;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::Receiver;
 
 use super::error::ApiError;
 use super::reading::Reading;
+use crate::beyond::Sight;
 use crate::generation::StopReason;
 use crate::ids::TokenId;
 use crate::prefix_cache::Reuse;
@@ -127,9 +130,21 @@ pub struct Cached {
     pub from_file: bool,
     /// Why so much was computed.
     pub why: String,
+    /// What attention still sees of all tokens, where that is not all: see [`Sight::json`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sight: Option<Value>,
 }
 
 impl Cached {
+    /// The same with what is seen after `tokens` tokens.
+    pub fn seeing(self, graph: &Graph, tokens: usize) -> Self {
+        let sight = Sight::of(graph, tokens).filter(|s| !s.unseen().is_empty());
+        Cached {
+            sight: sight.map(|s| s.json()),
+            ..self
+        }
+    }
+
     /// From what the cache says; `text` shows a token.
     pub fn new(prompt: usize, reuse: Option<&Reuse>, text: &dyn Fn(TokenId) -> String) -> Self {
         let Some(reuse) = reuse else {
@@ -146,6 +161,7 @@ impl Cached {
             replayed: reuse.replayed(),
             from_file: reuse.from_file,
             why: reuse.why(text),
+            sight: None,
         }
     }
 }

@@ -219,7 +219,11 @@ impl Server {
                 told(context - prompt)
             )),
             Some(wanted) => Ok(wanted),
-            None => Ok(default.min(context - prompt).min(cap)),
+            // Beyond what the model was made for nobody goes unasked.
+            None => Ok(default
+                .min(context - prompt)
+                .min(self.model.plan.context.max(1))
+                .min(cap)),
         }
     }
 }

@@ -327,6 +327,10 @@ impl Worker {
             text.unwrap_or_else(|| token.to_string())
         };
         let cached = Cached::new(asked.prompt.len(), reuse.as_ref(), &text);
+        let generated = running.choices[choice].assembly.tokens.len();
+        // The last one is not read.
+        let read = asked.prompt.len() + generated.saturating_sub(1);
+        let cached = cached.seeing(&self.model.network.graph, read);
         if asked.after.is_none() {
             let tokens = asked.prompt.len() as u64;
             self.metrics.prompt_tokens.fetch_add(tokens, Relaxed);
@@ -344,7 +348,7 @@ impl Worker {
                 end: End {
                     reason,
                     rest,
-                    generated: speaking.assembly.tokens.len(),
+                    generated,
                     cached,
                     prompt_scores: scores.map_or(Vec::new(), Scores::finish),
                 },
