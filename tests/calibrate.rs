@@ -236,7 +236,7 @@ fn costs() {
     let all = first + &second;
     let tokens = plain.tokenizer().unwrap().encode(&all, true).unwrap();
     for recipe in [
-        "int8", "q8_0", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k", "q2_k",
+        "int8", "fp8", "q8_0", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k", "q2_k",
     ] {
         let without = cost(&plain, &model(&options(Some(recipe), None, None)), &tokens);
         let with = cost(

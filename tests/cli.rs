@@ -212,6 +212,119 @@ fn generate_takes_every_kind_of_prompt() {
 }
 
 #[test]
+fn beyond_the_context_attention_sees_the_last_tokens_and_says_so() {
+    let folder = Folder::new("beyond");
+    let prompt: Vec<String> = (0..100).map(|i| (3 + i % 90).to_string()).collect();
+    let ids = prompt.join(",");
+    let long = [
+        "generate",
+        "--token-ids",
+        &ids,
+        "--max-tokens",
+        "5",
+        "--ignore-eos",
+        "--context",
+        "64",
+    ];
+    let refused = run(&long, &folder.0);
+    assert_eq!(refused.status, 1);
+    let says = "100 prompt tokens and 5 to generate do not fit the context of 64 tokens";
+    assert!(refused.err.contains(says), "{refused:?}");
+    let policy = ["--beyond-context", "attend-last", "--json"];
+    let done = run(&[&long[..], &policy].concat(), &folder.0);
+    assert_eq!(done.status, 0, "{done:?}");
+    let says =
+        "of 100 tokens attention sees tokens 36 to 99 only; tokens 0 to 35 live only in the state";
+    assert!(done.err.contains(says), "{done:?}");
+    let found: Value = serde_json::from_str(&done.out).unwrap();
+    // The last token that was generated is not fed again.
+    let attention = &found["attention"];
+    assert_eq!(attention["tokens"], 104);
+    assert_eq!(attention["attention_sees"], json!([[40, 104]]));
+    assert_eq!(attention["only_in_state"], 40);
+    // As a plan with the window does.
+    let plan = run(&["plan", "show"], &folder.0).out;
+    let windows = plan.replace("head_dim:", "window: 64, head_dim:");
+    assert_ne!(plan, windows);
+    folder.write("windows.yaml", &windows);
+    let wide = [&long[..7], &["1000", "--plan", "windows.yaml", "--json"]].concat();
+    let same = run(&wide, &folder.0);
+    let same: Value = serde_json::from_str(&same.out).unwrap_or_else(|_| panic!("{same:?}"));
+    assert_eq!(same["token_ids"], found["token_ids"]);
+    // What is short is as it was, and nothing is said.
+    let short = ["generate", "--prompt", "Hi", "--max-tokens", "5", "--json"];
+    let told = run(&[&short[..], &policy[..2]].concat(), &folder.0);
+    assert_eq!(told.err, run(&short, &folder.0).err);
+}
+
+#[test]
+fn keys_and_values_in_bytes_are_an_option_of_what_runs() {
+    let folder = Folder::new("kv");
+    let json = |args: &[&str]| -> Value {
+        let done = run(args, &folder.0);
+        serde_json::from_str(&done.out).unwrap_or_else(|_| panic!("{done:?}"))
+    };
+    let bytes = |kv| {
+        json(&["plan", "estimate", "--dtype", "bf16", "--kv", kv, "--json"])["kv_bytes_per_token"]
+            .as_u64()
+            .unwrap()
+    };
+    let graph = run(&["plan", "graph"], &folder.0).out;
+    let rows = graph.matches("pages(2, ").count();
+    assert!(rows > 0, "{graph}");
+    assert!(
+        bytes("int8") < bytes("bf16") * 6 / 10,
+        "{} and {}",
+        bytes("int8"),
+        bytes("bf16")
+    );
+    assert_eq!(bytes("auto"), bytes("bf16"));
+    assert_eq!(bytes("f32"), 2 * bytes("bf16"));
+    folder.write(
+        "a.txt",
+        "Mara Tolvin lives in Greyford, by the river.\n".repeat(20),
+    );
+    let found = json(&[
+        "perplexity",
+        "--file",
+        "a.txt",
+        "--kv",
+        "int8",
+        "--compare",
+        "demo",
+        "--json",
+    ]);
+    let kl = found["compared"]["kl_divergence"]["mean"].as_f64().unwrap();
+    assert!(kl > 0.0 && kl < 1e-3, "{kl}");
+    // What does not fit in 16 bits, and does in 8.
+    let device = |kv| {
+        json(&[
+            "plan",
+            "estimate",
+            "--dtype",
+            "bf16",
+            "--context",
+            "20000000",
+            "--device",
+            "8GB",
+            "--kv",
+            kv,
+            "--json",
+        ])
+    };
+    let (wide, narrow) = (device("bf16"), device("int8"));
+    assert_eq!(
+        (wide["fits"].as_bool(), narrow["fits"].as_bool()),
+        (Some(false), Some(true))
+    );
+    let ways = wide["would_fit_with"].to_string();
+    assert!(
+        ways.contains("keys and values in 8 bits: --kv int8"),
+        "{ways}"
+    );
+}
+
+#[test]
 fn generate_refuses_what_cannot_be() {
     let folder = Folder::new("refuse");
     folder.write("bad.txt", b"ab\xff");

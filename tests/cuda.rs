@@ -25,6 +25,8 @@ use super::*;
 mod attention;
 #[path = "cuda_blocks.rs"]
 mod blocks;
+#[path = "cuda_fp8.rs"]
+mod fp8;
 #[path = "cuda_int8.rs"]
 mod int8;
 #[path = "cuda_lookups.rs"]

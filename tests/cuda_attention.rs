@@ -6,7 +6,7 @@ use super::*;
 #[ignore = "needs a GPU"]
 fn cuda_attention() {
     let mut rng = Rng(10 << 20);
-    let f32s = [F32, F32];
+    let (f32s, bytes) = ([F32, F32], [U8, U8]);
     let cases = [
         // lengths, (heads, kv_heads), dims, window, first tokens that stay, pages, rope
         (vec![3, 1, 20], (1, 1), (1, 1), None, 0, f32s, None),
@@ -99,6 +99,12 @@ fn cuda_attention() {
         (vec![200, 90], (4, 1), (8, 8), Some(20), 37, f32s, None),
         (vec![1300], (2, 1), (8, 8), Some(1), 600, f32s, None),
         (vec![90], (1, 1), (4, 4), Some(10), 200, f32s, None),
+        // In bytes.
+        (vec![3, 1, 20], (1, 1), (1, 1), None, 0, bytes, None),
+        (vec![130, 65], (4, 2), (16, 16), None, 0, bytes, None),
+        (vec![620, 7], (3, 3), (17, 17), Some(530), 0, bytes, None),
+        (vec![150, 40], (6, 2), (80, 48), Some(30), 5, bytes, None),
+        (vec![700, 9], (20, 1), (128, 128), None, 0, bytes, None),
     ];
     for (lengths, heads, dims, window, keep_first, pages, rope) in cases {
         let case = AttentionCase {

@@ -122,6 +122,7 @@ impl<'a> Block<'a> {
             v: &v(0),
             k_pages: &mut keys,
             v_pages: &mut values,
+            kv_heads: 4,
             ragged,
         })?;
         b.attention(Attention {
@@ -156,6 +157,7 @@ fn cuda_steps_that_repeat_are_the_same_bits() {
         Some(Format::Q6K),
         Some(Format::Q5K),
         Some(Format::Int8),
+        Some(Format::Fp8),
     ];
     for (i, rows) in (0..3 * forms.len()).map(|i| (i, [1, 2, 5][i / forms.len()])) {
         let form = forms[i % forms.len()];

@@ -10,7 +10,9 @@ use strata::document::{self, Book, Error, ModelSource, Notes, Part, Placed, Word
 use strata::ids::TokenId;
 use strata::load::{LoadOptions, Model, Silent, load};
 use strata::session::{Engine, EngineConfig, Output, Request};
+use strata::state_file;
 use strata::text::Tokenizer;
+use strata_kernels::KvType;
 use strata_tests::{Folder, check, golden, root, run, text};
 
 const QUESTION: &str = "Where does Mara Tolvin live?";
@@ -69,15 +71,60 @@ fn fresh(model: &Model, policy: &str) -> Engine {
 
 #[test]
 fn what_is_answered_from_a_file_is_bit_equal() {
-    let folder = Folder::new("bit-equal");
-    let model = load(
-        &LoadOptions {
-            device: "cpu".into(),
-            ..LoadOptions::default()
-        },
-        &mut Silent::default(),
-    )
-    .unwrap();
+    answered_from_a_file("bit-equal", None);
+}
+
+#[test]
+fn so_it_is_with_keys_and_values_in_bytes() {
+    answered_from_a_file("bit-equal-int8", Some(KvType::Int8));
+}
+
+fn demo(kv: Option<KvType>) -> Model {
+    let options = LoadOptions {
+        device: "cpu".into(),
+        kv,
+        ..LoadOptions::default()
+    };
+    load(&options, &mut Silent::default()).unwrap()
+}
+
+#[test]
+fn a_state_of_another_type_of_keys_and_values_is_refused() {
+    let folder = Folder::new("other-kv");
+    let path = folder.0.join("a.state");
+    let read = |kv| {
+        let model = demo(kv);
+        let config = EngineConfig::new(256, 1, model.kv_dtype);
+        (
+            Engine::new(model.network.clone(), config).unwrap(),
+            model.fingerprint().unwrap(),
+        )
+    };
+    let (mut engine, fingerprint) = read(Some(KvType::Int8));
+    let prompt = (1..100).collect();
+    let request = Request {
+        prompt,
+        ..Request::default()
+    };
+    let id = engine.submit(request).unwrap();
+    while engine.advance().unwrap() {}
+    let snapshot = engine.snapshot(id).unwrap();
+    state_file::save(&engine, snapshot, &fingerprint, &path).unwrap();
+    state_file::load(&mut engine, &fingerprint, &path).unwrap();
+    let (mut other, fingerprint) = read(None);
+    let used = other.pages_used();
+    let error = state_file::load(&mut other, &fingerprint, &path)
+        .unwrap_err()
+        .to_string();
+    let expected =
+        "the state has keys and values in int8, and they are kept in bf16 here; give --kv int8";
+    assert!(error.ends_with(expected), "{error}");
+    assert_eq!(other.pages_used(), used);
+}
+
+fn answered_from_a_file(name: &str, kv: Option<KvType>) {
+    let folder = Folder::new(name);
+    let model = demo(kv);
     let wording = Worded {
         model: &model,
         chat: true,

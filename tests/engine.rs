@@ -208,6 +208,7 @@ impl World {
             random.range(4, 40)
         };
         let config = SchedulerConfig {
+            reach: None,
             page_size: [1, 2, 4, 16][random.range(0, 3)],
             pages: (kind != 0).then(|| random.range(3, 24) as u32),
             slots: (kind != 1).then(|| random.range(1, 6) as u32),

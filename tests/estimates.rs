@@ -9,16 +9,21 @@ use strata::footprint::Footprint;
 use strata::load::{LoadOptions, Model, Silent, load};
 use strata::session::{Engine, EngineConfig, Request};
 use strata_converters::cards;
-use strata_kernels::{DType, Format};
+use strata_kernels::{DType, Format, KvType};
 use strata_layers::Graph;
 
-const TYPES: [DType; 2] = [DType::F32, DType::BF16];
+const TYPES: [(DType, KvType); 3] = [
+    (DType::F32, KvType::F32),
+    (DType::BF16, KvType::BF16),
+    (DType::BF16, KvType::Int8),
+];
 
-fn open(model: &Path, dtype: DType, random: Option<u64>) -> Model {
+fn open(model: &Path, (dtype, kv): (DType, KvType), random: Option<u64>) -> Model {
     let options = LoadOptions {
         model: Some(model.display().to_string()),
         device: "cpu".into(),
         dtype: Some(dtype),
+        kv: Some(kv),
         random,
         threads: Some(2),
         ..LoadOptions::default()
@@ -45,7 +50,9 @@ fn off(model: &Model, batch: usize) -> Option<String> {
     while engine.step(&mut |_, _, _| {}).unwrap() {}
     let (allocated, rows) = engine.allocated();
     assert!(rows >= 130, "{rows} rows");
-    allocated.beside(&model.estimate(&config, rows))
+    let estimate = model.estimate(&config, rows);
+    assert_eq!(allocated.kv, estimate.kv_bytes, "{}", model.name);
+    allocated.beside(&estimate)
 }
 
 #[test]
@@ -59,17 +66,17 @@ fn every_card_runs_in_the_memory_that_was_estimated() {
         }
         let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.yaml", card.family()));
         std::fs::write(&file, plan.print()).unwrap();
-        for dtype in TYPES {
-            let model = open(&file, dtype, Some(1));
+        for types @ (dtype, kv) in TYPES {
+            let model = open(&file, types, Some(1));
             // Images are read one at a time, by no engine.
             let batches: &[usize] = if plan.image.is_some() { &[] } else { &[1, 3] };
             for &batch in batches {
                 let found = off(&model, batch);
                 let name = card.family();
-                wrong.extend(found.map(|o| format!("{name}, {dtype}, {batch} at a time: {o}")));
+                wrong.extend(found.map(|o| format!("{name}, {types:?}, {batch} at a time: {o}")));
             }
             // As `strata plan estimate` has it, before there is a model.
-            let config = EngineConfig::new(200, 1, dtype);
+            let config = EngineConfig::new(200, 1, kv);
             let format = Format::from(dtype);
             let before = estimate(
                 &model.network.graph,
@@ -108,7 +115,7 @@ fn the_work_of_all_nodes_is_the_work_of_the_plan() {
         for (position, flops) in [(0, told.flops_per_token), (89, told.flops_at_context)] {
             let nodes = graph.nodes.iter();
             let all = nodes
-                .map(|node| work(&graph, node, &[(position, 1)], &bytes, 2))
+                .map(|node| work(&graph, node, &[(position, 1)], &bytes, KvType::BF16))
                 .fold(head, Work::and);
             let error = (all.flops / flops - 1.0).abs();
             assert!(error < 1e-9, "{}: {} and {flops}", card.family(), all.flops);
@@ -152,7 +159,7 @@ fn a_scan_by_chunks_runs_in_the_memory_that_was_estimated() {
     let [recurrence, chunks] = [("recurrence", plan), ("chunks", edited)].map(|(name, plan)| {
         let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("scan-{name}.yaml"));
         std::fs::write(&file, plan).unwrap();
-        let model = open(&file, DType::F32, Some(1));
+        let model = open(&file, TYPES[0], Some(1));
         for batch in [1, 3] {
             assert_eq!(off(&model, batch), None, "{name}, {batch} at a time");
         }
@@ -165,12 +172,12 @@ fn a_scan_by_chunks_runs_in_the_memory_that_was_estimated() {
 fn every_golden_runs_in_the_memory_that_was_estimated() {
     let mut wrong = Vec::new();
     for folder in goldens() {
-        for dtype in TYPES {
-            let model = open(&folder, dtype, None);
+        for types in TYPES {
+            let model = open(&folder, types, None);
             for batch in [1, 3] {
                 let found = off(&model, batch);
                 let name = folder.display();
-                wrong.extend(found.map(|o| format!("{name}, {dtype}, {batch} at a time: {o}")));
+                wrong.extend(found.map(|o| format!("{name}, {types:?}, {batch} at a time: {o}")));
             }
         }
     }

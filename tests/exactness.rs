@@ -8,9 +8,11 @@ use strata::random_weights::RandomWeights;
 use strata::runner::{Network, Point};
 use strata::sampler::SamplingParams;
 use strata::session::{Engine, EngineConfig, Output, Request};
+use strata::state_file::{self, Fingerprint};
 use strata::verify::{VerifyOptions, verify};
+use strata_kernels::cpu::{Cpu, CpuOptions};
 use strata_kernels::reference::Reference;
-use strata_kernels::{Backend, DType};
+use strata_kernels::{Backend, DType, KvType};
 use strata_layers::{Graph, Plan};
 use strata_tests::golden;
 
@@ -91,7 +93,7 @@ fn pure_attention() -> Plan {
 fn check(
     name: &str,
     plan: &Plan,
-    dtype: DType,
+    (dtype, kv): (DType, KvType),
     backend: Arc<dyn Backend>,
     others: &[(usize, Arc<dyn Backend>)],
 ) {
@@ -102,19 +104,15 @@ fn check(
         prompt: 41,
         generate: 9,
         chunks: vec![1, 3, 16],
-        kv_dtype: dtype,
+        kv_dtype: kv,
         seed: 3,
     };
-    let checks = verify(
-        &network,
-        &options,
-        others,
-        &std::env::temp_dir(),
-        &mut |_| {},
-    )
-    .unwrap();
+    // Tests that run at once have folders of their own.
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(kv.name());
+    std::fs::create_dir_all(&folder).unwrap();
+    let checks = verify(&network, &options, others, &folder, &mut |_| {}).unwrap();
     for check in &checks {
-        assert_eq!(check.fault, None, "{name}, {dtype}: {}", check.name);
+        assert_eq!(check.fault, None, "{name}, {dtype}, {kv}: {}", check.name);
     }
     let least = if plan.blocks.iter().any(|b| b.name == "a") {
         18
@@ -137,7 +135,27 @@ fn the_reference_is_exact() {
         ("trapezoids", trapezoids()),
         ("chunks", chunks()),
     ] {
-        check(name, &plan, DType::F32, Arc::new(Reference), &[]);
+        let types = (DType::F32, KvType::F32);
+        check(name, &plan, types, Arc::new(Reference), &[]);
+    }
+}
+
+#[test]
+fn keys_and_values_in_bytes_are_exact() {
+    let cpu = |threads| -> Arc<dyn Backend> {
+        let options = CpuOptions {
+            threads,
+            ..CpuOptions::default()
+        };
+        Arc::new(Cpu::new(options))
+    };
+    for (name, plan) in [("hybrid", hybrid()), ("attention", pure_attention())] {
+        let types = (DType::F32, KvType::Int8);
+        check(name, &plan, types, Arc::new(Reference), &[]);
+        for dtype in [DType::F32, DType::BF16] {
+            let others: Vec<_> = [1, 3].map(|n| (n, cpu(n))).into();
+            check(name, &plan, (dtype, KvType::Int8), cpu(2), &others);
+        }
     }
 }
 
@@ -296,4 +314,168 @@ fn tokens_are_the_same_whether_logits_are_seen_or_not() {
     // Logits that no token can be taken from are told of in the same words.
     let bad = generated(f64::NAN, std::slice::from_ref(&greedy), false).unwrap_err();
     assert_eq!(bad, generated(f64::NAN, &[greedy], true).unwrap_err());
+}
+
+/// Attention that sees all, beside a state of fixed size; `window` is written into it, or nothing.
+fn unbounded(window: &str, prefix: usize) -> Plan {
+    let mamba = "mamba1: {d_inner: 40, d_state: 5, d_conv: 4, dt_rank: 3}";
+    let n = "norm: {eps: 1.0e-6}";
+    let (mixer, before) = match prefix {
+        0 => (
+            format!(
+                "attention: {{heads: 4, kv_heads: 2, head_dim: 8{window}, rope: {{theta: 10000}}}}"
+            ),
+            String::new(),
+        ),
+        // Layers of attention without places for first tokens cannot keep a prefix in sight.
+        _ => (
+            format!(
+                "{{let: {{k: [linear: {{name: k, d_out: 12}}]}}}}, {{let: {{v: [linear: {{name: v, d_out: 12}}]}}}}, attend: {{k: k, v: v, heads: 4, kv_heads: 2, head_dim: 6{window}}}"
+            ),
+            format!("\nembed: {{prefix: {prefix}}}"),
+        ),
+    };
+    plan(
+        &format!("  m: [residual: [{n}, {mamba}]]\n  a: [residual: [{n}, {mixer}]]"),
+        &format!("[a, m, a, m]{before}"),
+    )
+}
+
+fn network(plan: &Plan) -> Arc<Network> {
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(CpuOptions {
+        threads: 2,
+        ..CpuOptions::default()
+    }));
+    let graph = Graph::lower(plan, "plan").unwrap();
+    let weights = RandomWeights::new(5, plan.init_std, DType::F32, backend.clone());
+    Arc::new(Network::build(graph, &weights, backend, DType::F32).unwrap())
+}
+
+/// Tokens and logits of prompts of these lengths, and the most pages in use.
+fn long(engine: &mut Engine, lengths: &[usize]) -> (Vec<Vec<Vec<u32>>>, usize) {
+    let ids: Vec<_> = lengths
+        .iter()
+        .map(|n| {
+            let prompt = (0..*n).map(|i| (i * i % 37) as u32).collect();
+            let request = Request {
+                prompt,
+                max_tokens: 11,
+                prompt_logits: true,
+                ..Request::default()
+            };
+            engine.submit(request).unwrap()
+        })
+        .collect();
+    // Rows that are computed anew come again.
+    let mut rows = vec![std::collections::BTreeMap::new(); ids.len()];
+    let mut most = 0;
+    let mut observe = |id, position, logits: &[f32]| {
+        let bits: Vec<u32> = logits.iter().map(|l| l.to_bits()).collect();
+        let sequence = ids.iter().position(|i| *i == id).unwrap();
+        let known = rows[sequence].insert(position, bits.clone());
+        assert!(known.is_none_or(|known| known == bits), "{position}");
+    };
+    while engine.step(&mut observe).unwrap() {
+        most = most.max(engine.pages_used().used);
+    }
+    let rows = rows
+        .into_iter()
+        .map(|r| r.into_values().collect())
+        .collect();
+    ids.iter().for_each(|id| assert!(engine.remove(*id)));
+    assert_eq!(engine.pages_used().used, 0);
+    (rows, most)
+}
+
+#[test]
+fn attention_to_the_last_tokens_is_a_plan_with_windows_and_gives_pages_back() {
+    for (prefix, told) in [(0, ", window: 13"), (3, ", window: 13, keep_first: 3")] {
+        let written = unbounded(told, prefix);
+        let changed = unbounded("", prefix).attending_last(13).unwrap();
+        assert_eq!(changed.print(), written.print());
+        let lengths = [150, 1, 90, 61];
+        let config = |chunk| EngineConfig {
+            page_size: 4,
+            ..EngineConfig::new(170, 4, DType::F32).with_chunk(chunk)
+        };
+        let mut plain = Engine::new(network(&written), config(64)).unwrap();
+        let (expected, all) = long(&mut plain, &lengths);
+        assert_eq!(expected[0].len(), 160);
+        let changed = network(&changed);
+        let graph = &changed.graph;
+        for (chunk, lookup) in [(1, 0), (7, 0), (16, 3), (64, 0)] {
+            let config = config(chunk).giving_back(graph).with_lookup(lookup);
+            let mut engine = Engine::new(changed.clone(), config.clone()).unwrap();
+            let (found, most) = long(&mut engine, &lengths);
+            assert!(
+                found == expected,
+                "chunks of {chunk}, {prefix} rows of a prefix"
+            );
+            assert!(most <= config.pages(prefix), "{most} pages");
+            assert!(chunk > 16 || most < all / 2, "{most} pages of {all}");
+            // So few that sequences wait for each other's.
+            let few = config.pages(prefix) / 4 + 2;
+            let mut engine = Engine::with_pages(changed.clone(), config, few).unwrap();
+            assert!(long(&mut engine, &lengths).0 == expected, "{few} pages");
+        }
+    }
+    // Without places for first tokens a prefix would be lost.
+    let text = "plan: 1\nname: t\nvocab: 9\nd_model: 8\ncontext: 64\nblocks:\n  a: [attention: {heads: 1, kv_heads: 1, head_dim: 8}]\nstack: [a]\nembed: {prefix: 2}\nhead: {norm: {eps: 1.0e-6}, tie: true}\n";
+    let plan = Plan::parse(text, "plan").unwrap();
+    let error = plan.attending_last(5).unwrap_err();
+    assert!(error.contains("2 learned rows"), "{error}");
+    assert!(plan.attending_last(0).is_err());
+}
+
+#[test]
+fn states_of_which_pages_were_given_back_go_on_the_same() {
+    let plan = unbounded("", 0).attending_last(13).unwrap();
+    let network = network(&plan);
+    let config = EngineConfig {
+        page_size: 4,
+        ..EngineConfig::new(170, 3, DType::F32).with_chunk(16)
+    };
+    let prompt = |n: usize| (0..n).map(|i| (i * i % 37) as u32).collect::<Vec<_>>();
+    let request = |n: usize, max_tokens: usize| Request {
+        prompt: prompt(n),
+        max_tokens,
+        ..Request::default()
+    };
+    let last = |engine: &mut Engine, id| {
+        let mut last = Vec::new();
+        while engine
+            .step(&mut |_, _, logits| last = logits.to_vec())
+            .unwrap()
+        {}
+        let tokens = engine.sequence(id).unwrap().tokens.clone();
+        engine.remove(id);
+        (tokens, last)
+    };
+    let mut plain = Engine::new(network.clone(), config.clone()).unwrap();
+    let id = plain.submit(request(120, 9)).unwrap();
+    let expected = last(&mut plain, id);
+    let config = config.giving_back(&network.graph);
+    let mut engine = Engine::new(network.clone(), config.clone()).unwrap();
+    let id = engine.submit(request(97, 0)).unwrap();
+    while engine.advance().unwrap() {}
+    let used = engine.pages_used().used;
+    assert!(used <= 5, "{used} pages for a window of 13 tokens");
+    let snapshot = engine.snapshot(id).unwrap();
+    engine.remove(id);
+    let fingerprint = Fingerprint {
+        plan: "p".into(),
+        weights: "w".into(),
+    };
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("given-back.state");
+    state_file::save(&engine, snapshot, &fingerprint, &path).unwrap();
+    for _ in 0..2 {
+        let id = engine.restore(snapshot, request(120, 9)).unwrap();
+        assert!(last(&mut engine, id) == expected, "from memory");
+    }
+    engine.drop_snapshot(snapshot).unwrap();
+    assert_eq!(engine.pages_used().used, 0);
+    let read = state_file::load(&mut plain, &fingerprint, &path).unwrap();
+    let id = plain.restore(read, request(120, 9)).unwrap();
+    assert!(last(&mut plain, id) == expected, "from a file");
+    std::fs::remove_file(path).unwrap();
 }

@@ -12,7 +12,7 @@ use strata::load::{CudaPlaces, LoadOptions, Model, Silent, load};
 use strata::sampler::SamplingParams;
 use strata::session::{Engine, EngineConfig, Output, Request};
 use strata::verify::{VerifyOptions, verify};
-use strata_kernels::DType;
+use strata_kernels::{DType, KvType};
 
 /// Largest error, in standard deviations of the logits.
 const TOLERANCE: f32 = 1e-3;
@@ -269,7 +269,8 @@ fn scans_by_chunks_say_the_same_and_keep_the_contract() {
                 if device == "cpu" {
                     let temporary = Path::new(env!("CARGO_TARGET_TMPDIR"));
                     let cpu = (device, &[1, 3][..]);
-                    keeps_the_contract(&model, cpu, DType::F32, size as u64, &what, temporary);
+                    let types = (DType::F32, KvType::F32);
+                    keeps_the_contract(&model, cpu, types, size as u64, &what, temporary);
                 }
             }
         }
@@ -291,7 +292,7 @@ fn scans_by_chunks_say_the_same_and_keep_the_contract() {
 fn keeps_the_contract(
     model: &Model,
     (device, threads): (&str, &[usize]),
-    dtype: DType,
+    (dtype, kv): (DType, KvType),
     seed: u64,
     name: &str,
     temporary: &Path,
@@ -306,13 +307,13 @@ fn keeps_the_contract(
         prompt: 45,
         generate: 6,
         chunks: vec![1, 2, 16],
-        kv_dtype: dtype,
+        kv_dtype: kv,
         seed,
     };
     let network = Arc::new(network);
     let checks = verify(&network, &options, &others, temporary, &mut |_| {}).unwrap();
     for check in &checks {
-        assert_eq!(check.fault, None, "{name}, {dtype}: {}", check.name);
+        assert_eq!(check.fault, None, "{name}, {dtype}, {kv}: {}", check.name);
     }
 }
 
@@ -338,14 +339,20 @@ fn all_keep_the_contract(device: &str, threads: &[usize]) {
             .tolerance(DType::BF16, strata_kernels::Format::BF16)
             > 0.0
             && model.plan.print().contains("moe");
-        for (dtype, seed) in [(DType::F32, 1), (DType::BF16, 2)] {
-            if turns && dtype == DType::BF16 {
+        let types = [
+            (DType::F32, KvType::F32, 1),
+            (DType::BF16, KvType::BF16, 2),
+            (DType::F32, KvType::Int8, 3),
+        ];
+        let keeps_keys = model.network.graph.page_elements_per_token() > 0;
+        for (dtype, kv, seed) in types {
+            if turns && dtype == DType::BF16 || !keeps_keys && kv == KvType::Int8 {
                 continue;
             }
             keeps_the_contract(
                 &model,
                 (device, threads),
-                dtype,
+                (dtype, kv),
                 seed,
                 &name,
                 &std::env::temp_dir(),

@@ -192,7 +192,7 @@ fn pipelines_keep_the_contract(devices: &str) {
             prompt: 45,
             generate: 6,
             chunks: vec![1, 16],
-            kv_dtype: DType::F32,
+            kv_dtype: DType::F32.into(),
             seed: 1,
         };
         let folder = std::env::temp_dir();

@@ -12,7 +12,7 @@ use strata_kernels::ops::{
     S4dScan, Scale, Score, SelectiveScan, SsdChunked, SsdScan,
 };
 use strata_kernels::reference::Reference;
-use strata_kernels::{Backend, DType, Matrix, Ragged, Span, Tensor, random};
+use strata_kernels::{Backend, DType, KvType, Matrix, Ragged, Span, Tensor, random};
 
 #[path = "cuda.rs"]
 mod cuda;
@@ -23,6 +23,7 @@ mod cuda_repeat_mixer;
 
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;
+const U8: DType = DType::U8;
 const F16: DType = DType::F16;
 
 // ---------------------------------------------------------------- inputs
@@ -1916,11 +1917,15 @@ impl AttentionCase {
     fn run(&self, b: &dyn Backend, schedule: &Schedule) -> Vec<Vec<f32>> {
         let (q_width, y_width) = (self.heads * self.dim, self.heads * self.v_dim);
         let kv_widths = [self.kv_heads * self.dim, self.kv_heads * self.v_dim];
+        let dims = [self.dim, self.v_dim];
         let page_rows = schedule.pages() * schedule.page_size;
         let mut pages = [0, 1].map(|i| {
-            let width = kv_widths[i];
-            let unseen = vec![f32::NAN; page_rows * width];
-            put(b, self.pages[i], width, &unseen, true).view
+            // A scale of these bytes is a NaN too.
+            let unseen = if self.pages[i] == U8 { 255.0 } else { f32::NAN };
+            let kept = KvType::of(self.pages[i]).unwrap();
+            let width = kept.columns(self.kv_heads, dims[i]);
+            let unseen = vec![unseen; page_rows * width];
+            put(b, self.pages[i], width, &unseen, self.pages[i] != U8).view
         });
         let mut out = Vec::new();
         schedule.run(|ragged, rows| {
@@ -1958,6 +1963,7 @@ impl AttentionCase {
                 v: &v.view,
                 k_pages,
                 v_pages,
+                kv_heads: self.kv_heads,
                 ragged,
             })
             .unwrap();
@@ -2025,6 +2031,11 @@ fn attention_follows_the_reference_and_no_cut_changes_a_bit() {
         // Some rows of a tile see nothing of the first 512 positions.
         (vec![700, 9], (4, 2), 8, Some(150), [F32, F32], None),
         (vec![620, 7], (3, 3), 17, Some(530), [BF16, F16], None),
+        // In bytes.
+        (vec![3, 1, 20], (1, 1), 1, None, [U8, U8], None),
+        (vec![130, 64], (4, 2), 16, None, [U8, U8], Some((8, true))),
+        (vec![620, 7], (3, 3), 17, Some(130), [U8, U8], None),
+        (vec![700, 30], (5, 1), 6, None, [U8, U8], None),
     ];
     for (lengths, heads, dim, window, pages, rope) in cases {
         check_attention(&mut rng, &lengths, heads, (dim, dim), |case| {
@@ -2041,24 +2052,26 @@ fn attention_follows_the_reference_and_no_cut_changes_a_bit() {
 #[test]
 fn values_of_another_width_and_first_tokens_that_stay_follow_the_reference() {
     let mut rng = Rng(13 << 20);
+    let mixed = [F32, BF16];
     let cases = [
-        // lengths, (heads, kv_heads), (dim, v_dim), window, first tokens that stay
-        (vec![3, 20], (2, 1), (5, 9), None, 0),
-        (vec![130, 40], (4, 2), (16, 64), None, 4),
-        (vec![150, 7], (3, 1), (80, 48), Some(64), 0),
-        (vec![1100, 30], (2, 2), (24, 17), Some(30), 5),
+        // lengths, (heads, kv_heads), (dim, v_dim), window, first tokens that stay, pages
+        (vec![3, 20], (2, 1), (5, 9), None, 0, mixed),
+        (vec![130, 40], (4, 2), (16, 64), None, 4, mixed),
+        (vec![150, 7], (3, 1), (80, 48), Some(64), 0, mixed),
+        (vec![1100, 30], (2, 2), (24, 17), Some(30), 5, mixed),
+        (vec![1100, 30], (2, 2), (24, 17), Some(30), 5, [U8, U8]),
         // The tokens that stay end in the middle of a block, and the window begins in the same.
-        (vec![200, 90], (4, 1), (8, 8), Some(20), 37),
+        (vec![200, 90], (4, 1), (8, 8), Some(20), 37, mixed),
         // They fill more than a chunk of positions.
-        (vec![1300], (2, 1), (8, 8), Some(1), 600),
-        (vec![660, 3], (6, 2), (32, 16), Some(150), 1),
-        (vec![90], (1, 1), (4, 4), Some(10), 200),
+        (vec![1300], (2, 1), (8, 8), Some(1), 600, mixed),
+        (vec![660, 3], (6, 2), (32, 16), Some(150), 1, mixed),
+        (vec![90], (1, 1), (4, 4), Some(10), 200, mixed),
     ];
-    for (lengths, heads, dims, window, keep_first) in cases {
+    for (lengths, heads, dims, window, keep_first, pages) in cases {
         check_attention(&mut rng, &lengths, heads, dims, |case| AttentionCase {
             window,
             keep_first,
-            pages: [F32, BF16],
+            pages,
             ..case
         });
     }

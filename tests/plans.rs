@@ -156,7 +156,7 @@ fn buffers(graph: Graph) -> usize {
         page_size: 4,
         pages: 1,
         slots: 1,
-        kv_dtype: DType::F32,
+        kv_dtype: DType::F32.into(),
     };
     let store = StateStore::new(&network, size).unwrap();
     Runner::new(Arc::new(network), store, 1).unwrap().buffers()

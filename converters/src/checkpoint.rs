@@ -320,10 +320,10 @@ impl Checkpoint {
     }
 
     /// Widens the weights of quantised releases to F32 instead of BF16. Those that run as they are stored,
-    /// which F32 holds exactly, stay so.
+    /// whose numbers F32 holds exactly, stay so.
     pub fn widen_to_f32(&mut self) {
         for info in self.tensors.values_mut() {
-            if info.wide.as_ref().is_some_and(|w| !w.by_rows()) {
+            if info.wide.as_ref().is_some_and(|w| w.by_rows().is_none()) {
                 info.dtype = "F32".into();
             }
         }

@@ -12,8 +12,9 @@
 //! | ModelOpt, NVFP4 | `weight` U8 | `weight_scale`, × `weight_scale_2` |
 //! | fine-grained FP8 | `weight` | `weight_scale_inv` |
 //!
-//! Here `x.weight` takes their place in the checkpoint. INT8 with a scale a row is the format int8: numbers and
-//! scale of a row are brought together when they are asked for. Other elements are then computed in f32 and
+//! Here `x.weight` takes their place in the checkpoint. INT8 and FP8 (E4M3) with a scale for the tensor or a row are
+//! the formats int8 and fp8: numbers and scale of a row are brought together when they are asked for. Other elements,
+//! those of FP8 with scales for blocks or in E5M2 among them, are then computed in f32 and
 //! rounded once, to BF16 unless f32 is wanted. What an engine would round activations with (`input_scale`,
 //! `k_scale`, …) is left out, and told.
 //!
@@ -50,8 +51,6 @@ const ACTIVATIONS: [&str; 9] = [
     ".q_scale",
     ".kv_cache_scaling_factor",
 ];
-/// The format of rows of whole numbers with a scale each.
-const INT8: &str = "INT8";
 /// Rows and columns of a block of fine-grained FP8, if no config says otherwise.
 const BLOCK: usize = 128;
 
@@ -147,7 +146,8 @@ pub(crate) fn present(
                     tensors.remove(n);
                 });
                 if let Some(wide) = &made.info.wide {
-                    *counts.entry((wide.stored, wide.by_rows())).or_default() += 1;
+                    let runs = wide.by_rows().is_some();
+                    *counts.entry((wide.stored, runs)).or_default() += 1;
                 }
                 tensors.insert(made.name, made.info);
             }
@@ -320,7 +320,7 @@ fn weight(
             row,
         };
         let info = TensorInfo {
-            dtype: if wide.by_rows() { INT8 } else { "BF16" }.into(),
+            dtype: wide.by_rows().map_or("BF16", |_| wide.stored).into(),
             shape,
             wide: Some(Arc::new(wide)),
             ..info.clone()
@@ -489,17 +489,20 @@ impl Scheme {
 }
 
 impl Wide {
-    /// Whether it is rows of the format int8.
-    pub(crate) fn by_rows(&self) -> bool {
+    /// The format of its rows, where those have a scale each and run as they are; its name is that of `stored`.
+    pub(crate) fn by_rows(&self) -> Option<Format> {
+        let format = match self.kind {
+            Kind::I8 | Kind::Packed(8) => Format::Int8,
+            Kind::E4m3 => Format::Fp8,
+            Kind::E5m2 | Kind::Fp4 | Kind::Packed(_) => return None,
+        };
         let whole = matches!(self.blocks.last(), Some((_, 1))) && !self.outer.is_empty();
-        whole
-            && matches!(self.kind, Kind::I8 | Kind::Packed(8))
-            && self.global.is_none()
-            && Format::Int8.row_bytes(self.columns).is_some()
+        let fits = whole && self.global.is_none() && format.row_bytes(self.columns).is_some();
+        fits.then_some(format)
     }
 
-    /// Elements `range` of the weight, appended in `format`: BF16, F32, or where [`Wide::by_rows`] is true
-    /// whole rows of int8. `numbers` are the stored bytes, and `shards` the files of the scales.
+    /// Elements `range` of the weight, appended in `format`: BF16, F32, or where [`Wide::by_rows`] has one
+    /// whole rows of that. `numbers` are the stored bytes, and `shards` the files of the scales.
     ///
     /// w = q · s, with s = scale · global or scale / global, each step in f32.
     pub(crate) fn widen(
@@ -527,7 +530,7 @@ impl Wide {
         let columns = self.columns;
         let (block, per_row) = self.blocks.last().copied().unwrap_or((1, 1));
         let whole = range.start.is_multiple_of(columns) && range.end.is_multiple_of(columns);
-        if format == Format::Int8 && !(whole && self.by_rows()) {
+        if format.scales_rows() && !(whole && self.by_rows() == Some(format)) {
             return Err("its rows have no scale each".into());
         }
         to.reserve(format.bytes_of(&[range.len()]).unwrap_or(0));
@@ -541,10 +544,10 @@ impl Wide {
             let first = row * self.row + column;
             let values = (first..first + count).map(|n| value(n) * scale);
             match format {
-                Format::Int8 => {
+                Format::Int8 | Format::Fp8 => {
                     let start = to.len();
                     match (&self.kind, numbers.get(first..first + count)) {
-                        (Kind::I8, Some(codes)) => to.extend_from_slice(codes),
+                        (Kind::I8 | Kind::E4m3, Some(codes)) => to.extend_from_slice(codes),
                         // Whole numbers of eight bits, exact in f32.
                         _ => to.extend(
                             (first..first + count).map(|n| (value(n) as i8).cast_unsigned()),

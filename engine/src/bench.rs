@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strata_kernels::{Backend, DType, random};
+use strata_kernels::{Backend, DType, KvType, random};
 
 use crate::ids::TokenId;
 use crate::sampler::SamplingParams;
@@ -23,7 +23,7 @@ pub struct BenchOptions {
     /// Timed runs, after one that is not counted.
     pub repeat: usize,
     /// Type of keys and values.
-    pub kv_dtype: DType,
+    pub kv_dtype: KvType,
     /// Bytes of activations that each row of a step takes.
     pub bytes_per_row: usize,
     /// The device.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use strata_kernels::{DType, Result};
+use strata_kernels::{KvType, Result};
 use strata_layers::Image;
 
 use crate::estimate::Allocated;
@@ -25,7 +25,7 @@ impl Classifier {
         };
         let config = EngineConfig {
             token_budget: image.tokens(),
-            ..EngineConfig::new(image.tokens(), 1, DType::F32)
+            ..EngineConfig::new(image.tokens(), 1, KvType::F32)
         };
         let size = StateSize {
             page_size: config.page_size,

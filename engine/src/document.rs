@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use strata_kernels::KvType;
 
 use crate::generation::{self, Assembly, StopReason};
 use crate::ids::{SeqId, TokenId};
@@ -297,6 +298,9 @@ pub struct ModelSource {
     pub random: Option<u64>,
     /// Compute type.
     pub dtype: String,
+    /// How keys and values are kept; none in files of earlier versions, which had the compute type's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv: Option<String>,
     /// The recipe by which matrices were quantised while loading.
     pub quantize: Option<String>,
 }
@@ -319,6 +323,7 @@ impl ModelSource {
             card: options.card.as_deref().map(absolute),
             random: options.random,
             dtype: model.dtype_word().into(),
+            kv: Some(model.kv_dtype.name().into()),
             quantize: options.quantize.as_ref().map(|recipe| recipe.name.clone()),
         }
     }
@@ -333,6 +338,8 @@ impl ModelSource {
         options.card = options.card.take().or(self.card.clone());
         options.random = options.random.or(self.random);
         options.dtype = options.dtype.or(load::dtype_of_word(&self.dtype));
+        let kv = self.kv.as_deref().and_then(KvType::named);
+        options.kv = options.kv.or(kv);
         if let (None, Some(name)) = (&options.quantize, &self.quantize) {
             let recipe = Recipe::find(name).map_err(load::Error::Input)?;
             options.quantize = Some(recipe);

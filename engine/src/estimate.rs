@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use strata_kernels::KvType;
 use strata_layers::graph::{GraphWeight, Node, Run};
 use strata_layers::{Graph, LayerSpec, Role, WeightSpec};
 
@@ -107,13 +108,13 @@ impl Work {
 }
 
 /// What a node does in a step over `rows`: the position of the first row and the number of rows of each sequence.
-/// `bytes` are those of the weight at a path; keys and values have `kv_bytes` an element.
+/// `bytes` are those of the weight at a path; keys and values are kept as `kv`.
 pub fn work(
     graph: &Graph,
     node: &Node,
     rows: &[(usize, usize)],
     bytes: &dyn Fn(&str) -> u64,
-    kv_bytes: usize,
+    kv: KvType,
 ) -> Work {
     let Run::Layer { spec, weights } = &node.run else {
         return Work::default();
@@ -142,7 +143,7 @@ pub fn work(
         let positions = *position..position + len;
         work.flops += positions.map(|p| spec.other_flops(&widths, p)).sum::<f64>();
         // Rows of one sequence share what they look back on.
-        let kept = pages.map_or(0, |p| p.elements()) * kv_bytes * (position + len);
+        let kept = pages.map_or(0, |p| p.bytes(kv)) * (position + len);
         work.bytes += (kept + 2 * 4 * slot) as f64;
     }
     work
@@ -174,7 +175,7 @@ pub fn estimate(
     let bytes = |w: &GraphWeight| storage.of(w).bytes_of(&w.spec.shape).unwrap_or(0) as u64;
     let weight_bytes = weights.iter().map(bytes).sum();
     let parameters = weights.iter().map(|w| w.spec.elements() as u64).sum();
-    let kv_bytes_per_token = (graph.page_elements_per_token() * config.kv_dtype.size()) as u64;
+    let kv_bytes_per_token = graph.page_bytes_per_token(config.kv_dtype) as u64;
     let state_bytes_per_sequence = graph.slot_bytes() as u64;
     let (pages, slots) = (config.pages(graph.prefix) as u64, config.slots() as u64);
     let head = (graph.vocab * graph.d_model) as f64;

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use strata_kernels::{DType, Format};
+use strata_kernels::{Format, KvType};
 use strata_layers::Graph;
 
 use crate::footprint::Footprint;
@@ -25,8 +25,8 @@ pub struct Question<'a> {
     pub devices: &'a [(String, Option<u64>)],
     /// How they share the model.
     pub parallel: Parallel,
-    /// Type of keys and values.
-    pub kv: DType,
+    /// How keys and values are kept.
+    pub kv: KvType,
     /// Tokens of a sequence, and sequences.
     pub context: usize,
     /// Sequences at a time.
@@ -133,7 +133,7 @@ impl Question<'_> {
         let tokens = config.pages(self.graph.prefix) * config.page_size;
         let sizes = Sizes {
             weight: &|path, shape| self.bytes(path, shape),
-            kv: self.kv.size() as u64,
+            kv: self.kv,
             tokens: tokens as u64,
             slots: config.slots() as u64,
         };
@@ -185,14 +185,20 @@ impl Question<'_> {
         {
             ways.push(format!("--context {context}"));
         }
-        if self.kv == DType::F32 {
-            let question = Question {
-                kv: DType::BF16,
-                ..self.clone()
-            };
-            if fits(&question) {
-                ways.push("keys and values in BF16: --dtype bf16".into());
-            }
+        // The widest that is enough.
+        let narrower = match self.kv {
+            KvType::F32 => &[KvType::BF16, KvType::Int8][..],
+            KvType::F16 | KvType::BF16 => &[KvType::Int8],
+            KvType::Int8 => &[],
+        };
+        let enough = narrower.iter().copied().find(|kv| {
+            let kv = *kv;
+            fits(&Question { kv, ..self.clone() })
+        });
+        match enough {
+            Some(KvType::Int8) => ways.push("keys and values in 8 bits: --kv int8".into()),
+            Some(kv) => ways.push(format!("keys and values in 16 bits: --kv {kv}")),
+            None => {}
         }
         for recipe in ["q8_0", "q6_k", "q4_k_m"] {
             let Some(formats) = other(recipe) else {
@@ -240,7 +246,7 @@ pub fn quantised(question: &Question<'_>, recipe: &str) -> Option<HashMap<String
     for weight in question.graph.weights() {
         let wide = formats
             .get(&weight.path)
-            .is_some_and(|f| f.dtype().is_some());
+            .is_some_and(|f| !f.rounds_inputs());
         if let (true, Some(format)) = (wide, recipe.choose(&weight)) {
             formats.insert(weight.path, format);
         }

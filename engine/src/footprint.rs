@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use strata_kernels::null::Null;
-use strata_kernels::{Backend, DType, Matrix, Ragged, Rank, Result, Span};
+use strata_kernels::{Backend, DType, KvType, Matrix, Ragged, Rank, Result, Span};
 use strata_layers::{Graph, WeightSource, WeightSpec};
 
 use crate::placement::Spot;
@@ -77,7 +77,7 @@ impl Footprint {
             page_size: rows,
             pages: 1,
             slots: 1,
-            kv_dtype: DType::F32,
+            kv_dtype: KvType::F32,
         };
         let state = StateStore::new(&network, size)?;
         let mut runner = Runner::new(network, state, rows)?;

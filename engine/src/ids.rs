@@ -11,6 +11,16 @@ pub struct SeqId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageId(pub u32);
 
+impl PageId {
+    /// Stands where a page was whose tokens nothing can see any more.
+    pub const GONE: PageId = PageId(u32::MAX);
+
+    /// Whether there is a page.
+    pub fn is_there(self) -> bool {
+        self != PageId::GONE
+    }
+}
+
 /// A slot of fixed-size state: the same number names the slot in every layer that keeps one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId(pub u32);

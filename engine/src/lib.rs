@@ -4,6 +4,7 @@
 
 pub mod batch;
 pub mod bench;
+pub mod beyond;
 pub mod classify;
 pub mod cli;
 pub mod constraint;

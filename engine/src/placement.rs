@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
+use strata_kernels::KvType;
 use strata_layers::graph::{Graph, Node, NodeId, Run, ValueId};
 use strata_layers::{Cut, Init, Of, Role, WeightSpec};
 
@@ -11,8 +12,8 @@ use strata_layers::{Cut, Init, Of, Role, WeightSpec};
 pub struct Sizes<'a> {
     /// Bytes of the weight at a path, or of a part of it of this shape, in the form it runs in.
     pub weight: &'a dyn Fn(&str, &[usize]) -> u64,
-    /// Bytes of one element of keys and values.
-    pub kv: u64,
+    /// How keys and values are kept.
+    pub kv: KvType,
     /// Tokens of all sequences together.
     pub tokens: u64,
     /// Slots of all sequences.
@@ -97,9 +98,9 @@ impl<'a> Sum<'a> {
             }
         }
         let slot: usize = node.state.slot.iter().map(|p| p.elements() * 4).sum();
-        let token = node.state.pages.map_or(0, |p| p.elements());
+        let token = node.state.pages.map_or(0, |p| p.bytes(self.sizes.kv));
         self.taken.state += slot as u64 * self.sizes.slots;
-        self.taken.kv += token as u64 * self.sizes.kv * self.sizes.tokens;
+        self.taken.kv += token as u64 * self.sizes.tokens;
     }
 
     /// The output matrix.
@@ -150,12 +151,12 @@ impl Spot {
         sum.taken
     }
 
-    /// Elements that one token adds to its pages.
-    pub fn page_elements(&self) -> u64 {
+    /// Bytes that one token adds to its pages, kept as `kv`.
+    pub fn page_bytes(&self, kv: KvType) -> u64 {
         let nodes = self.graph.nodes[self.nodes.clone()].iter();
         nodes
             .filter_map(|n| n.state.pages)
-            .map(|p| p.elements() as u64)
+            .map(|p| p.bytes(kv) as u64)
             .sum()
     }
 
@@ -378,7 +379,7 @@ head: {{norm: {{eps: 1.0e-6}}, tie: true}}
         let weight = |path: &str, _: &[usize]| if path.contains("mlp.up") { 100 } else { 0 };
         let sizes = Sizes {
             weight: &weight,
-            kv: 2,
+            kv: KvType::BF16,
             tokens: 0,
             slots: 0,
         };
@@ -405,7 +406,7 @@ head: {{norm: {{eps: 1.0e-6}}, tie: true}}
     fn more_devices_than_blocks_are_refused() {
         let sizes = Sizes {
             weight: &|_, _| 1,
-            kv: 2,
+            kv: KvType::BF16,
             tokens: 1,
             slots: 1,
         };

@@ -4,6 +4,7 @@ use crate::ids::{PageId, SlotId};
 use crate::pages::PagePool;
 use crate::sequence::Sequence;
 use crate::slots::SlotPool;
+use strata_layers::Reach;
 
 /// Tokens a sequence gets room for when it starts to run: longer ones grow, so that a limit nobody means to
 /// reach costs nothing.
@@ -13,6 +14,10 @@ const RESERVED_TOKENS: usize = 1 << 16;
 pub(crate) struct Pools {
     pub(crate) pages: Option<PagePool>,
     pub(crate) slots: Option<SlotPool>,
+    /// What is seen of a sequence, if pages of the rest are given back.
+    pub(crate) reach: Option<Reach>,
+    /// Most rows of a step.
+    pub(crate) rows: usize,
 }
 
 impl Pools {
@@ -41,6 +46,47 @@ impl Pools {
             .get(tail)
             .is_some_and(|&page| pool.is_shared(page));
         shared.then_some(tail)
+    }
+
+    /// Most pages that a sequence of `tokens` tokens has at once.
+    pub(crate) fn most_pages(&self, tokens: usize) -> usize {
+        let all = self.pages_for(tokens);
+        self.reach.map_or(all, |r| {
+            let seen = r.window.saturating_add(self.rows);
+            // The first page of either run may be seen in part.
+            let held = self
+                .pages_for(r.keep_first)
+                .saturating_add(self.pages_for(seen));
+            all.min(held.saturating_add(2))
+        })
+    }
+
+    /// Pages that a sequence still needs for the tokens up to `end`, if others are given back meanwhile.
+    pub(crate) fn pages_until(&self, sequence: &Sequence, end: usize) -> usize {
+        let needed = self.pages_to_reach(sequence, end);
+        if self.reach.is_none() {
+            return needed;
+        }
+        let held = sequence.live_pages().count();
+        needed.min((self.most_pages(end) + 1).saturating_sub(held))
+    }
+
+    /// Gives back the pages whose tokens no later one sees.
+    pub(crate) fn trim(&mut self, sequence: &mut Sequence) {
+        let (Some(pool), Some(reach)) = (&mut self.pages, self.reach) else {
+            return;
+        };
+        // The next token sees itself too.
+        let seen = (sequence.computed + 1).saturating_sub(reach.window);
+        let kept = pool.pages_for(reach.keep_first);
+        let gone = (seen / pool.page_size()).min(sequence.pages.len());
+        // Those before are gone already.
+        for page in sequence.pages[kept.min(gone)..gone].iter_mut().rev() {
+            if !page.is_there() {
+                break;
+            }
+            pool.release(std::mem::replace(page, PageId::GONE));
+        }
     }
 
     /// Pages to be had before the tokens up to `end`, more than are computed, can be written.
@@ -84,14 +130,15 @@ impl Pools {
 
     pub(crate) fn retain(&mut self, pages: &[PageId]) {
         if let Some(pool) = &mut self.pages {
-            pages.iter().for_each(|&page| pool.retain(page));
+            let live = pages.iter().filter(|p| p.is_there());
+            live.for_each(|&page| pool.retain(page));
         }
     }
 
     pub(crate) fn release(&mut self, sequence: &mut Sequence) {
         if let Some(pool) = &mut self.pages {
             // The last page first, so that pages are handed out again in the order they had.
-            for page in sequence.pages.drain(..).rev() {
+            for page in sequence.pages.drain(..).rev().filter(|p| p.is_there()) {
                 pool.release(page);
             }
         }

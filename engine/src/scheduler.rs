@@ -126,6 +126,8 @@ impl Scheduler {
                     .pages
                     .map(|pages| PagePool::new(pages, config.page_size)),
                 slots: config.slots.map(SlotPool::new),
+                reach: config.reach,
+                rows: config.token_budget,
             },
             config,
             sequences: BTreeMap::new(),
@@ -296,6 +298,7 @@ impl Scheduler {
             } else {
                 sequence.computed += scheduled;
             }
+            self.pools.trim(sequence);
             if sequence.status != Status::Running {
                 continue;
             }
@@ -444,6 +447,11 @@ impl Scheduler {
         self.preemptions
     }
 
+    /// From here on sequences keep all their pages, seen or not.
+    pub fn keep_pages(&mut self) {
+        self.pools.reach = None;
+    }
+
     /// The sizes given at the start.
     pub fn config(&self) -> &SchedulerConfig {
         &self.config
@@ -493,7 +501,7 @@ impl Scheduler {
     fn wanted_by(&self, id: SeqId) -> Wanted {
         let sequence = &self.sequences[&id];
         Wanted {
-            pages: self.pools.pages_to_reach(sequence, sequence.tokens.len()),
+            pages: self.pools.pages_until(sequence, sequence.tokens.len()),
             slots: usize::from(self.pools.slots.is_some() && sequence.slot.is_none()),
         }
     }

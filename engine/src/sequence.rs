@@ -77,7 +77,8 @@ pub struct Sequence {
     pub prompt_len: usize,
     /// How many of the tokens have their state in the pages and the slot.
     pub computed: usize,
-    /// Its pages, in the order of its tokens. The last may be filled in part; any may be shared.
+    /// Its pages, in the order of its tokens. The last may be filled in part; any may be shared; those whose tokens
+    /// nothing sees any more may be [`PageId::GONE`].
     pub pages: Vec<PageId>,
     /// Its slot, while it has state in a model that keeps one.
     pub slot: Option<SlotId>,
@@ -171,6 +172,11 @@ impl Sequence {
     /// Whether it is at its end.
     pub fn is_finished(&self) -> bool {
         matches!(self.status, Status::Finished(_))
+    }
+
+    /// Its pages, but those that were given back because nothing sees them any more.
+    pub fn live_pages(&self) -> impl Iterator<Item = PageId> {
+        self.pages.iter().copied().filter(|p| p.is_there())
     }
 
     /// Whether pages or a slot are its own.

@@ -136,9 +136,7 @@ impl Engine {
             let small = u32::try_from(n).ok().filter(|_| bytes < 1 << 46);
             small.ok_or(Error::TooLarge { what, bytes })
         };
-        let page_bytes =
-            config.page_size * graph.page_elements_per_token() * config.kv_dtype.size();
-        let page_count = narrow("keys and values", pages, page_bytes)?;
+        let page_count = narrow("keys and values", pages, config.page_bytes(graph))?;
         let slot_count = narrow("slots", slots, graph.slot_bytes())?;
         let scheduler = Scheduler::new(SchedulerConfig {
             page_size: config.page_size as u32,
@@ -148,6 +146,7 @@ impl Engine {
             max_sequences: config.max_sequences,
             chunk: config.chunk,
             context: config.context.saturating_add(graph.prefix),
+            reach: config.reach,
         })?;
         let size = StateSize {
             page_size: config.page_size,

@@ -5,7 +5,7 @@
 //! tensor                       type, shape                 what
 //! NODE.PART                    F32 (snapshots, rows, cols)  a slot's part after each place of `snapshots`
 //! tokens                       U32 (tokens)                those of the model's prefix first
-//! NODE.keys, NODE.values       (tokens, cols)              of an attention layer
+//! NODE.keys, NODE.values       (tokens, cols)              of an attention layer; U8 of keys and values in 8 bits
 //! ```
 //!
 //! Of ranks, which have parts of a layer's state, `@RofN` stands behind the name: such a file is for N ranks.
@@ -24,7 +24,7 @@ mod write;
 pub use read::StateFile;
 pub(crate) use write::{Content, Slots, write};
 
-use strata_kernels::{Backend, DType, Tensor};
+use strata_kernels::{Backend, DType, KvType, Tensor};
 
 use crate::session::{self, Engine, Snapshot, SnapshotId};
 
@@ -58,6 +58,14 @@ pub enum Error {
         what: &'static str,
         found: String,
         expected: String,
+    },
+    #[error(
+        "{path}: the state has keys and values in {found}, and they are kept in {expected} here; give --kv {found}"
+    )]
+    OtherKv {
+        path: PathBuf,
+        found: KvType,
+        expected: KvType,
     },
     #[error("{path}: {tokens} tokens do not fit a context of {context}; give a larger --context")]
     TooLong {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use strata_kernels::{Backend, DType, Result, Tensor};
+use strata_kernels::{Backend, DType, KvType, Result, Tensor};
 use strata_layers::graph::Node;
 use strata_layers::{LayerState, Part, StateSpec};
 
@@ -17,8 +17,8 @@ pub struct StateSize {
     pub pages: usize,
     /// Slots; a slot holds the fixed-size state of one sequence in all layers.
     pub slots: usize,
-    /// Type of keys and values.
-    pub kv_dtype: DType,
+    /// How keys and values are kept.
+    pub kv_dtype: KvType,
 }
 
 /// Every layer's state, on every device.
@@ -48,9 +48,10 @@ impl StageState {
         let specs: Vec<StateSpec> = stage.graph.nodes.iter().enumerate().map(here).collect();
         let layer = |spec: &StateSpec| {
             let rows = size.pages * size.page_size;
-            let page = |cols| backend.alloc(size.kv_dtype, rows, cols);
+            let kv = size.kv_dtype;
+            let page = |heads, dim| backend.alloc(kv.dtype(), rows, kv.columns(heads, dim));
             let pages = match spec.pages {
-                Some(p) => Some([page(p.keys)?, page(p.values)?]),
+                Some(p) => Some([page(p.heads, p.head_dim)?, page(p.heads, p.v_head_dim)?]),
                 None => None,
             };
             let part = |p: &Part| backend.alloc(DType::F32, size.slots, p.elements());

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strata_kernels::{DType, Span};
+use strata_kernels::{KvType, Span};
 
 use crate::estimate::{Work, work};
 use crate::load::Limits;
@@ -38,7 +38,7 @@ struct Phase {
 /// Gathers times. See the top of this file.
 pub struct Trace {
     network: Arc<Network>,
-    kv_dtype: DType,
+    kv_dtype: KvType,
     /// Prefill, decoding.
     phases: [Phase; 2],
     now: usize,
@@ -92,8 +92,8 @@ impl Report {
 }
 
 impl Trace {
-    /// For a network whose keys and values are of `kv_dtype`.
-    pub fn new(network: Arc<Network>, kv_dtype: DType) -> Self {
+    /// For a network whose keys and values are kept as `kv_dtype`.
+    pub fn new(network: Arc<Network>, kv_dtype: KvType) -> Self {
         let parts = vec![(Duration::ZERO, Work::default()); network.graph.nodes.len() + 2];
         let phase = Phase {
             parts,
@@ -121,7 +121,7 @@ impl Trace {
         let graph = &network.graph;
         for (node, (_, done)) in graph.nodes.iter().zip(&mut phase.parts[1..]) {
             let bytes = |path: &str| network.bytes_of(path);
-            let more = work(graph, node, &self.rows, &bytes, self.kv_dtype.size());
+            let more = work(graph, node, &self.rows, &bytes, self.kv_dtype);
             *done = done.and(more);
         }
         let table = network.bytes_of("embed");

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strata_kernels::{Backend, DType, Format, random};
+use strata_kernels::{Backend, Format, KvType, random};
 
 use crate::estimate::picks_experts;
 use crate::ids::{SeqId, TokenId};
@@ -39,7 +39,7 @@ pub struct VerifyOptions {
     /// Sizes of chunks to compare with the whole.
     pub chunks: Vec<usize>,
     /// Type of keys and values.
-    pub kv_dtype: DType,
+    pub kv_dtype: KvType,
     /// Seed of the prompts.
     pub seed: u64,
 }

@@ -547,6 +547,7 @@ impl Bench {
                     v: &b,
                     k_pages,
                     v_pages,
+                    kv_heads: 1,
                     ragged,
                 })
                 .expect("a write");

@@ -1,12 +1,12 @@
 //! How the elements of a weight are stored: one by one, or in blocks along its rows.
 //!
-//! The block formats are those of GGUF files, bit for bit: [`Format::dequantize`] says what each holds. One format,
-//! int8, has a scale for each row instead.
+//! The block formats are those of GGUF files, bit for bit: [`Format::dequantize`] says what each holds. Two formats,
+//! int8 and fp8, have a scale for each row instead.
 
 use std::fmt;
 
 use crate::error::{Error, Result};
-use crate::formats::{self, int8};
+use crate::formats::{self, fp8, int8};
 use crate::tensor::DType;
 
 /// The form of a stored weight.
@@ -17,6 +17,7 @@ pub enum Format {
     F16,
     BF16,
     Int8,
+    Fp8,
     Q8_0,
     Q6K,
     Q5K,
@@ -42,11 +43,12 @@ pub struct Block {
 
 impl Format {
     /// All of them; those in blocks from the finest to the coarsest.
-    pub const ALL: [Format; 16] = [
+    pub const ALL: [Format; 17] = [
         Format::F32,
         Format::F16,
         Format::BF16,
         Format::Int8,
+        Format::Fp8,
         Format::Q8_0,
         Format::Q6K,
         Format::Q5K,
@@ -68,6 +70,7 @@ impl Format {
             Format::F16 => "f16",
             Format::BF16 => "bf16",
             Format::Int8 => "int8",
+            Format::Fp8 => "fp8",
             Format::Q8_0 => "q8_0",
             Format::Q6K => "q6_k",
             Format::Q5K => "q5_k",
@@ -100,7 +103,13 @@ impl Format {
 
     /// Whether a scale belongs to a whole row, which then is taken whole only.
     pub fn scales_rows(self) -> bool {
-        self == Format::Int8
+        matches!(self, Format::Int8 | Format::Fp8)
+    }
+
+    /// Whether products with BF16 activations round their inputs to bytes: of fp8, as of BF16 itself, they stay
+    /// BF16.
+    pub fn rounds_inputs(self) -> bool {
+        self.dtype().is_none() && self != Format::Fp8
     }
 
     /// The size of its blocks; of one element where it has none. Rows with a scale have more bytes than these:
@@ -109,7 +118,7 @@ impl Format {
         let (elements, bytes) = match self {
             Format::F32 => (1, 4),
             Format::F16 | Format::BF16 => (1, 2),
-            Format::Int8 => (1, 1),
+            Format::Int8 | Format::Fp8 => (1, 1),
             Format::Q8_0 => (32, 34),
             Format::Q6K => (256, 210),
             Format::Q5K => (256, 176),
@@ -127,7 +136,7 @@ impl Format {
 
     /// Bytes of a row of `cols` elements; none if they are no whole blocks, or too many.
     pub fn row_bytes(self, cols: usize) -> Option<usize> {
-        if self == Format::Int8 {
+        if self.scales_rows() {
             return int8::row_bytes(cols);
         }
         let Block { elements, bytes } = self.block();
@@ -151,15 +160,18 @@ impl Format {
     /// Widens whole blocks: exact for the formats without blocks; for the others the products of scale
     /// and code, each rounded to f32 as the reference implementation of GGUF (gguf-py) rounds them.
     ///
-    /// Panics unless `from` holds exactly the blocks of `to`; of int8, one row.
+    /// Panics unless `from` holds exactly the blocks of `to`; of int8 and fp8, one row.
     pub fn dequantize(self, from: &[u8], to: &mut [f32]) {
-        if self == Format::Int8 {
+        if self.scales_rows() {
             assert_eq!(
                 self.row_bytes(to.len()),
                 Some(from.len()),
                 "a row of {self}"
             );
-            return int8::widen(from, to);
+            return match self {
+                Format::Fp8 => fp8::widen(from, to),
+                _ => int8::widen(from, to),
+            };
         }
         let Block { elements, bytes } = self.block();
         assert!(
@@ -174,8 +186,9 @@ impl Format {
     }
 
     /// Quantises a row to whole blocks, as GGML's reference functions do, bit for bit; formats without
-    /// blocks round to nearest even; of int8 the row is one, with codes to the nearest. `importance` says how much each column counts (numbers that are not
-    /// negative, as an importance matrix has them); q8_0, int8 and formats without blocks do not ask.
+    /// blocks round to nearest even; of int8 and fp8 the row is one, with codes to the nearest. `importance` says how much each column counts (numbers that are not
+    /// negative, as an importance matrix has them); q8_0, int8, fp8 and formats without
+    /// blocks do not ask.
     ///
     /// Fails where the row is no whole blocks, where lengths differ, where a number is not finite or too
     /// large, and where a scale is too large for half precision; `to` is then left with anything.
@@ -222,11 +235,14 @@ impl Format {
                 )));
             }
         }
-        if self == Format::Int8 {
-            int8::quantize(row, to);
+        match self {
+            Format::Int8 => int8::quantize(row, to),
+            Format::Fp8 => fp8::quantize(row, to),
+            _ => formats::quantize(self, row, importance, to),
+        }
+        if self.scales_rows() {
             return Ok(());
         }
-        formats::quantize(self, row, importance, to);
         match formats::first_not_finite(self, to) {
             Some(block) => Err(fault(format!(
                 "the numbers from element {} of the row on are too large for {self}, whose scales are in half precision",

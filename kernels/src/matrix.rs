@@ -1,6 +1,7 @@
 //! Weight matrices in the format they run in.
 
 use crate::format::Format;
+use crate::formats::fp8;
 use crate::ops::linear::read_row;
 use crate::tensor::{DType, Tensor};
 
@@ -68,5 +69,17 @@ impl Matrix {
         } else {
             self.format.dequantize(self.data.view::<u8>().row(r), to);
         }
+    }
+
+    /// Row `r` as products with unrounded weights take it: its numbers, and what their sum is multiplied by. That is
+    /// one but where codes are multiplied for themselves.
+    pub(crate) fn factors(&self, r: usize, to: &mut [f32]) -> f32 {
+        if self.format != Format::Fp8 {
+            self.read_row(r, to);
+            return 1.0;
+        }
+        let rows = self.data.view::<u8>();
+        fp8::codes(rows.row(r), to);
+        fp8::scale(rows.row(r))
     }
 }

@@ -1,7 +1,7 @@
 //! Products with weights in blocks, of inputs that are rounded to 8-bit integers.
 //!
 //! `activations: BF16` is the type of fast matrix units; with weights in blocks these are the ones that
-//! multiply bytes. So x is cut into blocks as the weight's row is (of 32 or of 256 elements), and in each
+//! multiply bytes (of fp8, whose codes are BF16 numbers, x stays BF16: `formats::fp8`). So x is cut into blocks as the weight's row is (of 32 or of 256 elements), and in each
 //! block becomes `x ≈ dx · q` with integers |q| ≤ 127 and `dx = max |x| / 127`. Then, block after block,
 //!
 //! - blocks of 32: `y += (Σ q·(c − offset) · d) · dx`, and with minima `y += m · (dx · Σ q)`,
@@ -58,7 +58,7 @@ impl RoundedRow {
     /// As products with a weight of this format take it.
     pub(crate) fn new(x: &[f32], format: Format) -> Self {
         let mut codes = vec![0; x.len()];
-        let block = match format.scales_rows() {
+        let block = match format == Format::Int8 {
             true => x.len().max(1),
             false => Form::of(format).block,
         };
@@ -69,7 +69,7 @@ impl RoundedRow {
 
     /// The product with row `n` of a weight in blocks: the plain loops.
     pub(crate) fn product(&self, w: &Matrix, n: usize) -> f32 {
-        if w.format().scales_rows() {
+        if w.format() == Format::Int8 {
             let row = w.data().view::<u8>();
             let row = row.row(n);
             let products = self.codes.iter().zip(row);

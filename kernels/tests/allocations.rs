@@ -238,6 +238,7 @@ fn operations_allocate_nothing_after_the_first_time() {
             v: x,
             k_pages: pages_k,
             v_pages: pages_v,
+            kv_heads: 8,
             ragged,
         };
         cpu.kv_write(op).unwrap();

@@ -1,10 +1,12 @@
 //! Attention by itself: queries in the stream, keys and values named. The layer `attention` is this
 //! between its projections.
 
+use std::sync::Arc;
+
 use strata_kernels::ops::{self, KvWrite};
 use strata_kernels::{Result, Tensor};
 
-use crate::layer::{Context, Layer, LayerSpec};
+use crate::layer::{Context, Layer, LayerSpec, Reach};
 use crate::param::{Check, Fields, MAX_SIZE, Param};
 use crate::params;
 use crate::state::{Pages, StateSpec};
@@ -46,9 +48,16 @@ impl Shape {
     /// What a token adds to the pages.
     pub fn pages(&self) -> Pages {
         Pages {
-            keys: self.kv_heads * self.head_dim,
-            values: self.kv_heads * self.v_head_dim,
+            heads: self.kv_heads,
+            head_dim: self.head_dim,
+            v_head_dim: self.v_head_dim,
         }
+    }
+
+    /// What a token sees, where that is not all.
+    pub fn sight(&self) -> Option<Reach> {
+        let keep_first = self.keep_first;
+        self.window.map(|window| Reach { window, keep_first })
     }
 
     /// Operations on the scores and sums of one token after `position` others.
@@ -77,6 +86,7 @@ impl Shape {
                 v,
                 k_pages,
                 v_pages,
+                kv_heads: self.kv_heads,
                 ragged,
             })?;
         }
@@ -178,8 +188,8 @@ impl LayerSpec for Attend {
         let pages = self.shape().pages();
         let expected = [
             ("x, the queries,", self.heads * self.head_dim),
-            ("`k`", pages.keys),
-            ("`v`", pages.values),
+            ("`k`", pages.keys()),
+            ("`v`", pages.values()),
         ];
         for ((what, expected), found) in expected.into_iter().zip(widths) {
             if *found != expected {
@@ -203,6 +213,23 @@ impl LayerSpec for Attend {
 
     fn weights(&self, _widths: &[usize]) -> Vec<WeightSpec> {
         Vec::new()
+    }
+
+    fn sight(&self) -> Option<Reach> {
+        self.shape().sight()
+    }
+
+    fn attending_last(
+        &self,
+        window: usize,
+        keep_first: usize,
+    ) -> Option<std::result::Result<Arc<dyn LayerSpec>, String>> {
+        let own = self.window.unwrap_or(window);
+        Some(Ok(Arc::new(Attend {
+            window: Some(own.min(window)),
+            keep_first: self.keep_first.max(keep_first),
+            ..self.clone()
+        })))
     }
 
     fn state(&self, _widths: &[usize]) -> StateSpec {

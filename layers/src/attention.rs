@@ -2,12 +2,13 @@
 //! earlier tokens or a window of them.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use strata_kernels::ops::RmsNorm;
 use strata_kernels::{Result, Tensor};
 
 use crate::attend::Shape;
-use crate::layer::{Context, Layer, LayerSpec};
+use crate::layer::{Context, Layer, LayerSpec, Reach};
 use crate::linear::{Projection, projection};
 use crate::norm::check_eps;
 use crate::param::{Check, Fields, Param};
@@ -114,6 +115,27 @@ impl LayerSpec for Attention {
             }
         }
         specs
+    }
+
+    fn sight(&self) -> Option<Reach> {
+        self.shape().sight()
+    }
+
+    fn attending_last(
+        &self,
+        window: usize,
+        keep_first: usize,
+    ) -> Option<std::result::Result<Arc<dyn LayerSpec>, String>> {
+        if keep_first > 0 {
+            return Some(Err(format!(
+                "`attention` cannot go on seeing {keep_first} learned rows before the tokens; `attend` has `keep_first`"
+            )));
+        }
+        let window = Some(self.window.map_or(window, |own| own.min(window)));
+        Some(Ok(Arc::new(Attention {
+            window,
+            ..self.clone()
+        })))
     }
 
     fn state(&self, _widths: &[usize]) -> StateSpec {

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use strata_kernels::KvType;
+
 use crate::image::Image;
-use crate::layer::LayerSpec;
+use crate::layer::{LayerSpec, Reach};
 use crate::lower;
 use crate::plan::Plan;
 use crate::share::Of;
@@ -209,6 +211,28 @@ impl Graph {
             .sum()
     }
 
+    /// Bytes that one token adds to the pages, kept as `kv`.
+    pub fn page_bytes_per_token(&self, kv: KvType) -> usize {
+        let pages = self.nodes.iter().filter_map(|n| n.state.pages);
+        pages.map(|p| p.bytes(kv)).sum()
+    }
+
+    /// The tokens that some layer can still see, where no layer with keys and values sees all: what lies between
+    /// may be given up.
+    pub fn reach(&self) -> Option<Reach> {
+        let attending = |n: &&Node| n.state.pages.is_some() || n.pages_of.is_some();
+        let seen = self.nodes.iter().filter(attending).map(|n| match &n.run {
+            Run::Layer { spec, .. } => spec.sight(),
+            Run::Add | Run::Concat => None,
+        });
+        let all: Option<Vec<Reach>> = seen.collect();
+        let wider = |a: Reach, b: Reach| Reach {
+            window: a.window.max(b.window),
+            keep_first: a.keep_first.max(b.keep_first),
+        };
+        all?.into_iter().reduce(wider)
+    }
+
     /// The list as text: a line a node.
     pub fn print(&self) -> String {
         let mut out = String::new();
@@ -252,9 +276,9 @@ impl Graph {
                 .iter()
                 .map(|p| format!("{}({}, {})", p.name, p.rows, p.cols))
                 .collect();
-            kept.extend(state.pages.map(|p| match p.keys == p.values {
-                true => format!("pages(2, {})", p.keys),
-                false => format!("pages({} + {})", p.keys, p.values),
+            kept.extend(state.pages.map(|p| match p.keys() == p.values() {
+                true => format!("pages(2, {})", p.keys()),
+                false => format!("pages({} + {})", p.keys(), p.values()),
             }));
             if let Some(from) = node.pages_of {
                 kept.push(format!("pages of {}", self.nodes[from].name));

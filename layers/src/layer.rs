@@ -1,6 +1,7 @@
 //! What a layer is: parameters that say which weights and state it wants, and a forward.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use strata_kernels::{Backend, DType, Ragged, Rank, Result, Tensor};
 
@@ -64,6 +65,22 @@ pub trait LayerSpec: Debug + Send + Sync {
         1.0
     }
 
+    /// How many tokens a token sees at most, itself included, and how many first ones beside them: of layers with
+    /// attention that has a window.
+    fn sight(&self) -> Option<Reach> {
+        None
+    }
+
+    /// The same layer, whose tokens see the last `window` at most, and the first `keep_first` where it can show
+    /// them; none if it has no attention. Or why it cannot be so.
+    fn attending_last(
+        &self,
+        _window: usize,
+        _keep_first: usize,
+    ) -> Option<std::result::Result<Arc<dyn LayerSpec>, String>> {
+        None
+    }
+
     /// Operations on one token beside its products with matrices: convolutions, scans, and scores and
     /// sums of attention after `position` earlier tokens. Elementwise work is not counted.
     fn other_flops(&self, _widths: &[usize], _position: usize) -> f64 {
@@ -78,6 +95,15 @@ pub trait LayerSpec: Debug + Send + Sync {
 
     /// The layer with its weights on a device.
     fn build(&self, weights: &Weights<'_>) -> Result<Box<dyn Layer>>;
+}
+
+/// Tokens that attention can still see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// The last ones, a token itself included.
+    pub window: usize,
+    /// So many first ones beside them.
+    pub keep_first: usize,
 }
 
 /// A layer with its weights on a device.

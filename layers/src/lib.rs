@@ -34,10 +34,11 @@ mod selective_scan;
 pub mod share;
 mod slice;
 mod ssd_scan;
+mod window;
 
 pub use graph::{Graph, NodeId, ValueId};
 pub use image::Image;
-pub use layer::{Context, Layer, LayerSpec, Scratch};
+pub use layer::{Context, Layer, LayerSpec, Reach, Scratch};
 pub use plan::Plan;
 pub use share::{Of, Share};
 pub use state::{LayerState, Pages, Part, StateSpec};

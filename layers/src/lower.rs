@@ -502,8 +502,10 @@ impl<'a> Lower<'a> {
         let message = match self.pages.get(name) {
             Some((node, pages)) if *pages == wanted => return Some(*node),
             Some((node, pages)) => format!(
-                "the keys and values kept as `{name}` by {} have widths {} and {}, not {} and {}",
-                self.nodes[*node].name, pages.keys, pages.values, wanted.keys, wanted.values
+                "the keys and values kept as `{name}` by {} are {}, not {}",
+                self.nodes[*node].name,
+                heads_of(pages),
+                heads_of(&wanted)
             ),
             None => format!(
                 "no earlier layer keeps keys and values as `{name}`; kept are {}",
@@ -512,6 +514,19 @@ impl<'a> Lower<'a> {
         };
         self.faults.add(at, message);
         None
+    }
+}
+
+/// The heads of keys and values, in words.
+fn heads_of(pages: &Pages) -> String {
+    let Pages {
+        heads,
+        head_dim,
+        v_head_dim,
+    } = pages;
+    match head_dim == v_head_dim {
+        true => format!("{heads} heads of {head_dim}"),
+        false => format!("{heads} heads of {head_dim} and {v_head_dim}"),
     }
 }
 

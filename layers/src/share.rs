@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use strata_kernels::Result;
 
-use crate::layer::{Layer, LayerSpec};
+use crate::layer::{Layer, LayerSpec, Reach};
 use crate::state::{Pages, StateSpec};
 use crate::weights::{Cut, WeightSpec, Weights};
 use crate::yaml::Value;
@@ -196,6 +196,10 @@ impl LayerSpec for Cutting {
 
     fn share_used(&self, weight: &WeightSpec) -> f64 {
         self.spec.share_used(weight)
+    }
+
+    fn sight(&self) -> Option<Reach> {
+        self.spec.sight()
     }
 
     fn other_flops(&self, widths: &[usize], position: usize) -> f64 {

@@ -1,6 +1,6 @@
 //! What layers keep between batches. The engine owns it; a layer sees its own only.
 
-use strata_kernels::Tensor;
+use strata_kernels::{KvType, Tensor};
 
 /// What one layer keeps for every sequence. A layer may want both kinds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -11,19 +11,37 @@ pub struct StateSpec {
     pub slot: Vec<Part>,
 }
 
-/// Elements that one token adds to the pages.
+/// What one token adds to the pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pages {
-    /// Of its keys: kv_heads · head_dim.
-    pub keys: usize,
-    /// Of its values: kv_heads · v_head_dim.
-    pub values: usize,
+    /// Heads of keys, and of values.
+    pub heads: usize,
+    /// Elements of a head of keys.
+    pub head_dim: usize,
+    /// Elements of a head of values.
+    pub v_head_dim: usize,
 }
 
 impl Pages {
-    /// Of both.
+    /// Elements of its keys.
+    pub fn keys(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Elements of its values.
+    pub fn values(&self) -> usize {
+        self.heads * self.v_head_dim
+    }
+
+    /// Elements of both.
     pub fn elements(&self) -> usize {
-        self.keys + self.values
+        self.keys() + self.values()
+    }
+
+    /// Bytes of both.
+    pub fn bytes(&self, kv: KvType) -> usize {
+        let row = |dim| kv.row_bytes(self.heads, dim);
+        row(self.head_dim) + row(self.v_head_dim)
     }
 }
 
@@ -48,7 +66,7 @@ impl Part {
 /// One layer's state for all sequences.
 #[derive(Debug, Clone, Default)]
 pub struct LayerState {
-    /// (pages · page_size, keys), (pages · page_size, values).
+    /// Rows of keys and of values, (pages · page_size, columns of [`KvType`]).
     pub pages: Option<[Tensor; 2]>,
     /// (slots, elements) of each part, in the order of the spec.
     pub slot: Vec<Tensor>,

@@ -43,10 +43,10 @@ enum Encoding {
     Stored(String, u64),
     /// In a format that runs.
     Made(Format),
-    /// The whole numbers of rows in the format int8.
-    Codes,
+    /// The codes of rows in a format with a scale a row.
+    Codes(Format),
     /// The scales of such rows, which have so many columns.
-    Scales(usize),
+    Scales(Format, usize),
 }
 
 /// What is open while a target's pieces are made.
@@ -132,24 +132,25 @@ impl Target {
         }
     }
 
-    /// Rows of (rows, columns) in the format int8, as safetensors has them: the numbers, and beside them a scale
-    /// a row, F32 of (rows, 1).
+    /// Rows of (rows, columns) in the format int8 or fp8, as safetensors has them: the numbers, and beside them a
+    /// scale a row, F32 of (rows, 1).
     pub fn by_rows(
+        format: Format,
         [numbers, scales]: [String; 2],
         [rows, columns]: [usize; 2],
         open: impl Fn() -> Result<Content> + Send + Sync + 'static,
     ) -> [Self; 2] {
         let open = Arc::new(open);
         let again = open.clone();
-        let numbers = Target::made(numbers, vec![rows, columns], Format::Int8, move || open());
-        let scales = Target::made(scales, vec![rows, 1], Format::Int8, move || again());
+        let numbers = Target::made(numbers, vec![rows, columns], format, move || open());
+        let scales = Target::made(scales, vec![rows, 1], format, move || again());
         [
             Target {
-                encoding: Encoding::Codes,
+                encoding: Encoding::Codes(format),
                 ..numbers
             },
             Target {
-                encoding: Encoding::Scales(columns),
+                encoding: Encoding::Scales(format, columns),
                 ..scales
             },
         ]
@@ -187,8 +188,8 @@ impl Target {
                     Error::file(&self.name, why)
                 })
             }
-            Encoding::Codes => Ok(self.elements() as u64),
-            Encoding::Scales(_) => Ok(4 * self.elements() as u64),
+            Encoding::Codes(_) => Ok(self.elements() as u64),
+            Encoding::Scales(..) => Ok(4 * self.elements() as u64),
         }
     }
 
@@ -196,7 +197,7 @@ impl Target {
     pub fn format(&self) -> Option<Format> {
         match self.encoding {
             Encoding::Made(format) => Some(format),
-            Encoding::Stored(..) | Encoding::Codes | Encoding::Scales(_) => None,
+            Encoding::Stored(..) | Encoding::Codes(_) | Encoding::Scales(..) => None,
         }
     }
 
@@ -204,8 +205,9 @@ impl Target {
     pub fn dtype(&self) -> Option<&str> {
         match &self.encoding {
             Encoding::Stored(dtype, _) => Some(dtype),
-            Encoding::Codes => Some("I8"),
-            Encoding::Scales(_) => Some("F32"),
+            Encoding::Codes(Format::Fp8) => Some("F8_E4M3"),
+            Encoding::Codes(_) => Some("I8"),
+            Encoding::Scales(..) => Some("F32"),
             Encoding::Made(format) => match format {
                 Format::F32 => Some("F32"),
                 Format::F16 => Some("F16"),
@@ -226,8 +228,8 @@ impl Target {
     /// Elements of a piece: whole rows where rows are quantised as such.
     fn piece_elements(&self) -> usize {
         let columns = match (&self.encoding, self.shape.last()) {
-            (Encoding::Scales(columns), _) => *columns,
-            (Encoding::Codes, Some(columns)) => *columns,
+            (Encoding::Scales(_, columns), _) => *columns,
+            (Encoding::Codes(_), Some(columns)) => *columns,
             (_, Some(columns)) if !self.importance.is_empty() => *columns,
             _ => return PIECE,
         };
@@ -241,7 +243,7 @@ impl Target {
     /// Elements of what it is made from.
     fn source_elements(&self) -> usize {
         match self.encoding {
-            Encoding::Scales(columns) => self.elements() * columns,
+            Encoding::Scales(_, columns) => self.elements() * columns,
             _ => self.elements(),
         }
     }
@@ -259,8 +261,11 @@ impl Target {
             (Content::Made { runs, undo }, Encoding::Made(format)) => {
                 self.make(piece, *format, runs, undo, to)?;
             }
-            (Content::Made { runs, undo }, Encoding::Codes | Encoding::Scales(_)) => {
-                self.make_rows(piece, runs, undo, to)?;
+            (
+                Content::Made { runs, undo },
+                Encoding::Codes(format) | Encoding::Scales(format, _),
+            ) => {
+                self.make_rows(piece, *format, runs, undo, to)?;
             }
             (Content::Widened(checkpoint, tensor), _) => {
                 let wanted = piece * PIECE..((piece + 1) * PIECE).min(self.elements());
@@ -295,24 +300,24 @@ impl Target {
         piece * each..((piece + 1) * each).min(self.source_elements())
     }
 
-    /// A piece of rows in int8: their numbers or their scales.
+    /// A piece of rows with a scale each: their numbers or their scales.
     fn make_rows(
         &self,
         piece: usize,
+        format: Format,
         runs: &[Part],
         undo: &[Step],
         to: &mut Vec<u8>,
     ) -> Result<()> {
         let values = widened(self.wanted(piece), runs, undo)?;
         let (columns, scales) = match (&self.encoding, self.shape.last()) {
-            (Encoding::Scales(columns), _) => (*columns, true),
+            (Encoding::Scales(_, columns), _) => (*columns, true),
             (_, last) => (last.copied().unwrap_or(1), false),
         };
         let mut row = Vec::new();
         for values in values.chunks(columns.max(1)) {
             row.clear();
-            encode(Format::Int8, values, None, &mut row)
-                .map_err(|why| Error::file(&self.name, why))?;
+            encode(format, values, None, &mut row).map_err(|why| Error::file(&self.name, why))?;
             let scale = row.len() - 4;
             to.extend_from_slice(if scales {
                 &row[scale..]

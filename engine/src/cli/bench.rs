@@ -99,7 +99,7 @@ impl Bench {
         let read = model.decode_bytes() as f64 * steps;
         let flops = model.flops_per_token() * benched.prefill.median;
         let slot = model.network.graph.slot_bytes();
-        let kv = model.network.graph.page_elements_per_token() * model.kv_dtype.size();
+        let kv = model.network.graph.page_bytes_per_token(model.kv_dtype);
         let figure = |f: Figure| json!({"median": f.median, "min": f.min, "max": f.max});
         let mut out = io::stdout().lock();
         if self.common.source.json {
@@ -107,6 +107,7 @@ impl Bench {
                 "model": model.name,
                 "device": self.common.device,
                 "dtype": model.dtype_word(),
+                "kv": model.kv_dtype.name(),
                 "threads": model.threads,
                 "weights_bytes": model.weights_bytes,
                 "state_bytes_per_sequence": slot,

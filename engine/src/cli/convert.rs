@@ -35,7 +35,7 @@ pub struct Convert {
     #[arg(long = "to", value_enum, value_name = "FORM", id = "form")]
     form: Option<Form>,
     /// Quantise matrices: of a GGUF file by a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), to a block format, or by a
-    /// file of a recipe; of a folder to int8
+    /// file of a recipe; of a folder to int8 or fp8
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find)]
     quantize: Option<Recipe>,
     #[command(flatten)]

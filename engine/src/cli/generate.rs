@@ -12,9 +12,12 @@ use serde_json::{Value, json};
 use super::constrained::Form;
 use super::output::{Terminal, rate};
 use super::trace::Tracing;
-use super::{Common, Environment, catch_interrupts, interrupted, parse_token_ids, read_text};
+use super::{
+    BeyondContext, Common, Environment, catch_interrupts, interrupted, parse_token_ids, read_text,
+};
+use crate::beyond::Sight;
 use crate::generation::{self, Watch};
-use crate::load::Model;
+use crate::load::{LoadOptions, Model};
 use crate::lookup::Guessed;
 use crate::sampler::{Sampled, SamplingParams};
 use crate::session::{Engine, EngineConfig, Request};
@@ -69,6 +72,8 @@ pub struct Generate {
     /// Most tokens of prompt and text [default: what the model was made for]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+    #[command(flatten)]
+    beyond: BeyondContext,
     #[command(flatten)]
     lookup: LookingUp,
     #[command(flatten)]
@@ -214,10 +219,13 @@ impl Generate {
         }
 
         let start = Instant::now();
-        let model = self
-            .common
-            .load(self.model.as_deref(), environment, terminal)?;
+        let options = LoadOptions {
+            beyond: self.beyond.chosen(self.context),
+            ..self.common.load_options(self.model.as_deref(), environment)
+        };
+        let model = self.common.load_with(&options, terminal)?;
         let load_seconds = start.elapsed().as_secs_f64();
+        let beyond = self.beyond.attends_last();
 
         let tokens = match &self.token_ids {
             Some(ids) => ids.clone(),
@@ -226,17 +234,28 @@ impl Generate {
         let context = self.context.unwrap_or(model.plan.context);
         let max_tokens = self.max_tokens.unwrap_or_else(|| {
             let wanted = model.generation.max_new_tokens.unwrap_or(DEFAULT_TOKENS);
-            wanted.min(context.saturating_sub(tokens.len())).max(1)
+            match beyond {
+                true => wanted,
+                false => wanted.min(context.saturating_sub(tokens.len())).max(1),
+            }
         });
         let total = tokens.len().saturating_add(max_tokens);
-        if total > context {
+        if total > context && !beyond {
             bail!(
-                "{} prompt tokens and {max_tokens} to generate do not fit the context of {context} tokens; shorten the prompt, lower --max-tokens, or raise --context (the model was made for {})",
+                "{} prompt tokens and {max_tokens} to generate do not fit the context of {context} tokens; shorten the prompt, lower --max-tokens, raise --context (the model was made for {}), or let attention see the last tokens only by --beyond-context attend-last",
                 tokens.len(),
                 model.plan.context
             );
         }
+        let graph = &model.network.graph;
         let mut config = self.common.engine_config(&model, total, 1);
+        if beyond {
+            config = config.giving_back(graph);
+            let sight = Sight::of(graph, tokens.len()).filter(|_| total > context);
+            if let Some(sight) = sight {
+                terminal.note(&sight.text());
+            }
+        }
         if let Some(chunk) = self.chunk {
             config = config.with_chunk(chunk as usize);
         }
@@ -309,6 +328,9 @@ impl Generate {
                 object["logprobs"] = done.tokens.iter().map(|t| logprobs(t, &model)).collect();
             }
             self.lookup.json(done.guessed, &mut object);
+            if let Some(sight) = Sight::of(graph, engine.computed(id)).filter(|_| beyond) {
+                object["attention"] = sight.json();
+            }
             if engine.traced().is_some() {
                 object["trace"] = Tracing::json(&engine, || model.limits());
             }

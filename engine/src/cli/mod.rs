@@ -23,10 +23,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use strata_kernels::DType;
+use strata_kernels::{DType, KvType};
 
 use crate::hub::HubOptions;
-use crate::load::{self, Calibration, CudaPlaces, LoadOptions, Model};
+use crate::load::{self, Beyond, Calibration, CudaPlaces, LoadOptions, Model};
 use crate::placement::Parallel;
 use crate::recipe::Recipe;
 use crate::session::EngineConfig;
@@ -142,9 +142,13 @@ pub struct Common {
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Computing")]
     dtype: DTypeChoice,
     /// Quantise matrices while loading: a recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), a block format, int8
-    /// (bytes with a scale a row), or a file of a recipe
+    /// or fp8 (bytes with a scale a row), or a file of a recipe
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find, help_heading = "Computing")]
     quantize: Option<Recipe>,
+    /// How keys and values are kept: in a floating-point type, or as bytes with a scale for each head of each token
+    /// (int8); auto is the compute type
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvChoice::Auto, help_heading = "Computing")]
+    kv: KvChoice,
     #[command(flatten)]
     calibrating: Calibrating,
     /// Threads to compute with [default: the processors this process may use]
@@ -229,6 +233,57 @@ impl DTypeChoice {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvChoice {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+    Int8,
+}
+
+impl KvChoice {
+    fn chosen(self) -> Option<KvType> {
+        match self {
+            KvChoice::Auto => None,
+            KvChoice::F32 => Some(KvType::F32),
+            KvChoice::Bf16 => Some(KvType::BF16),
+            KvChoice::F16 => Some(KvType::F16),
+            KvChoice::Int8 => Some(KvType::Int8),
+        }
+    }
+}
+
+/// What to do with more tokens than the context.
+#[derive(Debug, Clone, Copy, Args)]
+struct BeyondContext {
+    /// What becomes of more tokens than the context: refuse them, or attend-last: attention sees the last ones of the
+    /// context's number only (a window), while states of fixed size have seen all; what is seen is told. Rotary
+    /// positions go on, as distances stay within the context
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = BeyondChoice::Refuse)]
+    beyond_context: BeyondChoice,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BeyondChoice {
+    Refuse,
+    AttendLast,
+}
+
+impl BeyondContext {
+    fn attends_last(self) -> bool {
+        self.beyond_context == BeyondChoice::AttendLast
+    }
+
+    /// For a context that was asked for, or the model's.
+    fn chosen(self, context: Option<usize>) -> Beyond {
+        match self.beyond_context {
+            BeyondChoice::Refuse => Beyond::Refuse,
+            BeyondChoice::AttendLast => Beyond::AttendLast(context),
+        }
+    }
+}
+
 impl Source {
     /// What is loaded without computing anything.
     fn load_options(&self, model: Option<&str>, environment: &Environment) -> LoadOptions {
@@ -246,6 +301,8 @@ impl Source {
             experts_on_host: false,
             workload: None,
             dtype: None,
+            kv: None,
+            beyond: Beyond::Refuse,
             quantize: None,
             calibrate: None,
             threads: None,
@@ -263,6 +320,7 @@ impl Common {
             parallel: self.parallel.chosen(),
             experts_on_host: self.experts == Some(ExpertsChoice::Cpu),
             dtype: self.dtype.chosen(),
+            kv: self.kv.chosen(),
             quantize: self.quantize.clone(),
             calibrate: self.calibrating.calibration(),
             threads: self.threads.map(usize::from),

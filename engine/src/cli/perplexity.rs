@@ -28,12 +28,13 @@ for. The usual tool for GGUF files cuts the text into windows of 512 and scores 
 (often a beginning-of-text token), once.
 
 With --compare both models read the same tokens. KL is D(MODEL || MODEL2) in nats a token: how surprising
-MODEL2's predictions are to MODEL. --plan, --card, --random, --quantize and --calibrate are MODEL's alone. Standard errors
+MODEL2's predictions are to MODEL. --plan, --card, --random, --quantize, --calibrate and --kv are MODEL's alone. Standard errors
 take tokens as independent.
 
 Examples:
   strata perplexity ./Jamba2-3B --file wiki.txt --context 2048 --stride 1024
-  strata perplexity ./Jamba2-3B --file wiki.txt --compare ./Jamba2-3B-q4 --plot cost.svg";
+  strata perplexity ./Jamba2-3B --file wiki.txt --compare ./Jamba2-3B-q4 --plot cost.svg
+  strata perplexity ./Jamba2-3B --kv int8 --file wiki.txt --compare ./Jamba2-3B   what 8 bits cost";
 
 /// Measure how well a model predicts a text, and how far another form of it is from that
 #[derive(Debug, Args)]
@@ -212,6 +213,7 @@ impl Perplexity {
             card: None,
             random: None,
             quantize: None,
+            kv: None,
             calibrate: None,
             ..self.common.load_options(Some(name), environment)
         }

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::json;
-use strata_kernels::DType;
+use strata_kernels::{DType, Format};
 use strata_layers::{Graph, plan};
 
 use super::output::{Terminal, bytes};
-use super::{DTypeChoice, Environment, ExpertsChoice, ParallelChoice, Source, read_text};
+use super::{DTypeChoice, Environment, ExpertsChoice, KvChoice, ParallelChoice, Source, read_text};
 use crate::estimate::{Estimate, estimate};
 use crate::fit::{self, Fit, Question};
 use crate::footprint::Footprint;
@@ -82,6 +82,9 @@ pub struct Workload {
     /// Type of weights, keys and values; auto is what config.json names
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
     dtype: DTypeChoice,
+    /// How keys and values are kept, if not in that type: int8 is bytes with a scale for each head of each token
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvChoice::Auto)]
+    kv: KvChoice,
     /// Store matrices by this recipe (q8_0, q6_k, q5_k_m, q4_k_m, q4_0), block format, or file of a recipe
     #[arg(long, value_name = "RECIPE", value_parser = Recipe::find)]
     quantize: Option<Recipe>,
@@ -187,18 +190,25 @@ impl Plan {
 }
 
 impl Workload {
+    /// The type of weights that are not quantised.
+    fn dtype(&self, planned: &Planned) -> DType {
+        let dtype = self.dtype.chosen().or(planned.declared_dtype());
+        dtype.unwrap_or(DType::F32)
+    }
+
     /// The estimate as text, or for scripts.
     fn estimate(&self, planned: Planned, environment: &Environment, json: bool) -> Result<String> {
-        let dtype = self.dtype.chosen().or(planned.declared_dtype());
-        let dtype = dtype.unwrap_or(DType::F32);
+        let dtype = self.dtype(&planned);
+        let format = dtype.into();
+        let kv = self.kv.chosen().unwrap_or(dtype.into());
         let storage = Storage {
-            format: dtype.into(),
+            format,
             recipe: self.quantize.clone(),
         };
         let context = self.context.map_or(planned.plan.context, |c| c as usize);
         let footprint = Footprint::of(planned.graph()?)?;
-        let config = EngineConfig::new(context, self.batch as usize, dtype)
-            .with_row_bytes(footprint.per_row());
+        let config =
+            EngineConfig::new(context, self.batch as usize, kv).with_row_bytes(footprint.per_row());
         let rows = config.token_budget;
         let found = Estimate {
             unused_parameters: planned.unused.parameters,
@@ -227,7 +237,7 @@ impl Workload {
             hosted: &hosted,
             devices: &rooms,
             parallel: self.parallel.chosen(),
-            kv: dtype,
+            kv,
             context,
             batch: self.batch as usize,
         };
@@ -261,7 +271,7 @@ impl Workload {
             "name": planned.plan.name, "parameters": e.parameters, "weights": e.weights,
             "active_parameters": e.active_parameters,
             "unused_parameters": e.unused_parameters, "unused_tensors": e.unused_tensors,
-            "context": config.context, "batch": config.max_sequences,
+            "context": config.context, "kv": config.kv_dtype.name(), "batch": config.max_sequences,
             "weights_bytes": e.weight_bytes, "kv_bytes_per_token": e.kv_bytes_per_token,
             "state_bytes_per_sequence": e.state_bytes_per_sequence, "kv_bytes": e.kv_bytes,
             "state_bytes": e.state_bytes, "buffer_bytes": e.buffer_bytes,
@@ -274,11 +284,7 @@ impl Workload {
     fn text(&self, planned: &Planned, config: &EngineConfig, e: &Estimate) -> String {
         let format = match &self.quantize {
             Some(recipe) => recipe.name.as_str(),
-            None => match config.kv_dtype {
-                DType::BF16 => "bf16",
-                DType::F16 => "f16",
-                _ => "f32",
-            },
+            None => Format::from(self.dtype(planned)).name(),
         };
         let flops = |f: f64| format!("{:.3} GFLOP", f / 1e9);
         let sequences = match config.max_sequences {
@@ -300,7 +306,8 @@ impl Workload {
                 "keys and values",
                 bytes(e.kv_bytes),
                 format!(
-                    "{} bytes a token; {sequences} of {} tokens",
+                    "{}; {} bytes a token; {sequences} of {} tokens",
+                    config.kv_dtype,
                     grouped(e.kv_bytes_per_token),
                     grouped(config.context as u64)
                 ),

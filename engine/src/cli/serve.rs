@@ -202,8 +202,7 @@ impl Serve {
             config = config.with_chunk(chunk as usize);
         }
         let mut config = self.lookup.config(config, model, terminal);
-        let page_bytes =
-            (config.page_size * graph.page_elements_per_token() * config.kv_dtype.size()) as u64;
+        let page_bytes = config.page_bytes(graph) as u64;
         if page_bytes == 0 {
             return Ok((config, 0));
         }

@@ -16,8 +16,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::calibrate;
 use super::convert_gguf::{from_gguf, to_gguf};
-use super::convert_int8::{declare, int8, refusal};
 use super::convert_random::convert_random;
+use super::convert_rows::{by_rows, declare, format, refusal};
 use super::locate::{Located, PLAN, Planned, locate, mapped, planned};
 use super::{Error, LoadOptions, LoadProgress, Result};
 use crate::hub;
@@ -38,7 +38,7 @@ pub struct ConvertOptions {
     pub gguf: bool,
     /// Element type of matrices; none keeps what they have.
     pub dtype: Option<DType>,
-    /// Quantises matrices: in blocks for GGUF files, in int8 for folders.
+    /// Quantises matrices: in blocks for GGUF files, in int8 or fp8 for folders.
     pub quantize: Option<Recipe>,
     /// Most bytes of a file.
     pub shard_bytes: u64,
@@ -179,16 +179,16 @@ pub fn convert(
     if let Some(recipe) = &options.quantize {
         let weights = planned.graph.weights();
         let (card, notes) = (planned.card.as_ref(), &mut converted.notes);
-        let (made, ignored) = int8(targets, &weights, card, &mapping, recipe, notes)?;
+        let (made, ignored) = by_rows(targets, &weights, card, &mapping, recipe, notes)?;
         targets = made;
-        match change_config(&mut texts, |config| declare(config, &ignored))? {
+        let declare = |config: &mut Config| declare(config, format(recipe), &ignored);
+        match change_config(&mut texts, declare)? {
             true => {}
             false => converted.notes.push(
                 "there is no config.json that could tell other programs so: scales beside the matrices do".into(),
             ),
         }
     }
-
     let headers = |hash: &mut Xxh3| identity(&files, &mapping, hash);
     write_folder(options, &targets, texts, &headers, converted, progress)
 }
@@ -281,10 +281,10 @@ fn check_forms(options: &ConvertOptions, files: &ModelFiles, planned: &Planned) 
     };
     match refusal(recipe) {
         Some(refusal) => Err(refusal),
-        None if edited || from_gguf => Err(Error::Input(
-            "this goes to a folder first, in the type that it has; that folder is written in int8"
-                .into(),
-        )),
+        None if edited || from_gguf => Err(Error::Input(format!(
+            "this goes to a folder first, in the type that it has; that folder is written in {}",
+            format(recipe)
+        ))),
         None => Ok(()),
     }
 }

@@ -3,8 +3,8 @@
 mod calibrate;
 mod convert;
 mod convert_gguf;
-mod convert_int8;
 mod convert_random;
+mod convert_rows;
 mod device;
 mod hashes;
 mod inspect;
@@ -21,10 +21,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use strata_converters::{Checkpoint, Config};
-use strata_kernels::{Backend, DType, Format};
+use strata_kernels::{Backend, DType, Format, KvType};
 use strata_layers::graph::GraphWeight;
 use strata_layers::yaml::Value;
-use strata_layers::{Faults, Role, WeightSource};
+use strata_layers::{Faults, Graph, Role, WeightSource};
 
 use crate::fit::{self, Question};
 use crate::footprint::Footprint;
@@ -81,6 +81,10 @@ pub struct LoadOptions {
     pub cuda: CudaPlaces,
     /// Compute type; none is the checkpoint's.
     pub dtype: Option<DType>,
+    /// How keys and values are kept; none is in the compute type.
+    pub kv: Option<KvType>,
+    /// What becomes of sequences longer than the context.
+    pub beyond: Beyond,
     /// Quantises matrices while loading.
     pub quantize: Option<Recipe>,
     /// How much the columns of matrices count when they are quantised; none is alike.
@@ -91,6 +95,16 @@ pub struct LoadOptions {
     pub hub: Option<HubOptions>,
     /// Folder of the hashes of weights; none computes them each time that they are asked for.
     pub hashes: Option<PathBuf>,
+}
+
+/// What becomes of sequences that are longer than the context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Beyond {
+    /// They are refused.
+    #[default]
+    Refuse,
+    /// Attention sees their last tokens only: so many, or as many as the model was made for.
+    AttendLast(Option<usize>),
 }
 
 /// Why a model cannot be loaded.
@@ -157,6 +171,12 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
     let devices = Devices::open(options)?;
     let located = locate(options, progress)?;
     let mut planned = planned(options, &located)?;
+    if let Beyond::AttendLast(window) = options.beyond {
+        let window = window.unwrap_or(planned.plan.context);
+        let plan = planned.plan.attending_last(window);
+        planned.plan = plan.map_err(|why| Error::Input(format!("--beyond-context: {why}")))?;
+        planned.graph = Graph::lower(&planned.plan, &planned.label)?;
+    }
     let mut notes = Vec::new();
     let hashes = match (&options.hashes, &located) {
         (Some(folder), Located::Files(files)) => Hashes::of(folder, files),
@@ -199,6 +219,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         None => stored.dtype().unwrap_or(DType::BF16),
     };
     let dtype = options.dtype.unwrap_or(auto);
+    let kv_dtype = options.kv.unwrap_or(dtype.into());
     let activations = if dtype == DType::BF16 {
         DType::BF16
     } else {
@@ -217,15 +238,16 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         format: stored.dtype().map_or(stored, |_| dtype.into()),
         recipe: options.quantize.clone(),
     };
-    // Of checkpoints what is not in blocks yet may be changed; widening is exact, so `f32` computes from the
-    // stored form.
+    // Of checkpoints what is not in blocks yet may be changed, and FP8 quantised further; widening is exact, so
+    // `f32` computes from the stored form.
     let convert = options.dtype.filter(|d| *d != DType::F32);
     let runs_in = |weight: &GraphWeight, stored: Format| match stored.dtype() {
         _ if weight.spec.role == Role::Vector => Format::F32,
-        None => stored,
-        Some(stored) => {
+        None if stored != Format::Fp8 => stored,
+        dtype => {
             let chosen = options.quantize.as_ref().and_then(|r| r.choose(weight));
-            chosen.unwrap_or_else(|| convert.unwrap_or(stored).into())
+            let kept = dtype.map_or(stored, |dtype| convert.unwrap_or(dtype).into());
+            chosen.unwrap_or(kept)
         }
     };
     // In blocks there is nothing to draw: the weights of new blocks stay wide.
@@ -261,7 +283,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         hosted: &hosted,
         devices: &devices.rooms(),
         parallel: options.parallel,
-        kv: dtype,
+        kv: kv_dtype,
         context,
         batch,
     };
@@ -286,8 +308,7 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         }
         Weights::Checkpoint(mapping) => {
             notes.extend(non_finite(mapping, SCANNED_BYTES));
-            if options.quantize.is_some()
-                && mapping.rows().iter().any(|r| r.format.dtype().is_none())
+            if options.quantize.is_some() && mapping.rows().iter().any(|r| r.format.rounds_inputs())
             {
                 notes.push("matrices that are in blocks already stay in them".into());
             }
@@ -370,7 +391,8 @@ pub fn load(options: &LoadOptions, progress: &mut dyn LoadProgress) -> Result<Mo
         network: Arc::new(network),
         tokenizer,
         generation,
-        kv_dtype: dtype,
+        dtype,
+        kv_dtype,
         weights_bytes,
         footprint,
         stages: fit.spots.into_iter().zip(fit.footprints).collect(),

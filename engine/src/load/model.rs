@@ -3,8 +3,8 @@
 use std::sync::{Arc, OnceLock};
 
 use strata_converters::mapping::Mapping;
-use strata_kernels::DType;
 use strata_kernels::cpu::{self, Cpu};
+use strata_kernels::{DType, KvType};
 use strata_layers::Plan;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
@@ -38,8 +38,10 @@ pub struct Model {
     pub tokenizer: Option<Arc<Tokenizer>>,
     /// How it asks to be sampled.
     pub generation: GenerationConfig,
+    /// Compute type.
+    pub dtype: DType,
     /// Type of keys and values.
-    pub kv_dtype: DType,
+    pub kv_dtype: KvType,
     /// Bytes of all weights in the form they run in.
     pub weights_bytes: u64,
     /// Bytes of activations that steps take.
@@ -194,17 +196,25 @@ impl Model {
             self.name,
             parameters as f64 / 1e6,
             self.weights_bytes as f64 / 1e6,
-            self.dtype_word(),
+            self.types(),
             self.threads,
             if self.threads == 1 { "" } else { "s" },
             self.features,
         )
     }
 
+    /// The compute type, and that of keys and values where it is another.
+    fn types(&self) -> String {
+        match self.dtype_word() {
+            word if word == self.kv_dtype.name() => word.into(),
+            word => format!("{word}, keys and values in {}", self.kv_dtype),
+        }
+    }
+
     /// The compute type, as `--dtype` has it.
     pub fn dtype_word(&self) -> &'static str {
         // See `dtype_of_word`.
-        match self.kv_dtype {
+        match self.dtype {
             DType::F32 => "f32",
             DType::BF16 => "bf16",
             DType::F16 => "f16",
@@ -327,8 +337,11 @@ impl Model {
             stages => Estimate {
                 // Ranks may keep the same keys, and each stage has buffers.
                 kv_bytes: config.pages(graph.prefix) as u64
-                    * (config.page_size * self.kv_dtype.size()) as u64
-                    * stages.iter().map(|(s, _)| s.page_elements()).sum::<u64>(),
+                    * config.page_size as u64
+                    * stages
+                        .iter()
+                        .map(|(s, _)| s.page_bytes(config.kv_dtype))
+                        .sum::<u64>(),
                 state_bytes: config.slots() as u64
                     * stages.iter().map(|(s, _)| s.slot_bytes()).sum::<u64>(),
                 buffer_bytes: stages

@@ -260,7 +260,7 @@ impl Cache {
         if held.memory.is_some() {
             return Err(state);
         }
-        for page in &state.pages {
+        for page in state.pages.iter().filter(|p| p.is_there()) {
             *self.users.entry(*page).or_default() += 1;
         }
         held.memory = Some(state);
@@ -276,7 +276,7 @@ impl Cache {
             *self.tree.load_mut(node) = None;
             self.tree.prune(node);
         }
-        for page in &state.pages {
+        for page in state.pages.iter().filter(|p| p.is_there()) {
             let users = self.users.get_mut(page).expect("a page of the cache");
             *users -= 1;
             if *users == 0 {
@@ -361,6 +361,7 @@ impl Cache {
     /// Pages at the end of a state that no other state uses.
     fn own_pages<'a>(&'a self, state: &'a State) -> impl Iterator<Item = PageId> + 'a {
         let pages = state.pages.iter().rev().copied();
+        let pages = pages.filter(|p| p.is_there());
         pages.take_while(|page| self.users[page] == 1)
     }
 
@@ -451,6 +452,7 @@ impl Cache {
             state
                 .pages
                 .iter()
+                .filter(|p| p.is_there())
                 .for_each(|p| *users.entry(*p).or_default() += 1);
         }
         if users != self.users {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use strata_layers::Reach;
+
 use crate::ids::SeqId;
 
 /// The sizes the scheduler works within.
@@ -21,6 +23,8 @@ pub struct SchedulerConfig {
     pub chunk: Chunk,
     /// Tokens in a sequence at most, prompt and generated.
     pub context: usize,
+    /// What is seen of a sequence, if pages of the rest are to be given back.
+    pub reach: Option<Reach>,
 }
 
 /// How prompts are cut into the rows of several steps.
@@ -43,6 +47,7 @@ impl SchedulerConfig {
             max_sequences,
             chunk,
             context,
+            reach: _,
         } = self;
         let mut faults = Vec::new();
         let chunk_size = match *chunk {

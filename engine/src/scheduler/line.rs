@@ -24,7 +24,7 @@ impl Scheduler {
         }
         if let Some(pool) = &self.pools.pages {
             let (wanted, pages) = (
-                pool.pages_for(most_computed(prompt, max_tokens)),
+                self.pools.most_pages(most_computed(prompt, max_tokens)),
                 pool.total(),
             );
             if wanted > pages {

@@ -2,6 +2,7 @@
 
 use super::{Chunk, Scheduler, insert_waiting};
 use crate::batch::{Batch, Logits, Span};
+use crate::ids::PageId;
 use crate::sequence::{Place, Sequence, Status};
 
 impl Scheduler {
@@ -138,7 +139,7 @@ impl Scheduler {
         let behind = self.running[i + 1..].iter().map(|place| place.id);
         behind
             .chain(self.idle.iter().copied())
-            .map(|id| self.sequences[&id].pages.len())
+            .map(|id| self.sequences[&id].live_pages().count())
             .sum()
     }
 
@@ -189,7 +190,16 @@ fn push_span(batch: &mut Batch, sequence: &mut Sequence, rows: usize) {
         .tokens
         .extend_from_slice(&sequence.tokens[position..own]);
     batch.tokens.extend_from_slice(&sequence.guess[..guessed]);
-    batch.pages.extend_from_slice(&sequence.pages);
+    // Nothing is seen of pages that are gone; what is read beside it is the sequence's own.
+    let any = sequence.live_pages().last();
+    let there = |page: &PageId| {
+        if page.is_there() {
+            *page
+        } else {
+            any.unwrap_or(*page)
+        }
+    };
+    batch.pages.extend(sequence.pages.iter().map(there));
     if position == 0 {
         batch.clear.extend(sequence.slot);
     }

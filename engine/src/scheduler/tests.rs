@@ -2,6 +2,7 @@ use super::*;
 use crate::sequence::Limits;
 
 const CONFIG: SchedulerConfig = SchedulerConfig {
+    reach: None,
     page_size: 4,
     pages: Some(100),
     slots: Some(10),

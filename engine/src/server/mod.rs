@@ -443,6 +443,7 @@ impl Server {
             "names": self.options.names,
             "device": model.network.backend.name(),
             "dtype": model.dtype_word(),
+            "kv": model.kv_dtype.name(),
             "weights_bytes": model.weights_bytes,
             "threads": model.threads,
             "vocab": model.network.graph.vocab,

@@ -14,14 +14,15 @@ impl Engine {
     /// is that of the model, for state files.
     pub fn keep_states(&mut self, policy: Policy, fingerprint: Fingerprint) {
         let graph = &self.network().graph;
-        let page_bytes =
-            self.config.page_size * graph.page_elements_per_token() * self.config.kv_dtype.size();
+        let page_bytes = self.config.page_bytes(graph);
         let sizes = Sizes {
             slot_bytes: graph.slot_bytes() as u64,
             page_bytes: page_bytes as u64,
             page_size: self.config.page_size,
         };
         self.forget_states();
+        // States share pages, and those of a beginning may be needed again.
+        self.scheduler.keep_pages();
         self.cache = Some(Cache::new(policy, fingerprint, &sizes));
     }
 
@@ -76,7 +77,8 @@ impl Engine {
             let mut users = vec![0; pool.total()];
             let sequences = self.scheduler.sequences().flat_map(|s| &s.pages);
             let kept = self.snapshots.values().flat_map(|s| &s.state.pages);
-            sequences.chain(kept).for_each(|p| users[p.0 as usize] += 1);
+            let live = sequences.chain(kept).filter(|p| p.is_there());
+            live.for_each(|p| users[p.0 as usize] += 1);
             for (i, users) in users.iter().enumerate() {
                 let page = PageId(i as u32);
                 let (found, expected) = (pool.references(page), users + cache.users(page));

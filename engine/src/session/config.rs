@@ -1,6 +1,7 @@
 //! The sizes an engine works within.
 
-use strata_kernels::{Backend, DType};
+use strata_kernels::{Backend, KvType};
+use strata_layers::{Graph, Reach};
 
 use crate::scheduler::Chunk;
 
@@ -17,10 +18,12 @@ pub struct EngineConfig {
     pub chunk: Chunk,
     /// Tokens of a page.
     pub page_size: usize,
-    /// Type of keys and values.
-    pub kv_dtype: DType,
+    /// How keys and values are kept.
+    pub kv_dtype: KvType,
     /// Most tokens of a sequence that are guessed ahead in a step (see [`crate::lookup`]); 0 for none.
     pub lookup: usize,
+    /// What attention sees of a sequence, where pages of the rest are given back: see [`Graph::reach`].
+    pub reach: Option<Reach>,
 }
 
 /// Most rows of a prompt that are computed together, unless someone asks for more: enough that weights are
@@ -34,15 +37,25 @@ pub const DEFAULT_PAGE: usize = 64;
 
 impl EngineConfig {
     /// For `sequences` at a time of up to `context` tokens each.
-    pub fn new(context: usize, sequences: usize, kv_dtype: DType) -> Self {
+    pub fn new(context: usize, sequences: usize, kv: impl Into<KvType>) -> Self {
         EngineConfig {
             context,
             max_sequences: sequences,
             token_budget: DEFAULT_CHUNK + sequences - 1,
             chunk: Chunk::AtMost(DEFAULT_CHUNK),
             page_size: DEFAULT_PAGE,
-            kv_dtype,
+            kv_dtype: kv.into(),
             lookup: 0,
+            reach: None,
+        }
+    }
+
+    /// The same with pages given back that no layer of `graph` sees any more, so that a sequence has no more than a
+    /// window's and a step's, however long it is. Prompts then go on from states of exactly their tokens only.
+    pub fn giving_back(self, graph: &Graph) -> Self {
+        EngineConfig {
+            reach: graph.reach(),
+            ..self
         }
     }
 
@@ -92,10 +105,22 @@ impl EngineConfig {
         }
     }
 
-    /// Pages that hold the context of all sequences, with a prefix before it and one to spare for each.
+    /// Pages that hold the context of all sequences, or what is seen of it at once where others are given back, with
+    /// a prefix before it and one to spare for each.
     pub fn pages(&self, prefix: usize) -> usize {
-        let tokens = self.context.saturating_add(prefix);
-        self.max_sequences * (tokens.div_ceil(self.page_size) + 1)
+        let pages = |tokens: usize| tokens.div_ceil(self.page_size);
+        let all = pages(self.context.saturating_add(prefix));
+        let most = self.reach.map_or(all, |r| {
+            // Of either run the first page may be seen in part.
+            let seen = r.window.saturating_add(self.token_budget);
+            all.min(pages(r.keep_first) + pages(seen) + 2)
+        });
+        self.max_sequences * (most + 1)
+    }
+
+    /// Bytes of a page of all attention layers of `graph`.
+    pub fn page_bytes(&self, graph: &Graph) -> usize {
+        self.page_size * graph.page_bytes_per_token(self.kv_dtype)
     }
 
     /// Slots that sequences own: one each, and one for a sequence that is being restored.

@@ -154,13 +154,14 @@ impl Engine {
 
     pub(crate) fn retain(&mut self, pages: &[PageId]) {
         if let Some(pool) = self.scheduler.pages_mut() {
-            pages.iter().for_each(|page| pool.retain(*page));
+            let live = pages.iter().filter(|p| p.is_there());
+            live.for_each(|page| pool.retain(*page));
         }
     }
 
     pub(crate) fn release(&mut self, pages: &[PageId]) {
         if let Some(pool) = self.scheduler.pages_mut() {
-            for page in pages {
+            for page in pages.iter().filter(|p| p.is_there()) {
                 pool.release(*page);
             }
         }

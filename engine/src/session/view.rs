@@ -30,9 +30,7 @@ pub struct Kept {
 impl Engine {
     /// Pages of keys and values; none if the model has no attention.
     pub fn pages_used(&self) -> Used {
-        let each = self.config.page_size
-            * self.network().graph.page_elements_per_token()
-            * self.config.kv_dtype.size();
+        let each = self.config.page_bytes(&self.network().graph);
         self.scheduler.pages().map_or(Used::default(), |pool| Used {
             used: pool.used(),
             total: pool.total(),

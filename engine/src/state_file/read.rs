@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use strata_kernels::tensor::HostBytes;
-use strata_kernels::{DType, Format, HostTensor};
+use strata_kernels::{DType, Format, HostTensor, KvType};
 
 use super::{Error, FORMAT, Fingerprint, MAX_HEADER, Source, parts};
 use crate::ids::TokenId;
@@ -210,10 +210,12 @@ impl StateFile {
         (sum(3), sum(2))
     }
 
-    /// The type of keys and values, if there are any.
-    pub fn kv_dtype(&self) -> Option<&str> {
+    /// How keys and values are kept, if there are any, of a type that is known.
+    pub fn kv_type(&self) -> Option<KvType> {
         let pages = self.tensors.values().find(|t| t.shape.len() == 2)?;
-        Some(&pages.dtype)
+        KvType::ALL
+            .into_iter()
+            .find(|kv| kv.dtype().to_string() == pages.dtype)
     }
 
     /// Whether these are states of a model, or of which they are.
@@ -240,6 +242,14 @@ impl StateFile {
     /// Whether `engine` can go on from these states, or why not. There may be more tokens than its context has.
     pub fn fits(&self, engine: &Engine, fingerprint: &Fingerprint) -> Result<(), Error> {
         self.belongs(engine.network().activations, fingerprint)?;
+        let expected = engine.config().kv_dtype;
+        if let Some(found) = self.kv_type().filter(|found| *found != expected) {
+            return Err(Error::OtherKv {
+                path: self.path.clone(),
+                found,
+                expected,
+            });
+        }
         self.check(engine).map_err(|why| Error::Damaged {
             path: self.path.clone(),
             why,
@@ -321,6 +331,7 @@ impl StateFile {
 
     fn fill(&self, engine: &Engine, index: usize, state: &mut State) -> Result<(), Error> {
         let page_size = engine.config().page_size;
+        let mut numbers = Vec::new();
         for part in parts(engine) {
             let (stored, backend) = (&self.tensors[&part.name], &part.backend);
             match &part.source {
@@ -334,13 +345,27 @@ impl StateFile {
                 }
                 Source::Pages(store) => {
                     let (cols, start) = (store.cols(), stored.range.start);
-                    let end = start + state.tokens * cols * part.dtype.size();
-                    let view = self.view(part.dtype, state.tokens, cols, start..end)?;
-                    let rows = backend.upload(&view, state.tokens, cols)?;
-                    for (i, page) in state.pages.iter().enumerate() {
+                    let bytes = start..start + state.tokens * cols * part.dtype.size();
+                    let pages = state.pages.iter().enumerate().map(|(i, page)| {
                         let from = i * page_size..((i + 1) * page_size).min(state.tokens);
                         let first = page.0 as usize * page_size;
-                        let mut to = store.row_range(first..first + from.len());
+                        let to = store.row_range(first..first + from.len());
+                        (from, to)
+                    });
+                    if part.dtype == DType::U8 {
+                        // No weight is of this type, and none can be uploaded.
+                        let bytes = &self.map.bytes()[bytes];
+                        for (from, mut to) in pages {
+                            let from = &bytes[from.start * cols..from.end * cols];
+                            numbers.clear();
+                            numbers.extend(from.iter().copied().map(f32::from));
+                            backend.write(&numbers, &mut to)?;
+                        }
+                        continue;
+                    }
+                    let view = self.view(part.dtype, state.tokens, cols, bytes)?;
+                    let rows = backend.upload(&view, state.tokens, cols)?;
+                    for (from, mut to) in pages {
                         backend.copy(&rows.row_range(from), &mut to)?;
                     }
                 }

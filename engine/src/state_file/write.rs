@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -147,8 +147,14 @@ fn fill(
             continue;
         };
         for (i, page) in content.pages.iter().enumerate() {
-            let first = page.0 as usize * page_size;
             let len = page_size.min(content.tokens.len() - i * page_size);
+            if !page.is_there() {
+                // Nothing sees these tokens: the file has zeros in their place.
+                let bytes = len * pages.cols() * part.dtype.size();
+                io::copy(&mut io::repeat(0).take(bytes as u64), &mut to)?;
+                continue;
+            }
+            let first = page.0 as usize * page_size;
             put(part, &pages.row_range(first..first + len), &mut to)?;
         }
     }

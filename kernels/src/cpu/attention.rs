@@ -11,11 +11,12 @@ use std::ops::Range;
 
 use super::Cpu;
 use super::dot::{COLUMNS, Widened, tile};
+use super::kept::{Int8, Kept};
 use super::math::exp;
-use super::simd::{Float, Kernel, Simd, with_float};
+use super::simd::{Kernel, Simd, with_float};
 use crate::ops::{Attention, Sight};
 use crate::span::{Ragged, Span};
-use crate::tensor::{View, ViewMut};
+use crate::tensor::{DType, View, ViewMut};
 
 /// Keys of a block.
 const KEYS: usize = 64;
@@ -185,12 +186,15 @@ impl Cpu {
         if group == 0 {
             return;
         }
+        if op.k_pages.dtype() == DType::U8 {
+            return self.attend(task, Int8(op.k_pages.view()), Int8(op.v_pages.view()));
+        }
         with_float!(op.k_pages.dtype(), K => with_float!(op.v_pages.dtype(), V => {
-            self.attend::<K, V>(task, op.k_pages.view(), op.v_pages.view());
+            self.attend(task, op.k_pages.view::<K>(), op.v_pages.view::<V>());
         }));
     }
 
-    fn attend<K: Float, V: Float>(&self, task: Task<'_>, k: View<K>, v: View<V>) {
+    fn attend<K: Kept, V: Kept>(&self, task: Task<'_>, k: K, v: V) {
         let (units, sums_len) = (task.units(), task.sums_len());
         let most = (0..units)
             .map(|u| task.chunks(&task.unit(u)).len())
@@ -299,15 +303,15 @@ struct Room<'a> {
 /// A unit from its first key to its last.
 struct Whole<'a, K, V> {
     task: Task<'a>,
-    k: View<K>,
-    v: View<V>,
+    k: K,
+    v: V,
     unit: Unit<'a>,
     room: Room<'a>,
     sums: &'a mut [f32],
     total: &'a mut [f32],
 }
 
-impl<K: Float, V: Float> Kernel for Whole<'_, K, V> {
+impl<K: Kept, V: Kept> Kernel for Whole<'_, K, V> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -341,15 +345,15 @@ impl<K: Float, V: Float> Kernel for Whole<'_, K, V> {
 /// One chunk of a unit.
 struct Chunk<'a, K, V> {
     task: Task<'a>,
-    k: View<K>,
-    v: View<V>,
+    k: K,
+    v: V,
     unit: Unit<'a>,
     room: Room<'a>,
     chunk: usize,
     sums: &'a mut [f32],
 }
 
-impl<K: Float, V: Float> Kernel for Chunk<'_, K, V> {
+impl<K: Kept, V: Kept> Kernel for Chunk<'_, K, V> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -424,11 +428,11 @@ fn load_queries(task: &Task<'_>, unit: &Unit<'_>, q: &mut [f32]) {
 /// Widens positions `seen` of a unit's keys or values, `dim` elements each padded with zeros, to their
 /// places in a block.
 #[inline(always)]
-fn load_block<S: Simd, T: Float>(
+fn load_block<S: Simd, P: Kept>(
     s: S,
     task: &Task<'_>,
     unit: &Unit<'_>,
-    (pages, dim): (&View<T>, usize),
+    (pages, dim): (&P, usize),
     seen: Range<usize>,
     to: &mut [f32],
 ) {
@@ -442,16 +446,8 @@ fn load_block<S: Simd, T: Float>(
         } else {
             row + 1
         };
-        let first = unit.kv_head * dim;
-        let ahead = pages
-            .pointer()
-            .wrapping_add((row + 8) * pages.stride() + first);
-        for line in (0..dim).step_by(64 / size_of::<T>()) {
-            s.prefetch(ahead.wrapping_add(line));
-        }
-        let from = &pages.row(row)[first..][..dim];
         let to = &mut to[j % KEYS * pitch..][..pitch];
-        super::simd::widen(s, from, &mut to[..dim]);
+        pages.load(s, row, unit.kv_head, &mut to[..dim]);
         to[dim..].fill(0.0);
     }
 }
@@ -459,11 +455,11 @@ fn load_block<S: Simd, T: Float>(
 /// The running softmax of every row of a unit over one chunk.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn attend_chunk<S: Simd, K: Float, V: Float>(
+fn attend_chunk<S: Simd, K: Kept, V: Kept>(
     s: S,
     task: &Task<'_>,
-    k: &View<K>,
-    v: &View<V>,
+    k: &K,
+    v: &V,
     unit: &Unit<'_>,
     room: &mut Room<'_>,
     chunk: usize,

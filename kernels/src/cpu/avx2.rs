@@ -120,6 +120,10 @@ impl Simd for Avx2 {
         fn load_f16_n(p: *const f16, n: usize) -> V {
             _mm256_cvtph_ps(_mm_loadu_si128(first::<_, 8>(p, n, f16::ZERO).as_ptr().cast()))
         }
+        fn load_e4m3(p: *const u8) -> V { e4m3(_mm_loadl_epi64(p.cast())) }
+        fn load_e4m3_n(p: *const u8, n: usize) -> V {
+            e4m3(_mm_loadl_epi64(first::<_, 8>(p, n, 0).as_ptr().cast()))
+        }
         fn store_bf16(p: *mut bf16, x: V) { _mm_storeu_si128(p.cast(), narrow(x)) }
         fn store_bf16_n(p: *mut bf16, n: usize, x: V) { store_words(p, n, narrow(x)) }
         fn store_f16(p: *mut f16, x: V) {
@@ -184,6 +188,15 @@ macro_rules! helper {
 }
 
 helper! {
+    /// The first eight E4M3 codes, widened. As the bits of an F16 they are 2^-8 of themselves, but for NaN.
+    fn e4m3(codes: __m128i) -> V {
+        let bits = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(codes));
+        // Bit 14, the highest of the exponent, holds a copy of the sign.
+        let bits = _mm_and_si128(bits, _mm_set1_epi16(0xbf80_u16 as i16));
+        let most = _mm_set1_epi16(0x3f80);
+        let nan = _mm_cmpeq_epi16(_mm_and_si128(bits, most), most);
+        _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(bits, nan)), _mm256_set1_ps(256.0))
+    }
     /// The first four lanes.
     fn low(x: V) -> __m128 { _mm256_castps256_ps128(x) }
     /// The last four lanes.

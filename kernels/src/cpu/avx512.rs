@@ -8,6 +8,7 @@ use super::avx2::{sum128, sums128};
 use super::portable::HALF_ROOT;
 use super::simd::Simd;
 use super::ymm::Ymm;
+use crate::formats::fp8::VALUES as VALUES_OF_CODES;
 
 /// A token that AVX-512 F, BW, DQ and VL are there, and BF16 if it says so.
 #[derive(Clone, Copy)]
@@ -130,6 +131,15 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x),
             )
         }
+        fn load_e4m3(p: *const u8) -> V { e4m3(_mm_loadu_si128(p.cast())) }
+        fn load_e4m3_n(p: *const u8, n: usize) -> V {
+            e4m3(_mm_maskz_loadu_epi8(mask(n), p.cast()))
+        }
+        fn load_e4m3_pairs(p: *const u8) -> __m512i { e4m3_words(_mm256_loadu_si256(p.cast())) }
+        fn load_e4m3_pairs_n(p: *const u8, n: usize) -> __m512i {
+            e4m3_words(_mm256_maskz_loadu_epi8(((1u64 << n) - 1) as __mmask32, p.cast()))
+        }
+        fn store_pairs(p: *mut bf16, x: __m512i) { _mm512_storeu_si512(p.cast(), x) }
         fn load_pairs(p: *const bf16) -> __m512i { _mm512_loadu_si512(p.cast()) }
         fn load_pairs_n(p: *const bf16, n: usize) -> __m512i {
             _mm512_maskz_loadu_epi16(((1u64 << n) - 1) as __mmask32, p.cast())
@@ -278,4 +288,57 @@ unsafe fn narrow(x: V) -> __m256i {
 unsafe fn widen(x: __m256i) -> V {
     // SAFETY: the caller's promise.
     unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x))) }
+}
+
+/// E4M3 codes as f32, as in `avx2`.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW and VL.
+#[inline(always)]
+unsafe fn e4m3(codes: __m128i) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
+        let bits = _mm256_and_si256(bits, _mm256_set1_epi16(0xbf80_u16 as i16));
+        let most = _mm256_set1_epi16(0x3f80);
+        let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bits, most), most);
+        let halves = _mm512_cvtph_ps(_mm256_or_si256(bits, nan));
+        _mm512_mul_ps(halves, _mm512_set1_ps(256.0))
+    }
+}
+
+/// The BF16 numbers of the codes without their sign.
+#[repr(align(64))]
+struct Words([u16; 128]);
+
+static WORDS: Words = {
+    let mut words = [0; 128];
+    let mut code = 0;
+    while code < 128 {
+        words[code] = (VALUES_OF_CODES[code].to_bits() >> 16) as u16;
+        code += 1;
+    }
+    Words(words)
+};
+
+/// E4M3 codes as BF16: looked up.
+///
+/// # Safety
+/// The machine has AVX-512 F and BW.
+#[inline(always)]
+unsafe fn e4m3_words(codes: __m256i) -> __m512i {
+    // SAFETY: the caller's promise; the table has four vectors.
+    unsafe {
+        let table = WORDS.0.as_ptr();
+        let part = |i: usize| _mm512_load_si512(table.add(32 * i).cast());
+        let codes = _mm512_cvtepu8_epi16(codes);
+        // The lower six bits choose among two vectors, the seventh between pairs of those.
+        let low = _mm512_permutex2var_epi16(part(0), codes, part(1));
+        let high = _mm512_permutex2var_epi16(part(2), codes, part(3));
+        let upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+        let size = _mm512_mask_blend_epi16(upper, low, high);
+        let sign = _mm512_slli_epi16::<8>(codes);
+        // size | (sign & 0x8000)
+        _mm512_ternarylogic_epi32::<0xf8>(size, sign, _mm512_set1_epi16(i16::MIN))
+    }
 }

@@ -43,7 +43,7 @@ impl Kernel for Direct<'_> {
             Format::Iq4Xs => self.columns::<S, Supers<Iq4Xs>>(s),
             Format::Q3K => self.columns::<S, Supers<Q3K>>(s),
             Format::Q2K => self.columns::<S, Supers<Q2K>>(s),
-            Format::F32 | Format::F16 | Format::BF16 | Format::Int8 => {
+            Format::F32 | Format::F16 | Format::BF16 | Format::Int8 | Format::Fp8 => {
                 panic!("{} has no blocks", self.0.format)
             }
         }

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::fp8::{CodePairs, Codes};
 use super::scratch::Plain;
 use super::simd::{Float, Kernel, Simd};
 use crate::tensor::{View, ViewMut};
@@ -51,6 +52,13 @@ pub(crate) trait Product<S: Simd>: 'static {
     fn multiply_add(s: S, x: Self::Xs, w: Self::Ws, acc: S::V) -> S::V;
     /// Copies a step of `n` elements; the others become zero.
     unsafe fn pack(s: S, from: *const Self::W, n: usize, to: *mut Packed<S, Self>);
+    /// Whether a row of the weight has a scale, which whole sums are multiplied by.
+    const SCALED: bool = false;
+    /// The scale of a row.
+    #[inline(always)]
+    fn scale(_row: &[Self::W]) -> f32 {
+        1.0
+    }
 }
 
 /// Elements of a packed weight.
@@ -275,7 +283,9 @@ pub(crate) struct Dot<'a, X, W> {
     pub(crate) rows: usize,
     /// Which rows of x and y those are.
     pub(crate) place: Place<'a>,
+    /// Rows of `k` elements, behind which a scale may lie.
     pub(crate) w: View<W>,
+    pub(crate) k: usize,
     pub(crate) columns: Range<usize>,
     pub(crate) bias: Option<View<f32>>,
     /// Columns `columns` of the rows of y belong to this kernel alone.
@@ -311,6 +321,8 @@ macro_rules! kernel {
 }
 kernel!([T: Float] Widened<T>, f32, T, false);
 kernel!([] Pairs, bf16, bf16, true);
+kernel!([] Codes, f32, u8, false);
+kernel!([] CodePairs, bf16, u8, true);
 
 /// Few rows of x: the weight is read once, where it lies.
 #[inline(always)]
@@ -318,7 +330,7 @@ fn stream<S: Simd, P: Product<S>>(s: S, dot: Dot<'_, P::X, P::W>)
 where
     P::W: crate::tensor::Element,
 {
-    let k = dot.w.cols();
+    let k = dot.k;
     let far = Far::<COLUMNS>::over(dot.columns.clone());
     for n in far.places() {
         let columns = far.at(n);
@@ -343,11 +355,15 @@ where
         }
         for (r, sums) in sums.iter().enumerate().take(dot.rows) {
             for (c, sum) in columns.iter().zip(sums) {
+                let sum = match P::SCALED {
+                    true => sum * P::scale(dot.w.row(*c)),
+                    false => *sum,
+                };
                 // SAFETY: these columns of the row belong to this kernel, one at a time.
                 let y = unsafe { dot.y.columns(dot.place.at(r).1, *c..*c + 1) };
                 y[0] = match dot.bias {
                     Some(bias) => sum + bias.row(0)[*c],
-                    None => *sum,
+                    None => sum,
                 };
             }
         }
@@ -418,7 +434,7 @@ fn by_panels<S: Simd, P: Product<S>>(s: S, dot: Dot<'_, P::X, P::W>)
 where
     P::W: crate::tensor::Element,
 {
-    let k = dot.w.cols();
+    let k = dot.k;
     let panel = dot.panel.as_mut_ptr().cast::<Packed<S, P>>();
     for columns in dot.columns.clone().step_by(PANEL_ROWS) {
         let columns = columns..(columns + PANEL_ROWS).min(dot.columns.end);
@@ -515,7 +531,9 @@ unsafe fn panel_tile<S: Simd, P: Product<S>, const R: usize>(
     start: usize,
     k: usize,
     last: bool,
-) {
+) where
+    P::W: crate::tensor::Element,
+{
     let places: [(usize, usize); R] = std::array::from_fn(|r| dot.place.at(first + r));
     // SAFETY: the caller's promise.
     let part = unsafe {
@@ -526,7 +544,9 @@ unsafe fn panel_tile<S: Simd, P: Product<S>, const R: usize>(
     for r in 0..R {
         // SAFETY: these columns of the row belong to this kernel, one slice at a time.
         let y = unsafe { dot.y.columns(places[r].1, columns.clone()) };
+        let scaled = P::SCALED && last;
         if dot.bias.is_none()
+            && !scaled
             && let Ok(y) = <&mut [f32; COLUMNS]>::try_from(&mut *y)
         {
             // The same, as one vector.
@@ -538,11 +558,14 @@ unsafe fn panel_tile<S: Simd, P: Product<S>, const R: usize>(
             continue;
         }
         for (c, y) in y.iter_mut().enumerate() {
-            let sum = if start == 0 {
+            let mut sum = if start == 0 {
                 part[r][c]
             } else {
                 *y + part[r][c]
             };
+            if scaled {
+                sum *= P::scale(dot.w.row(columns.start + c));
+            }
             *y = match dot.bias {
                 Some(bias) if last => sum + bias.row(0)[columns.start + c],
                 _ => sum,

@@ -10,6 +10,7 @@ use super::Cpu;
 use super::blocks::BlockDot;
 use super::dot::panel_len;
 use super::dot::{By, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
+use super::fp8::{CodePairs, Codes};
 use super::int8::Int8Dot;
 use super::linear::WIDENED_ROWS;
 use super::scratch::{Plain, Scratch};
@@ -78,7 +79,18 @@ impl Cpu {
             return;
         }
         let x = op.x.view::<f32>();
-        if op.activations == DType::BF16 && format.scales_rows() {
+        if format == Format::Fp8 {
+            let is_ours = |w: &Matrix| w.format() == format;
+            if dots_bf16(self.isa(), DType::BF16, op.activations) {
+                let x = self.copy_x::<bf16>(x, true, shared);
+                self.by_experts::<CodePairs, _, u8>(x, op.w, is_ours, sorted, x_div, y);
+            } else {
+                let x = self.copy_x::<f32>(x, op.activations == DType::BF16, shared);
+                self.by_experts::<Codes, _, u8>(x, op.w, is_ours, sorted, x_div, y);
+            }
+            return;
+        }
+        if op.activations == DType::BF16 && format == Format::Int8 {
             let x = self.round_whole(x, shared);
             let columns = y.cols().div_ceil(4 * self.threads()).next_multiple_of(8);
             let columns = columns.min(32);
@@ -142,6 +154,7 @@ impl Cpu {
                     rows: choices.len(),
                     place: Place::Listed { choices, x_div },
                     w,
+                    k: w.cols(),
                     bias: None,
                     y: y.column_range(columns),
                     columns: 0..w.rows(),
@@ -203,6 +216,7 @@ impl Cpu {
                 rows: choices.len(),
                 place: Place::Listed { choices, x_div },
                 w: w[expert].data().view::<W>(),
+                k: w[expert].cols(),
                 columns: n..(n + columns).min(y.cols()),
                 bias: None,
                 y,

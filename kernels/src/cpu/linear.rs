@@ -9,9 +9,11 @@ use super::Cpu;
 use super::blocks::BlockDot;
 use super::dot::{By, COLUMNS, CopyX, Dot, PANEL_ROWS, Pairs, Place, Rows, STREAMED_ROWS, Widened};
 use super::dot::{panel_len, x_pitch};
+use super::fp8::{CodePairs, Codes};
 use super::int8::Int8Dot;
 use super::scratch::{Plain, Scratch, SharedMut};
 use super::simd::{Float, Kernel, dots_bf16, with_float};
+use crate::format::Format;
 use crate::formats::unpack::Form;
 use crate::matrix::Matrix;
 use crate::ops::Linear;
@@ -34,21 +36,27 @@ impl Cpu {
         let mut shared = self.shared();
         if dots_bf16(self.isa(), w.dtype(), op.activations) {
             let x = self.copy_x::<bf16>(x, true, &mut shared);
-            self.products::<Pairs, _, _>(x, y.rows(), w.view::<bf16>(), bias, y);
+            let w = (w.view::<bf16>(), op.w.cols());
+            self.products::<Pairs, _, _>(x, y.rows(), w, bias, y);
             return;
         }
-        let round = op.activations == DType::BF16;
-        let x = if round || x.rows() > STREAMED_ROWS {
-            self.copy_x::<f32>(x, round, &mut shared)
-        } else {
-            Rows {
-                pointer: x.pointer(),
-                pitch: x.stride(),
-            }
-        };
+        let x = self.f32_rows(x, op.activations, &mut shared);
         with_float!(w.dtype(), T => {
-            self.products::<Widened<T>, _, _>(x, y.rows(), w.view::<T>(), bias, y);
+            let w = (w.view::<T>(), op.w.cols());
+            self.products::<Widened<T>, _, _>(x, y.rows(), w, bias, y);
         });
+    }
+
+    /// x where it lies, or a copy if it is rounded or many rows.
+    pub(super) fn f32_rows(&self, x: View<f32>, activations: DType, to: &mut Scratch) -> Rows<f32> {
+        let round = activations == DType::BF16;
+        if round || x.rows() > STREAMED_ROWS {
+            return self.copy_x::<f32>(x, round, to);
+        }
+        Rows {
+            pointer: x.pointer(),
+            pitch: x.stride(),
+        }
     }
 
     fn linear_in_blocks(&self, op: &mut Linear<'_>) {
@@ -56,7 +64,16 @@ impl Cpu {
         let bias = op.bias.map(|b| b.view::<f32>());
         let y = op.y.view_mut::<f32>();
         let mut shared = self.shared();
-        if op.activations == DType::BF16 && w.format().scales_rows() {
+        if w.format() == Format::Fp8 {
+            let rows = (w.data().view::<u8>(), w.cols());
+            if dots_bf16(self.isa(), DType::BF16, op.activations) {
+                let x = self.copy_x::<bf16>(x, true, &mut shared);
+                return self.products::<CodePairs, _, _>(x, y.rows(), rows, bias, y);
+            }
+            let x = self.f32_rows(x, op.activations, &mut shared);
+            return self.products::<Codes, _, _>(x, y.rows(), rows, bias, y);
+        }
+        if op.activations == DType::BF16 && w.format() == Format::Int8 {
             let x = self.round_whole(x, &mut shared);
             return self.int8_products(&Int8Dot {
                 x,
@@ -90,6 +107,7 @@ impl Cpu {
                 rows: y.rows(),
                 place: Place::Same,
                 w,
+                k: w.cols(),
                 bias: bias.map(|b| b.columns(columns.clone())),
                 y: y.column_range(columns),
                 columns: 0..w.rows(),
@@ -145,7 +163,7 @@ impl Cpu {
         &self,
         x: Rows<X>,
         rows: usize,
-        w: View<W>,
+        (w, k): (View<W>, usize),
         bias: Option<View<f32>>,
         y: ViewMut<f32>,
     ) where
@@ -173,6 +191,7 @@ impl Cpu {
                 rows: height.min(rows - first),
                 place: Place::Same,
                 w,
+                k,
                 columns: n..(n + columns).min(w.rows()),
                 bias,
                 y: y.starting_at(first),

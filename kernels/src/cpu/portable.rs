@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use super::bytes::Plain32;
 use super::simd::Simd;
+use crate::formats::fp8::VALUES;
 
 /// Eight lanes of plain Rust.
 #[derive(Clone, Copy)]
@@ -193,6 +194,16 @@ impl Simd for Portable {
     unsafe fn load_f16_n(self, p: *const f16, n: usize) -> V {
         // SAFETY: the caller has `n` elements there.
         unsafe { first(p, n, f16::ZERO) }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, p: *const u8) -> V {
+        // SAFETY: the caller has `LANES` elements there.
+        unsafe { p.cast::<[u8; LANES]>().read_unaligned() }.map(|c| VALUES[usize::from(c)])
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_n(self, p: *const u8, n: usize) -> V {
+        // SAFETY: the caller has `n` elements there.
+        unsafe { first::<_, LANES>(p, n, 0) }.map(|c| VALUES[usize::from(c)])
     }
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut bf16, x: V) {

@@ -189,6 +189,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_f16(self, p: *mut f16, x: Self::V);
     unsafe fn store_f16_n(self, p: *mut f16, n: usize, x: Self::V);
 
+    /// E4M3 codes (`formats::fp8`), widened.
+    unsafe fn load_e4m3(self, p: *const u8) -> Self::V;
+    unsafe fn load_e4m3_n(self, p: *const u8, n: usize) -> Self::V;
+
     /// `2 · LANES` BF16 values as they lie in memory.
     type Pairs: Copy;
     /// Loads them.
@@ -199,6 +203,21 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Loads the first `n`, the others zero.
     #[inline(always)]
     unsafe fn load_pairs_n(self, _p: *const bf16, _n: usize) -> Self::Pairs {
+        unreachable!("a path without BF16 dot products was asked for one")
+    }
+    /// As many E4M3 codes, widened to BF16.
+    #[inline(always)]
+    unsafe fn load_e4m3_pairs(self, _p: *const u8) -> Self::Pairs {
+        unreachable!("a path without BF16 dot products was asked for one")
+    }
+    /// The first `n`, the others zero.
+    #[inline(always)]
+    unsafe fn load_e4m3_pairs_n(self, _p: *const u8, _n: usize) -> Self::Pairs {
+        unreachable!("a path without BF16 dot products was asked for one")
+    }
+    /// Stores `2 · LANES` of them.
+    #[inline(always)]
+    unsafe fn store_pairs(self, _p: *mut bf16, _x: Self::Pairs) {
         unreachable!("a path without BF16 dot products was asked for one")
     }
     /// acc plus the products of pairs.

@@ -5,7 +5,7 @@ use super::{Rows, State, address, code};
 use crate::error::{Error, Result};
 use crate::ops::{Attention, KvWrite, Rope};
 use crate::span::Ragged;
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 
 /// Queries of a tile, and keys of a block: `QUERIES` and `KEYS` in attention.cu.
 const QUERIES: usize = 16;
@@ -49,6 +49,7 @@ struct Write {
     page_size: i32,
     k_cols: i32,
     v_cols: i32,
+    kv_heads: i32,
 }
 
 /// `Attention` in attention.cu.
@@ -109,6 +110,17 @@ fn tokens(n: usize) -> i32 {
     i32::try_from(n).unwrap_or(i32::MAX)
 }
 
+/// Refuses heads of bytes whose scales cannot be read as what they are.
+fn scales_are_aligned(op: &'static str, pages: &[&Tensor; 2]) -> Result<()> {
+    for pages in pages.iter().filter(|p| p.dtype() == DType::U8) {
+        if !pages.stride().is_multiple_of(4) || !address(pages)?.is_multiple_of(4) {
+            let why = format!("rows of {pages:?} do not begin at multiples of four bytes");
+            return Err(Error::Value { op, why });
+        }
+    }
+    Ok(())
+}
+
 impl State {
     pub fn rope(&mut self, op: Rope<'_>) -> Result<()> {
         let batch = self.lists.batch(&op.ragged)?;
@@ -130,6 +142,7 @@ impl State {
     }
 
     pub fn kv_write(&mut self, op: KvWrite<'_>) -> Result<()> {
+        scales_are_aligned("kv_write", &[op.k_pages, op.v_pages])?;
         let batch = self.lists.batch(&op.ragged)?;
         let write = Write {
             k: Rows::of(op.k)?,
@@ -146,7 +159,12 @@ impl State {
             page_size: op.ragged.page_size as i32,
             k_cols: op.k.cols() as i32,
             v_cols: op.v.cols() as i32,
+            kv_heads: op.kv_heads as i32,
         };
+        if op.k_pages.dtype() == DType::U8 {
+            let grid = (op.k.rows(), (2 * op.kv_heads).div_ceil(4), 1);
+            return launch!(self, "kv_write_bytes", grid, 128, 0; write);
+        }
         let grid = (op.k.rows(), (op.k.cols() + op.v.cols()).div_ceil(128), 1);
         launch!(self, "kv_write", grid, 128, 0; write)
     }
@@ -204,6 +222,7 @@ impl State {
     }
 
     pub fn attention(&mut self, op: Attention<'_>) -> Result<()> {
+        scales_are_aligned("attention", &[op.k_pages, op.v_pages])?;
         let by_units = self.for_units(&op);
         let deep = op.head_dim.next_multiple_of(4);
         let keys = (deep + 1).max(op.v_head_dim);
@@ -258,6 +277,9 @@ impl State {
         let grid = (count, op.kv_heads, splits);
         match by_units {
             Some(u) => launch!(self, u.kernel, grid, u.threads, u.shared; attend)?,
+            None if op.k_pages.dtype() == DType::U8 => {
+                launch!(self, "attention_bytes", grid, 128, shared; attend)?;
+            }
             None => launch!(self, "attention", grid, 128, shared; attend)?,
         }
         if splits > 1 {

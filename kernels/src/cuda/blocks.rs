@@ -132,6 +132,7 @@ pub(super) fn kernels(format: Format) -> Option<Kernels> {
 pub(super) fn widening(format: Format) -> Option<&'static str> {
     match format {
         Format::Int8 => Some("widen_int8"),
+        Format::Fp8 => Some("widen_fp8"),
         _ => kernels(format).map(|k| k.widen),
     }
 }
@@ -144,8 +145,11 @@ pub(super) fn blocks(w: &Matrix) -> usize {
     w.rows() * (w.cols() / w.format().block().elements)
 }
 
-/// Bytes of shared memory that `rows` rounded rows take: `row_room` in blocks.cuh.
+/// Bytes of shared memory that `rows` rounded rows take: `row_room` in blocks.cuh, and BF16 beside fp8.
 pub(super) fn room(format: Format, k: usize, rows: usize) -> usize {
+    if format == Format::Fp8 {
+        return rows * (2 * k).next_multiple_of(16);
+    }
     let block = if format.scales_rows() {
         128
     } else {
@@ -155,7 +159,7 @@ pub(super) fn room(format: Format, k: usize, rows: usize) -> usize {
 }
 
 /// Rows of `n` that are widened at a time, at `bytes` a row.
-fn part(n: usize, bytes: usize) -> usize {
+pub(super) fn part(n: usize, bytes: usize) -> usize {
     let parts = (n * bytes).div_ceil(WIDENED).max(1);
     n.div_ceil(parts).next_multiple_of(2 * TILE).min(n).max(1)
 }
@@ -303,7 +307,7 @@ impl State {
     }
 
     /// Rows of `w` as numbers, side by side at `to`.
-    fn widen(
+    pub(super) fn widen(
         &mut self,
         kernel: &'static str,
         w: &Matrix,

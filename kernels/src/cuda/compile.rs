@@ -57,7 +57,7 @@ macro_rules! unit {
 const HOPPER: Option<&str> = Some("sm_90a");
 
 /// All files of kernels.
-pub const UNITS: [Unit; 24] = [
+pub const UNITS: [Unit; 25] = [
     unit!("elements.cu": "add", "scale", "activate", "add_bias", "embed", "gather", "combine",
         "convert", "round_rows", "fill_normal"),
     unit!("norms.cu": "rms_norm", "rms_norms", "layer_norm"),
@@ -65,9 +65,11 @@ pub const UNITS: [Unit; 24] = [
     unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
         "row_gated_4"),
     unit!("row_blocks.cu": "row_q8_0", "row_q8_0_gated", "row_q6_k", "row_q6_k_gated", "row_q4_k",
-        "row_q4_k_gated", "row_int8", "row_int8_gated"),
+        "row_q4_k_gated", "row_int8", "row_int8_gated", "row_fp8", "row_fp8_gated"),
     unit!("int8.cu": "round_int8", "arrange_int8", "widen_int8", "units_int8", "units_int8_chosen",
         "scale_int8", "few_int8", "few_int8_chosen"),
+    unit!("fp8.cu": "widen_fp8", "scale_fp8", "few_fp8_1", "few_fp8_2", "few_fp8_4", "few_fp8_chosen",
+        "units_fp8", "units_fp8_chosen"),
     unit!("experts.cu": "expert_row_f32", "expert_row_f16", "expert_row_bf16", "expert_tiles_f32",
         "expert_tiles_f16", "expert_tiles_bf16", "sort_choices"),
     unit!("blocks_narrow.cu": "few_q8_0_1", "few_q8_0_4", "few_q8_0_8", "few_q8_0_chosen", "widen_q8_0", "few_q4_0_1", "few_q4_0_4", "few_q4_0_8", "few_q4_0_chosen", "widen_q4_0", "few_iq4_nl_1", "few_iq4_nl_4", "few_iq4_nl_8", "few_iq4_nl_chosen", "widen_iq4_nl", "round_blocks_32", "arrange"),
@@ -90,7 +92,7 @@ pub const UNITS: [Unit; 24] = [
     unit!("ssd_chunked.cu": "ssd_scores", "ssd_chunked_4", "ssd_chunked_8", "ssd_keep"),
     unit!("s4d_scan.cu": "s4d_scan"),
     unit!("mamba3_scan.cu": "mamba3_scan"),
-    unit!("attention.cu": "rope", "kv_write", "attention", "attention_sum"),
+    unit!("attention.cu": "rope", "kv_write", "kv_write_bytes", "attention", "attention_bytes", "attention_sum"),
     unit!("attention_units.cu": "attention_units_64", "attention_units_80", "attention_units_96",
         "attention_units_128"),
     unit!("route.cu": "route", "likeliest"),
@@ -102,11 +104,12 @@ pub const UNITS: [Unit; 24] = [
 ];
 
 /// What the files include: name and text.
-const HEADERS: [(&CStr, &str); 7] = [
+const HEADERS: [(&CStr, &str); 8] = [
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
     (c"blocks.cuh", include_str!("kernels/blocks.cuh")),
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"experts.cuh", include_str!("kernels/experts.cuh")),
+    (c"fp8.cuh", include_str!("kernels/fp8.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"products.cuh", include_str!("kernels/products.cuh")),
     (c"scan.cuh", include_str!("kernels/scan.cuh")),

@@ -61,12 +61,13 @@ const LARGE: [&str; 7] = [
     "route",
 ];
 /// The same, by how their names begin.
-const LARGE_KINDS: [&str; 12] = [
+const LARGE_KINDS: [&str; 14] = [
     "few_",
     "row_q4",
     "row_q6",
     "row_q8",
     "row_int8",
+    "row_fp8",
     "ssd_chunked_",
     "ssd_prepare_",
     "ssd_segments_",
@@ -74,6 +75,7 @@ const LARGE_KINDS: [&str; 12] = [
     "attention_hopper_",
     "expert_units",
     "units_int8",
+    "units_fp8",
 ];
 const OWN_SHARED: usize = 4096;
 

@@ -8,6 +8,7 @@ use super::device::{Allocation, Param, failed, launch};
 use super::linear::{in_chunks, of_type};
 use super::{Rows, State, address, blocks, dense, rows};
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::matrix::Matrix;
 use crate::ops::ExpertLinear;
 use crate::tensor::DType;
@@ -190,8 +191,10 @@ impl State {
         let (choices, k, n) = (op.y.rows(), op.x.cols(), op.y.cols());
         let of_matrix = blocks::blocks(&op.w[0]) as i64;
         let rounded = op.activations == DType::BF16;
-        if rounded && format.scales_rows() {
-            return self.expert_int8(op, &product);
+        match format {
+            Format::Int8 if rounded => return self.expert_int8(op, &product),
+            Format::Fp8 if rounded => return self.expert_fp8(op, &product),
+            _ => {}
         }
         let shared = blocks::room(format, k, 1);
         let few = choices <= ONE_BY_ONE && shared <= self.device.shared_memory;

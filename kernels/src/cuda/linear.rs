@@ -76,8 +76,14 @@ impl State {
             if self.by_block_units(&op, rounded)? {
                 return Ok(());
             }
-            if op.w.format().scales_rows() && op.activations == DType::BF16 {
-                return self.linear_int8(&op, rounded);
+            match op.w.format() {
+                Format::Int8 if op.activations == DType::BF16 => {
+                    return self.linear_int8(&op, rounded);
+                }
+                Format::Fp8 if op.activations == DType::BF16 => {
+                    return self.linear_fp8(&op, rounded);
+                }
+                _ => {}
             }
             return self.linear_blocks(&op);
         }

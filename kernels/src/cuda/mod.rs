@@ -15,6 +15,7 @@ mod blocks;
 mod compile;
 mod device;
 mod experts;
+mod fp8;
 mod int8;
 mod linear;
 mod lists;
@@ -349,6 +350,7 @@ impl Backend for Cuda {
             // An input of a product may round to the other side; where there is a router, it may choose
             // another of two experts nearly as good.
             (DType::BF16, Some(_)) => 0.4,
+            (DType::BF16, None) if !format.rounds_inputs() => 0.4,
             // Of integers, too, in blocks of 32 and of 256: as far as their rounding itself moves logits.
             (DType::BF16, None) if format.block().elements == 32 => 0.6,
             (DType::BF16, None) => 1.2,

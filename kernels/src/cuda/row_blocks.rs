@@ -48,6 +48,7 @@ fn kernels(format: Format) -> Option<([&'static str; 2], usize)> {
         Format::Q4K => Some((["row_q4_k", "row_q4_k_gated"], 256)),
         Format::Q6K => Some((["row_q6_k", "row_q6_k_gated"], 256)),
         Format::Int8 => Some((["row_int8", "row_int8_gated"], 128)),
+        Format::Fp8 => Some((["row_fp8", "row_fp8_gated"], 128)),
         _ => None,
     }
 }

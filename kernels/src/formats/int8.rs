@@ -22,6 +22,7 @@ pub(crate) fn scale(row: &[u8]) -> f32 {
 }
 
 /// Widens a row.
+#[inline(always)]
 pub(crate) fn widen(row: &[u8], to: &mut [f32]) {
     let s = scale(row);
     for (to, code) in to.iter_mut().zip(row) {
@@ -30,6 +31,7 @@ pub(crate) fn widen(row: &[u8], to: &mut [f32]) {
 }
 
 /// Quantises a row of finite numbers: s = max |x| / 127, codes to the nearest, ties to even.
+#[inline(always)]
 pub(crate) fn quantize(x: &[f32], to: &mut [u8]) {
     let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     let s = most / 127.0;

@@ -3,6 +3,7 @@
 //! Quantisers give the blocks of GGML's reference functions, bit for bit (compared with its C code
 //! compiled without fused multiply-adds, in `tests/formats.rs`).
 
+pub(crate) mod fp8;
 pub(crate) mod int8;
 pub(crate) mod iq4;
 mod runs;
@@ -28,7 +29,7 @@ pub(crate) fn widen(format: Format) -> fn(&[u8], &mut [f32]) {
         Format::F32 => |b, y| y[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
         Format::F16 => |b, y| y[0] = half_at(b, 0),
         Format::BF16 => |b, y| y[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-        Format::Int8 => panic!("rows of {format} are widened whole"),
+        Format::Int8 | Format::Fp8 => panic!("rows of {format} are widened whole"),
         Format::Q8_0 => runs::q8_0,
         Format::Q6K => super_blocks::q6_k,
         Format::Q5K => super_blocks::q5_k,
@@ -56,7 +57,7 @@ pub(crate) fn quantize(format: Format, row: &[f32], importance: Option<&[f32]>, 
             Format::F32 => b.copy_from_slice(&x[0].to_le_bytes()),
             Format::F16 => put_half(b, 0, x[0]),
             Format::BF16 => b.copy_from_slice(&bf16::from_f32(x[0]).to_le_bytes()),
-            Format::Int8 => panic!("rows of {format} are quantised whole"),
+            Format::Int8 | Format::Fp8 => panic!("rows of {format} are quantised whole"),
             Format::Q8_0 => runs::quantize_q8_0(x, b),
             Format::Q6K => super_blocks::quantize_q6_k(x, w, b),
             Format::Q5K => super_blocks::quantize_q5_k(x, w, b),
@@ -76,7 +77,7 @@ pub(crate) fn quantize(format: Format, row: &[f32], importance: Option<&[f32]>, 
 /// Where in a block the numbers of half precision lie.
 pub(crate) fn halves(format: Format) -> &'static [usize] {
     match format {
-        Format::F32 | Format::BF16 | Format::Int8 => &[],
+        Format::F32 | Format::BF16 | Format::Int8 | Format::Fp8 => &[],
         Format::F16 | Format::Q8_0 | Format::Q5_0 | Format::Q4_0 => &[0],
         Format::Iq4Nl | Format::Iq4Xs => &[0],
         Format::Q6K => &[208],

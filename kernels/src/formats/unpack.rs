@@ -43,7 +43,7 @@ impl Form {
             Format::Q6K => (256, 16, 32, false),
             Format::Q3K => (256, 16, 4, false),
             Format::Iq4Xs => (256, 32, 128, false),
-            Format::F32 | Format::F16 | Format::BF16 | Format::Int8 => {
+            Format::F32 | Format::F16 | Format::BF16 | Format::Int8 | Format::Fp8 => {
                 panic!("{format} has no blocks")
             }
         };
@@ -137,7 +137,7 @@ pub(crate) fn unpack(format: Format, from: &[u8], codes: &mut [u8; CHUNK], raw: 
         Format::Q3K => supers!(110, 4, q3_k, from, codes, raw),
         Format::Q2K => supers!(84, 5, q2_k, from, codes, raw),
         Format::Iq4Xs => supers!(136, 2, iq4_xs, from, codes, raw),
-        Format::F32 | Format::F16 | Format::BF16 | Format::Int8 => {
+        Format::F32 | Format::F16 | Format::BF16 | Format::Int8 | Format::Fp8 => {
             panic!("{format} has no blocks")
         }
     }

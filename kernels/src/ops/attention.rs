@@ -13,11 +13,9 @@
 
 use std::ops::Range;
 
-use super::{
-    Check,
-    linear::{read_row, write_row},
-};
+use super::{Check, linear::write_row};
 use crate::error::Result;
+use crate::kv::read_row;
 use crate::span::Ragged;
 use crate::tensor::Tensor;
 
@@ -25,9 +23,10 @@ use crate::tensor::Tensor;
 pub struct Attention<'a> {
     /// (T, heads · head_dim) F32.
     pub q: &'a Tensor,
-    /// (pages · page_size, kv_heads · head_dim), floating point.
+    /// (pages · page_size, kv_heads · head_dim), floating point; or as many rows of heads in bytes: see
+    /// [`KvType`](crate::KvType).
     pub k_pages: &'a Tensor,
-    /// (pages · page_size, kv_heads · v_head_dim), floating point.
+    /// (pages · page_size, kv_heads · v_head_dim), floating point, or heads in bytes as the keys.
     pub v_pages: &'a Tensor,
     /// Query heads, a multiple of `kv_heads`.
     pub heads: usize,
@@ -66,10 +65,10 @@ impl Attention<'_> {
             (self.k_pages, self.head_dim),
             (self.v_pages, self.v_head_dim),
         ] {
-            c.float("pages", pages)?;
-            c.equal("columns of pages", pages.cols(), self.kv_heads * dim)?;
+            c.heads(pages, self.kv_heads * dim, self.kv_heads)?;
             c.pages(&self.ragged, self.q.rows(), pages)?;
         }
+        c.kept_alike(self.k_pages, self.v_pages)?;
         c.apart("y", self.y, &[self.q, self.k_pages, self.v_pages])
     }
 
@@ -84,15 +83,15 @@ impl Attention<'_> {
     pub(crate) fn reference(&mut self) {
         let (dim, v_dim) = (self.head_dim, self.v_head_dim);
         let group = self.heads / self.kv_heads;
-        let mut key = vec![0.0; self.k_pages.cols()];
-        let mut value = vec![0.0; self.v_pages.cols()];
+        let mut key = vec![0.0; self.kv_heads * dim];
+        let mut value = vec![0.0; self.kv_heads * v_dim];
         for span in self.ragged.spans {
             for t in span.rows() {
                 let [kept, recent] = self.sight().of(span.position + t - span.start);
                 let seen = || kept.clone().chain(recent.clone());
                 let mut scores = vec![Vec::with_capacity(seen().count()); self.heads];
                 for j in seen() {
-                    read_row(self.k_pages, self.ragged.page_row(span, j), &mut key);
+                    read_row(self.k_pages, self.ragged.page_row(span, j), dim, &mut key);
                     for (h, scores) in scores.iter_mut().enumerate() {
                         let q = &self.q.view::<f32>();
                         let q = &q.row(t)[h * dim..][..dim];
@@ -109,7 +108,8 @@ impl Attention<'_> {
                     scores.iter_mut().for_each(|s| *s /= sum);
                 }
                 for (i, j) in seen().enumerate() {
-                    read_row(self.v_pages, self.ragged.page_row(span, j), &mut value);
+                    let row = self.ragged.page_row(span, j);
+                    read_row(self.v_pages, row, v_dim, &mut value);
                     for (h, scores) in scores.iter().enumerate() {
                         let v = &value[h / group * v_dim..][..v_dim];
                         for (y, v) in y[h * v_dim..][..v_dim].iter_mut().zip(v) {

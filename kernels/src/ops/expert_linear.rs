@@ -70,11 +70,11 @@ impl ExpertLinear<'_> {
                 } else {
                     (0..expert.rows())
                         .map(|n| {
-                            expert.read_row(n, &mut w);
-                            x.iter()
-                                .zip(&w)
-                                .map(|(&x, w)| round(x, self.activations) * w)
-                                .sum()
+                            let scale = expert.factors(n, &mut w);
+                            let products = x.iter().zip(&w);
+                            let sum: f32 =
+                                products.map(|(&x, w)| round(x, self.activations) * w).sum();
+                            sum * scale
                         })
                         .collect()
                 };

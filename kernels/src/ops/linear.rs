@@ -2,7 +2,8 @@
 //!
 //! Products are summed in f32. `round` is the identity for `activations: F32`; for BF16 each input
 //! is rounded to nearest even first, which is what matrix units take. With a weight in blocks BF16 stands
-//! for less: inputs are rounded to integers of 8 bits, as `rounded` has it.
+//! for less: inputs are rounded to integers of 8 bits, as `rounded` has it. Of fp8 the sum is of codes, and its
+//! row's scale is applied to it: `formats::fp8` has the formula.
 
 use super::Check;
 use crate::error::Result;
@@ -56,7 +57,7 @@ impl Linear<'_> {
         }
         let mut w = vec![0.0; self.w.cols()];
         for n in 0..self.w.rows() {
-            self.w.read_row(n, &mut w);
+            let scale = self.w.factors(n, &mut w);
             for t in 0..x.rows() {
                 let sum: f32 = x
                     .row(t)
@@ -65,7 +66,7 @@ impl Linear<'_> {
                     .map(|(&x, w)| round(x, self.activations) * w)
                     .sum();
                 // SAFETY: one thread, one slice at a time.
-                unsafe { y.row(t)[n] = sum + bias.map_or(0.0, |b| b.row(0)[n]) };
+                unsafe { y.row(t)[n] = sum * scale + bias.map_or(0.0, |b| b.row(0)[n]) };
             }
         }
     }
@@ -73,7 +74,7 @@ impl Linear<'_> {
 
 /// Whether inputs of products with `w` are rounded to blocks of bytes.
 pub(crate) fn rounds_to_blocks(w: &Matrix, activations: DType) -> bool {
-    w.format().dtype().is_none() && activations == DType::BF16
+    w.format().rounds_inputs() && activations == DType::BF16
 }
 
 /// Row `r` of a floating-point tensor, widened.

@@ -48,6 +48,7 @@ pub use ssd_chunked::SsdChunked;
 pub use ssd_scan::SsdScan;
 
 use crate::error::{Error, Result};
+use crate::kv::KvType;
 use crate::span::Ragged;
 use crate::tensor::{DType, Tensor};
 
@@ -113,6 +114,35 @@ impl Check {
             what,
             found: tensor.dtype(),
             expected: "floating point",
+        })
+    }
+
+    /// Pages of keys or values: rows of `heads` heads that have `width` numbers together.
+    pub fn heads(&self, pages: &Tensor, width: usize, heads: usize) -> Result<()> {
+        let Some(kv) = KvType::of(pages.dtype()) else {
+            return self.float("pages", pages);
+        };
+        self.at_least("kv_heads", heads, 1)?;
+        self.equal("columns beyond whole heads", width % heads, 0)?;
+        let expected = kv.columns(heads, width / heads);
+        self.equal("columns of pages", pages.cols(), expected)
+    }
+
+    /// Pages of values in bytes where those of keys are.
+    pub fn kept_alike(&self, k_pages: &Tensor, v_pages: &Tensor) -> Result<()> {
+        let bytes = |pages: &Tensor| pages.dtype() == DType::U8;
+        if bytes(k_pages) == bytes(v_pages) {
+            return Ok(());
+        }
+        Err(Error::Type {
+            op: self.0,
+            what: "pages of values",
+            found: v_pages.dtype(),
+            expected: if bytes(k_pages) {
+                "U8, as those of keys"
+            } else {
+                "floating point, as those of keys"
+            },
         })
     }
 

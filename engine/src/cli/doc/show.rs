@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::json;
+use strata_kernels::KvType;
 
 use crate::cli::output::bytes;
 use crate::document::{Book, Error, Notes};
@@ -57,7 +58,7 @@ fn as_json(file: &StateFile, notes: Option<&Notes>) -> serde_json::Value {
         "bytes": file.bytes(),
         "slot_bytes": slots,
         "kv_bytes": pages,
-        "kv_dtype": file.kv_dtype(),
+        "kv_dtype": file.kv_type().map(KvType::name),
         "activations": file.says("activations"),
         "plan_hash": fingerprint.plan,
         "weights_hash": fingerprint.weights,
@@ -140,8 +141,8 @@ fn as_text(file: &StateFile, notes: Option<&Notes>) -> String {
             "{}: {} of keys and values{}, {} of snapshots",
             bytes(file.bytes()),
             bytes(pages),
-            file.kv_dtype()
-                .map_or(String::new(), |t| format!(" in {}", t.escape_debug())),
+            file.kv_type()
+                .map_or(String::new(), |kv| format!(" in {kv}")),
             bytes(slots)
         ),
     );

@@ -36,7 +36,7 @@ struct KvWrite {
     const Span* spans;
     const int* span_of;
     const u32* table;
-    int page_size, k_cols, v_cols;
+    int page_size, k_cols, v_cols, kv_heads;
 };
 
 KERNEL __launch_bounds__(128) kv_write(ARGS(KvWrite) p) {
@@ -49,18 +49,50 @@ KERNEL __launch_bounds__(128) kv_write(ARGS(KvWrite) p) {
     if (c >= 0 && c < p.v_cols) store(p.v_pages, to * p.v_stride + c, p.v_type, p.v.row(t)[c]);
 }
 
+// The same to bytes: a warp rounds a head of keys or values by its largest element, as `quantize` in kv.rs.
+KERNEL __launch_bounds__(128) kv_write_bytes(ARGS(KvWrite) p) {
+    BEGIN();
+    const int t = blockIdx.x, lane = threadIdx.x % 32;
+    int h = blockIdx.y * 4 + threadIdx.x / 32;
+    if (h >= 2 * p.kv_heads) return;
+    const bool keys = h < p.kv_heads;
+    if (!keys) h -= p.kv_heads;
+    const int dim = (keys ? p.k_cols : p.v_cols) / p.kv_heads, each = bytes_of_head(dim);
+    const Span s = p.spans[p.span_of[t]];
+    const i64 row = page_row(p.table, s, p.page_size, s.position + t - s.start);
+    const float* x = (keys ? p.k : p.v).row(t) + h * dim;
+    u8* to = (u8*)(keys ? p.k_pages : p.v_pages) + row * (keys ? p.k_stride : p.v_stride) + (i64)h * each;
+    float most = 0.0f;
+    bool finite = true;
+    for (int d = lane; d < dim; d += 32) {
+        const float size = fabsf(x[d]);
+        most = fmaxf(most, size);
+        finite = finite && size < __int_as_float(0x7f800000);
+    }
+    most = warp_max(most);
+    finite = __all_sync(FULL, finite);
+    const float scale = __fdiv_rn(most, 127.0f);
+    for (int d = lane; d < each - 4; d += 32) {
+        const float code = d < dim && scale > 0.0f ? __fdiv_rn(x[d], scale) : 0.0f;
+        to[d] = (u8)(signed char)__float2int_rn(fminf(fmaxf(code, -127.0f), 127.0f));
+    }
+    if (lane == 0) *(float*)(to + each - 4) = finite ? scale : __int_as_float(0x7fc00000);
+}
+
 // A tile holds 16 queries of one sequence that share keys: neighbours in time, and the heads of a
 // group. Keys go by in blocks of 32 at absolute positions; scores and sums are f32.
 #define QUERIES 16
 #define KEYS 32
 #define COLUMNS_A_THREAD 2
 
-KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
-    BEGIN();
+// Where pages are in bytes, a key's scale multiplies its scores, and a value's its weights.
+template <bool BYTES>
+__device__ __forceinline__ void attend(const Attention& p) {
     extern __shared__ __align__(16) float memory[];
     __shared__ __align__(16) float weights[QUERIES][KEYS];
     __shared__ float fade[QUERIES], most[QUERIES], total[QUERIES];
     __shared__ i64 places[KEYS];
+    __shared__ float k_scales[BYTES ? KEYS : 1], v_scales[BYTES ? KEYS : 1];
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int g = blockIdx.y, group = p.heads / p.kv_heads;
     // Late tiles see the most and go first.
@@ -90,11 +122,23 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         if (k0 + KEYS <= from && k0 >= p.keep_first) continue;
         const int keys = min(KEYS, last + 1 - k0);
         __syncthreads();
-        if (tid < KEYS) places[tid] = page_row(p.table, s, p.page_size, k0 + min(tid, keys - 1));
+        if (tid < KEYS) {
+            const i64 row = page_row(p.table, s, p.page_size, k0 + min(tid, keys - 1));
+            places[tid] = row;
+            if (BYTES) {
+                k_scales[tid] = scale_of_head(p.k_pages, row * p.k_stride, g, p.dim);
+                v_scales[tid] = scale_of_head(p.v_pages, row * p.v_stride, g, p.v_dim);
+            }
+        }
         __syncthreads();
         for (int i = tid; i < KEYS * deep; i += 128) {
             int j = i / deep, d = i % deep;
-            float v = j < keys && d < p.dim ? load(p.k_pages, places[j] * p.k_stride + g * p.dim + d, p.k_type) : 0.0f;
+            float v = 0.0f;
+            if (j < keys && d < p.dim) {
+                const i64 row = places[j] * p.k_stride;
+                if (BYTES) v = (float)((const signed char*)p.k_pages)[row + g * bytes_of_head(p.dim) + d];
+                else v = load(p.k_pages, row + g * p.dim + d, p.k_type);
+            }
             kv[j * (deep + 1) + d] = v;
         }
         __syncthreads();
@@ -112,10 +156,10 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         for (int i = 0; i < 4; i++) {
             int r = warp * 4 + i, position = s.position + (first + r) / group, j = k0 + lane;
             bool seen = r < count && j <= position && (!p.window || j > position - p.window || j < p.keep_first);
-            float v = seen ? score[i] * p.scale : NOTHING;
+            float v = seen ? score[i] * (BYTES ? p.scale * k_scales[lane] : p.scale) : NOTHING;
             float before = most[r], now = fmaxf(before, warp_max(v));
             float weight = seen ? expf(v - now) : 0.0f, all = warp_sum(weight);
-            weights[r][lane] = weight;
+            weights[r][lane] = BYTES ? weight * v_scales[lane] : weight;
             __syncwarp();
             if (lane == 0) {
                 float by = before == now ? 1.0f : expf(before - now);
@@ -125,7 +169,13 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         __syncthreads();
         for (int i = tid; i < KEYS * p.v_dim; i += 128) {
             int j = i / p.v_dim, d = i % p.v_dim;
-            kv[i] = j < keys ? load(p.v_pages, places[j] * p.v_stride + g * p.v_dim + d, p.v_type) : 0.0f;
+            float v = 0.0f;
+            if (j < keys) {
+                const i64 row = places[j] * p.v_stride;
+                if (BYTES) v = (float)((const signed char*)p.v_pages)[row + g * bytes_of_head(p.v_dim) + d];
+                else v = load(p.v_pages, row + g * p.v_dim + d, p.v_type);
+            }
+            kv[i] = v;
         }
         __syncthreads();
 #pragma unroll
@@ -161,6 +211,9 @@ KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) {
         if (p.splits > 1 && tid == 0) part[p.v_dim] = most[r], part[p.v_dim + 1] = total[r];
     }
 }
+
+KERNEL __launch_bounds__(128, 4) attention(ARGS(Attention) p) { BEGIN(); attend<false>(p); }
+KERNEL __launch_bounds__(128, 3) attention_bytes(ARGS(Attention) p) { BEGIN(); attend<true>(p); }
 
 // Adds the parts of a row and head, in order. Shared memory holds a number a part.
 KERNEL __launch_bounds__(128) attention_sum(const float* parts, int splits, int heads, int v_dim, Out y) {

@@ -4,6 +4,15 @@ __device__ __forceinline__ i64 page_row(const u32* table, const Span& s, int pag
     return (i64)table[s.pages + position / page_size] * page_size + position % page_size;
 }
 
+// Bytes of a head of `dim` elements kept as bytes: codes, zeros up to a multiple of four, and the scale.
+__device__ __forceinline__ int bytes_of_head(int dim) { return (dim + 3) / 4 * 4 + 4; }
+
+// What multiplies the codes of head `g` of a row of bytes that begins at `row`.
+__device__ __forceinline__ float scale_of_head(const void* pages, i64 row, int g, int dim) {
+    const int each = bytes_of_head(dim);
+    return *(const float*)((const u8*)pages + row + (i64)(g + 1) * each - 4);
+}
+
 struct Attention {
     In q;
     const void *k_pages, *v_pages;

@@ -6,7 +6,7 @@
 
 #include "common.cuh"
 
-enum Format { Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, INT8 };
+enum Format { Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, INT8, FP8 };
 
 struct Unit {
     u32 q[8];

@@ -4,6 +4,7 @@
 // element by element may be done in the same kernel, as in row.cu.
 
 #include "blocks.cuh"
+#include "fp8.cuh"
 
 #define THREADS 512
 #define TEAMS (THREADS / 8)
@@ -144,6 +145,19 @@ struct Step<INT8> {
     }
 };
 
+// E4M3 codes with a scale a row: x is BF16, two bytes a code, of each step first the eights that begin a lane's sixteen.
+template <>
+struct Step<FP8> {
+    static const int CODES = 128, BLOCK = 128, AHEAD = 6;
+    uint4 c;
+    static __device__ __forceinline__ int place(int c) { return 16 * (c / 16) + 128 * (c / 8 % 2); }
+    __device__ __forceinline__ void load(const u8* w, i64, i64 f, int u) { c = once(w + 128 * f + 16 * u); }
+    __device__ __forceinline__ float times(const Rounded& x, int p, int u, float sum) const {
+        const u8* at = x.codes + 256 * p + 16 * u;
+        return add_sixteen(c, *(const uint4*)at, *(const uint4*)(at + 128), sum);
+    }
+};
+
 template <int F>
 struct Sum {
     typedef float T;
@@ -155,6 +169,13 @@ struct Sum<INT8> {
     // `codes` bytes lie before the scales.
     static __device__ __forceinline__ float of(int sum, const u8* w, i64 codes, int n, float dx) {
         return __fmul_rn(__fmul_rn((float)sum, __ldg((const float*)(w + codes) + n)), dx);
+    }
+};
+template <>
+struct Sum<FP8> {
+    typedef float T;
+    static __device__ __forceinline__ float of(float sum, const u8* w, i64 codes, int n, float) {
+        return __fmul_rn(sum, __ldg((const float*)(w + codes) + n));
     }
 };
 
@@ -199,6 +220,12 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         int c = c0 + 8 * lane, codes[8];
         float v[8], d = whole;
         take_eight(from, c, p.k, p.wide, v);
+        if (F == FP8) {
+            const int at = 2 * (c / S::CODES) * S::CODES + S::place(c % S::CODES);
+            const uint4 x = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+            if (c < p.k) *(uint4*)(room + at) = x;
+            continue;
+        }
         if (F == INT8) {
 #pragma unroll
             for (int i = 0; i < 8; i++) codes[i] = code_of(v[i], inverse);
@@ -215,7 +242,7 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         if (c % B == 0) scales[c / B] = d;
     }
     __syncthreads();
-    T* parts = (T*)(room + ((p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15));
+    T* parts = (T*)(room + (F == FP8 ? 2 * p.k : (p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15));
     T* gate_parts = parts + TEAMS * p.places;
     const Rounded x = {room, sums, scales};
     const u32 mine = 255u << (lane & 24);
@@ -282,3 +309,4 @@ OF_FORMAT_ROW(Q8_0, q8_0)
 OF_FORMAT_ROW(Q6_K, q6_k)
 OF_FORMAT_ROW(Q4_K, q4_k)
 OF_FORMAT_ROW(INT8, int8)
+OF_FORMAT_ROW(FP8, fp8)

@@ -1,6 +1,6 @@
-//! Matrices in int8 in a folder of safetensors, as releases of compressed-tensors have them.
+//! Matrices in int8 or fp8 in a folder of safetensors, as releases of compressed-tensors have them.
 //!
-//! A matrix `x.weight` is whole numbers (I8) and `x.weight_scale`, F32 of (rows, 1). config.json's
+//! A matrix `x.weight` is its codes (I8, F8_E4M3) and `x.weight_scale`, F32 of (rows, 1). config.json's
 //! `quantization_config` says so to other programs, and names the modules that stay as they are.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,16 +25,29 @@ const HEAD: &str = "head";
 
 /// Says why a recipe cannot be written to safetensors.
 pub(super) fn refusal(recipe: &Recipe) -> Option<Error> {
-    let other = recipe.formats().find(|f| *f != Format::Int8)?;
+    let format = format(recipe);
+    if let Some(other) = recipe.formats().find(|f| !f.scales_rows()) {
+        return Some(Error::Input(format!(
+            "safetensors has no blocks of {other}: write a GGUF file (--to gguf), or quantise while loading; of what is quantised, int8 and fp8 are written to a folder"
+        )));
+    }
+    let other = recipe.formats().find(|f| *f != format)?;
     Some(Error::Input(format!(
-        "safetensors has no blocks of {other}: write a GGUF file (--to gguf), or quantise while loading; of what is quantised, int8 is written to a folder"
+        "{} has matrices in {format} and in {other}, and a folder is written in one of them",
+        recipe.name
     )))
 }
 
-/// The targets with the matrices that the recipe chooses in int8, and the names of the modules that are not.
+/// The format with a scale a row that a recipe has.
+pub(super) fn format(recipe: &Recipe) -> Format {
+    let mut formats = recipe.formats();
+    formats.find(|f| f.scales_rows()).unwrap_or(Format::Int8)
+}
+
+/// The targets with the matrices that the recipe chooses in its format, and the names of the modules that are not.
 ///
 /// Those are matrices of (rows, columns) that only products read: what other programs know as linear layers.
-pub(super) fn int8(
+pub(super) fn by_rows(
     targets: Vec<Target>,
     weights: &[GraphWeight],
     card: Option<&Card>,
@@ -42,6 +55,7 @@ pub(super) fn int8(
     recipe: &Recipe,
     notes: &mut Vec<String>,
 ) -> Result<(Vec<Target>, Vec<String>)> {
+    let format = format(recipe);
     let by_path: BTreeMap<&str, &GraphWeight> =
         weights.iter().map(|w| (w.path.as_str(), w)).collect();
     // The weights that each tensor is read for.
@@ -67,7 +81,7 @@ pub(super) fn int8(
             (Some(_), Some(_), &[rows, columns]) if asked && linear => {
                 let (checkpoint, name) = (checkpoint.clone(), target.name.clone());
                 let names = [name.clone(), format!("{name}{SCALE}")];
-                made.extend(Target::by_rows(names, [rows, columns], move || {
+                made.extend(Target::by_rows(format, names, [rows, columns], move || {
                     let tensor = checkpoint.tensor(&name)?;
                     let elements = 0..tensor.len();
                     Ok(Content::Made {
@@ -87,10 +101,9 @@ pub(super) fn int8(
         }
     }
     if count == 0 {
-        return Err(Error::Input(
-            "no matrix of this model is written in int8: none is read as a linear layer of its own"
-                .into(),
-        ));
+        return Err(Error::Input(format!(
+            "no matrix of this model is written in {format}: none is read as a linear layer of its own"
+        )));
     }
     // A head that is the embedding again is a module without a tensor.
     let head = card.map(|card| card.tensors().find(HEAD).sources);
@@ -101,7 +114,7 @@ pub(super) fn int8(
         }
     }
     notes.push(format!(
-        "{count} matrices are written in int8, a scale a row"
+        "{count} matrices are written in {format}, a scale a row"
     ));
     if kept > 0 {
         let (these, stay) = match kept {
@@ -115,23 +128,28 @@ pub(super) fn int8(
     Ok((made, ignored.into_iter().collect()))
 }
 
-/// Says in a config how the matrices are stored: a scale a row, and inputs rounded row by row, as they run here.
-pub(super) fn declare(config: &mut Config, ignored: &[String]) -> Result<()> {
+/// Says in a config how the matrices are stored: a scale a row, and inputs as they run here, of int8 rounded row by
+/// row.
+pub(super) fn declare(config: &mut Config, format: Format, ignored: &[String]) -> Result<()> {
+    let (kind, layout) = match format {
+        Format::Fp8 => ("float", "float-quantized"),
+        _ => ("int", "int-quantized"),
+    };
     let scheme = |strategy: &str, dynamic: bool| {
         json!({
-            "num_bits": 8, "type": "int", "symmetric": true, "strategy": strategy, "dynamic": dynamic,
+            "num_bits": 8, "type": kind, "symmetric": true, "strategy": strategy, "dynamic": dynamic,
             "group_size": null, "block_structure": null, "actorder": null,
         })
     };
     let said = json!({
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
                 "weights": scheme("channel", false),
-                "input_activations": scheme("token", true),
+                "input_activations": format.rounds_inputs().then(|| scheme("token", true)),
                 "output_activations": null,
             },
         },
