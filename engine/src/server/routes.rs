@@ -79,7 +79,7 @@ pub fn router(server: Arc<Server>) -> Router {
 async fn unknown(request: Request) -> ApiError {
     let path: String = request.uri().path().chars().take(200).collect();
     ApiError::missing(format!(
-        "there is nothing at {path}; GET / lists what there is"
+        "there is nothing at {path}; `strata serve --help` lists what there is"
     ))
 }
 
