@@ -594,10 +594,11 @@ fn weights_that_changed_are_refused_whatever_was_known_of_them() {
     assert_eq!(run(&read).status, 0);
     // Files that were made just now may change again unseen: of them nothing is known.
     sleep(Duration::from_secs(5));
-    for _ in 0..2 {
-        assert_eq!(run(&ask).out, " Oslo.\n");
-        assert_eq!(hashes(), 1);
-    }
+    assert_eq!(run(&ask).out, " Oslo.\n");
+    let known = hashes();
+    assert!(known > 0);
+    assert_eq!(run(&ask).out, " Oslo.\n");
+    assert_eq!(hashes(), known);
     let weights = model.join("model.safetensors");
     let modified = fs::metadata(&weights).unwrap().modified().unwrap();
     let mut bytes = fs::read(&weights).unwrap();
@@ -616,5 +617,5 @@ fn weights_that_changed_are_refused_whatever_was_known_of_them() {
             "{refused:?}"
         );
     }
-    assert_eq!(hashes(), 2);
+    assert_eq!(hashes(), known + 1);
 }

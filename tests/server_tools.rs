@@ -110,6 +110,7 @@ fn functions_are_called_as_the_request_says() {
     let mut streamed = wanted;
     streamed["stream"] = true.into();
     let events = ask(streamed).events();
+    let mut ended = 0;
     for choice in whole["choices"].as_array().unwrap() {
         let index = &choice["index"];
         let of = events.iter().flat_map(|e| e["choices"].as_array().unwrap());
@@ -127,13 +128,20 @@ fn functions_are_called_as_the_request_says() {
                 (&json!(i), &expected["function"])
             );
         }
+        assert_eq!(of.last().unwrap()["finish_reason"], choice["finish_reason"]);
+        // A model without sense may call for ever, and is cut off in the middle.
+        if choice["finish_reason"] == "length" {
+            continue;
+        }
+        ended += 1;
         assert!(
             of.iter()
                 .all(|c| c["delta"]["content"].as_str().is_none_or(str::is_empty)),
             "{of:?}"
         );
-        assert_eq!(of.last().unwrap()["finish_reason"], "tool_calls");
+        assert_eq!(choice["finish_reason"], "tool_calls");
     }
+    assert!(ended > 0, "{whole}");
 
     // The conversation goes on with the result.
     let call = &whole["choices"][0]["message"]["tool_calls"][0];
@@ -215,7 +223,7 @@ fn answers_have_the_form_that_is_asked_for() {
     let whole = served
         .post(
             "/v1/responses",
-            &json!({"input": "Where?", "text": flat, "temperature": 1.5}),
+            &json!({"input": "Where?", "text": flat, "temperature": 1.5, "max_output_tokens": 300}),
         )
         .good();
     let text = whole["output"][0]["content"][0]["text"].as_str().unwrap();
