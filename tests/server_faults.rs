@@ -400,7 +400,7 @@ fn a_server_that_is_told_to_stop_lets_answers_end() {
     );
     let (status, said) = served.ended();
     assert_eq!(status, Some(0), "{said}");
-    assert!(said.contains("answers are let end"), "{said}");
+    assert!(said.contains("1 answer is let end"), "{said}");
 
     // Who gets no time is told, too.
     let served = start(&folder, &["--drain-seconds", "0", "--context", "100000"]);
