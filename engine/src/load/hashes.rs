@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use strata_converters::ModelFiles;
-use strata_converters::mapping::Mapping;
+use strata_converters::mapping::{Mapping, Row};
 use strata_kernels::cuda::KernelCache;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -47,7 +47,9 @@ impl Hashes {
         recipe: &str,
         compute: impl FnOnce() -> Result<u128>,
     ) -> Result<u128> {
-        let rows: String = mapping.rows().iter().map(|r| format!("{r:?}\n")).collect();
+        // By their words: what a transform's code is called within the process is another each time.
+        let row = |r: &Row| format!("{} {:?} {} {}\n", r.path, r.shape, r.format, r.source);
+        let rows: String = mapping.rows().iter().map(row).collect();
         let version = env!("CARGO_PKG_VERSION");
         let all = format!("{version}\n{}{rows}{recipe}", self.stamps);
         let key = format!("{:032x}", xxh3_128(all.as_bytes()));
