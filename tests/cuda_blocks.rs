@@ -118,27 +118,79 @@ fn cuda_products_with_blocks() {
     }
 }
 
+/// Lookups in tables of these widths.
+pub(super) fn lookups_are_exact(rng: &mut Rng, format: Format, widths: &[usize]) {
+    for &k in widths {
+        let table = quantised(rng, format, 50, k);
+        let ids: Vec<u32> = (0..33).map(|_| rng.below(50) as u32).collect();
+        let wide = rng.below(2) == 0;
+        let run = |b: &dyn Backend| {
+            let (table, mut y) = (matrix(b, &table), blank(b, ids.len(), k, wide));
+            let op = Embed {
+                ids: &ids,
+                table: &table,
+                y: &mut y.view,
+            };
+            b.embed(op).unwrap();
+            take(b, &y)
+        };
+        same(&format!("{format}, {k}"), &run(gpu()), &run(&Reference));
+    }
+}
+
+/// Products with chosen experts of K = `k` and at most `most` outputs: calls `check` with what it is, the type of
+/// activations, what the GPU found, what is expected, and magnitudes.
+pub(super) fn check_experts(
+    rng: &mut Rng,
+    format: Format,
+    (k, most): (usize, usize),
+    check: impl Fn(&str, DType, &[f32], &[f32], &[f32]),
+) {
+    for (tokens, each) in [
+        (1, false),
+        (3, true),
+        (8, false),
+        (9, true),
+        (40, false),
+        (300, true),
+    ] {
+        let n = 1 + rng.below(most);
+        let w: Vec<HostTensor> = (0..5).map(|_| quantised(rng, format, n, k)).collect();
+        let sizes: Vec<HostTensor> = w.iter().map(magnitudes).collect();
+        let x = rng.numbers(tokens * k * if each { 2 } else { 1 }, 1.0);
+        let chosen: Vec<f32> = (0..2 * tokens).map(|_| rng.below(4) as f32).collect();
+        let run = |b: &dyn Backend, x: &[f32], w: &[HostTensor], activations| {
+            let w: Vec<Matrix> = w.iter().map(|w| matrix(b, w)).collect();
+            let (x, experts) = (
+                put(b, F32, k, x, each),
+                put(b, DType::I32, 2, &chosen, false),
+            );
+            let mut y = blank(b, 2 * tokens, n, false);
+            let op = ExpertLinear {
+                x: &x.view,
+                w: &w,
+                experts: &experts.view,
+                activations,
+                y: &mut y.view,
+            };
+            b.expert_linear(op).unwrap();
+            take(b, &y)
+        };
+        let magnitude = run(&Reference, &abs(&x), &sizes, F32);
+        for act in [BF16, F32] {
+            let what = format!("{format} × {act}, {tokens} tokens of {k}, {each}");
+            let (found, expected) = (run(gpu(), &x, &w, act), run(&Reference, &x, &w, act));
+            check(&what, act, &found, &expected, &magnitude);
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn cuda_lookups_in_blocks_are_exact() {
     let mut rng = Rng(22 << 20);
     for format in BLOCKS {
-        for k in widths(format) {
-            let table = quantised(&mut rng, format, 50, k);
-            let ids: Vec<u32> = (0..33).map(|_| rng.below(50) as u32).collect();
-            let wide = rng.below(2) == 0;
-            let run = |b: &dyn Backend| {
-                let (table, mut y) = (matrix(b, &table), blank(b, ids.len(), k, wide));
-                let op = Embed {
-                    ids: &ids,
-                    table: &table,
-                    y: &mut y.view,
-                };
-                b.embed(op).unwrap();
-                take(b, &y)
-            };
-            same(&format!("{format}, {k}"), &run(gpu()), &run(&Reference));
-        }
+        lookups_are_exact(&mut rng, format, &widths(format));
     }
 }
 
@@ -147,48 +199,13 @@ fn cuda_lookups_in_blocks_are_exact() {
 fn cuda_experts_in_blocks() {
     let mut rng = Rng(23 << 20);
     for format in BLOCKS {
-        for (tokens, each) in [
-            (1, false),
-            (3, true),
-            (8, false),
-            (9, true),
-            (40, false),
-            (300, true),
-        ] {
-            let (k, n) = (512, 1 + rng.below(90));
-            let w: Vec<HostTensor> = (0..5).map(|_| quantised(&mut rng, format, n, k)).collect();
-            let sizes: Vec<HostTensor> = w.iter().map(magnitudes).collect();
-            let x = rng.numbers(tokens * k * if each { 2 } else { 1 }, 1.0);
-            let chosen: Vec<f32> = (0..2 * tokens).map(|_| rng.below(4) as f32).collect();
-            let run = |b: &dyn Backend, x: &[f32], w: &[HostTensor], activations| {
-                let w: Vec<Matrix> = w.iter().map(|w| matrix(b, w)).collect();
-                let (x, experts) = (
-                    put(b, F32, k, x, each),
-                    put(b, DType::I32, 2, &chosen, false),
-                );
-                let mut y = blank(b, 2 * tokens, n, false);
-                let op = ExpertLinear {
-                    x: &x.view,
-                    w: &w,
-                    experts: &experts.view,
-                    activations,
-                    y: &mut y.view,
-                };
-                b.expert_linear(op).unwrap();
-                take(b, &y)
-            };
-            let magnitude = run(&Reference, &abs(&x), &sizes, F32);
-            for act in [BF16, F32] {
-                let what = format!("{format} × {act}, {tokens} tokens, {each}");
-                let expected = run(&Reference, &x, &w, act);
-                near(
-                    &what,
-                    &run(gpu(), &x, &w, act),
-                    &expected,
-                    &magnitude,
-                    BY_BLOCKS,
-                );
-            }
-        }
+        check_experts(
+            &mut rng,
+            format,
+            (512, 90),
+            |what, _, found, expected, magnitude| {
+                near(what, found, expected, magnitude, BY_BLOCKS);
+            },
+        );
     }
 }
