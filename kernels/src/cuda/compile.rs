@@ -84,7 +84,7 @@ pub const UNITS: [Unit; 25] = [
     unit!("selective_scan.cu": "selective_scan_1", "selective_scan_2", "selective_scan_4",
         "selective_scan_8", "selective_scan_groups_1", "selective_scan_groups_2",
         "selective_scan_groups_4", "selective_scan_step_1", "selective_scan_step_2",
-        "selective_scan_step_4"),
+        "selective_scan_step_4", "selective_scan_given_1", "selective_scan_given_2", "selective_scan_given_4"),
     unit!("ssd_scan.cu": "ssd_scan_1", "ssd_scan_2", "ssd_scan_4", "ssd_scan_8", "ssd_scan_16",
         "ssd_scan_32", "ssd_scan_pairs_1", "ssd_scan_pairs_2", "ssd_scan_pairs_4", "ssd_scan_pairs_8",
         "ssd_scan_pairs_16", "ssd_scan_pairs_32", "ssd_scan_step_1", "ssd_scan_step_2", "ssd_scan_step_4", "ssd_scan_step_8",
@@ -95,7 +95,7 @@ pub const UNITS: [Unit; 25] = [
     unit!("attention.cu": "rope", "kv_write", "kv_write_bytes", "attention", "attention_bytes", "attention_sum"),
     unit!("attention_units.cu": "attention_units_64", "attention_units_80", "attention_units_96",
         "attention_units_128"),
-    unit!("route.cu": "route", "likeliest"),
+    unit!("route.cu": "route", "likeliest", "likeliest_parts"),
     unit!("expert_units.cu": "expert_units"),
     unit!("attention_hopper.cu" for HOPPER, "attention_hopper_64", "attention_hopper_80",
         "attention_hopper_96", "attention_hopper_128", "attention_hopper_192", "attention_hopper_256"),
@@ -104,13 +104,15 @@ pub const UNITS: [Unit; 25] = [
 ];
 
 /// What the files include: name and text.
-const HEADERS: [(&CStr, &str); 8] = [
+const HEADERS: [(&CStr, &str); 10] = [
+    (c"after.cuh", include_str!("kernels/after.cuh")),
     (c"attention.cuh", include_str!("kernels/attention.cuh")),
     (c"blocks.cuh", include_str!("kernels/blocks.cuh")),
     (c"common.cuh", include_str!("kernels/common.cuh")),
     (c"experts.cuh", include_str!("kernels/experts.cuh")),
     (c"fp8.cuh", include_str!("kernels/fp8.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
+    (c"norm.cuh", include_str!("kernels/norm.cuh")),
     (c"products.cuh", include_str!("kernels/products.cuh")),
     (c"scan.cuh", include_str!("kernels/scan.cuh")),
 ];

@@ -228,6 +228,12 @@ struct Rows {
 unsafe impl Param for Rows {}
 
 impl Rows {
+    /// Of no tensor.
+    const NONE: Rows = Rows {
+        pointer: 0,
+        stride: 0,
+    };
+
     fn of(tensor: &Tensor) -> Result<Self> {
         Ok(Rows {
             pointer: address(tensor)?,
@@ -236,13 +242,7 @@ impl Rows {
     }
 
     fn optional(tensor: Option<&Tensor>) -> Result<Self> {
-        tensor.map_or(
-            Ok(Rows {
-                pointer: 0,
-                stride: 0,
-            }),
-            Rows::of,
-        )
+        tensor.map_or(Ok(Rows::NONE), Rows::of)
     }
 
     /// Whether four neighbours can be read at once.
@@ -381,6 +381,16 @@ impl Backend for Cuda {
         self.enter_open()?.activate(op)
     }
 
+    fn conv1d(&self, op: Conv1d<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.conv1d(op)
+    }
+
+    fn selective_scan(&self, op: SelectiveScan<'_>) -> Result<()> {
+        op.check()?;
+        self.enter_open()?.selective_scan(op)
+    }
+
     fn rms_norm(&self, op: RmsNorm<'_>) -> Result<()> {
         op.check()?;
         let mut state = self.enter_open()?;
@@ -390,7 +400,7 @@ impl Backend for Cuda {
 
     checked! {
         embed: Embed, gather: Gather, layer_norm: LayerNorm,
-        scale: Scale, conv1d: Conv1d, selective_scan: SelectiveScan,
+        scale: Scale,
         ssd_scan: SsdScan, ssd_chunked: SsdChunked, mamba3_scan: Mamba3Scan, s4d_scan: S4dScan, rope: Rope,
         kv_write: KvWrite, attention: Attention, route: Route, expert_linear: ExpertLinear,
         combine: Combine, likeliest: Likeliest,

@@ -1,12 +1,13 @@
 //! Products of one row, in BF16 or with weights in blocks, and what follows them in the same kernel while a step is recorded: a gate
-//! with its activation, a sum. All that the operations by themselves would write is written, in the same
+//! with its activation, a sum, a convolution; or what they go on to, a scan's step. All that the operations by themselves would write is written, in the same
 //! bits, so nobody needs to know who reads what.
 
 use super::device::{Param, launch};
-use super::{Rows, State, address, optional, rows};
+use super::sequences::Given;
+use super::{Rows, State, address, optional, rows, sequences};
 use crate::error::Result;
 use crate::format::Format;
-use crate::ops::{Activate, Add, Linear};
+use crate::ops::{Activate, Add, Conv1d, Linear, SelectiveScan};
 use crate::tensor::DType;
 
 /// Elements of a row that fit a block's shared memory in BF16.
@@ -37,7 +38,29 @@ pub(super) struct RowProduct {
     pub gate_bias: u64,
     pub gate_y: Rows,
     pub act: i32,
+    pub conv: Convolution,
 }
+
+/// `Convolution` in after.cuh.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Convolution {
+    w: Rows,
+    bias: u64,
+    state: u64,
+    state_stride: i64,
+    y: Rows,
+    spans: u64,
+    first: i32,
+    cols: i32,
+    act: i32,
+}
+
+/// What follows: `After` in after.cuh.
+const ADD: i32 = 1;
+pub(super) const CONVOLVE: i32 = 2;
+/// Taps of a convolution that may follow.
+const TAPS: usize = 4;
 
 // SAFETY: laid out as there.
 unsafe impl Param for RowProduct {}
@@ -58,6 +81,10 @@ pub(super) struct OneRow {
 
 /// Products that wait for what follows them; none outside a recording.
 #[derive(Default)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one of it, and its parts are copied"
+)]
 pub(super) enum Waiting {
     #[default]
     None,
@@ -105,7 +132,7 @@ impl State {
 
     /// A product of one row, now or with what follows it.
     pub fn row(&mut self, op: &Linear<'_>, blocks: Option<Blocks>) -> Result<()> {
-        let none = Rows::optional(None)?;
+        let none = Rows::NONE;
         let product = RowProduct {
             x: Rows::of(op.x)?,
             w: address(op.w.data())?,
@@ -120,15 +147,30 @@ impl State {
             gate_bias: 0,
             gate_y: none,
             act: 0,
+            conv: Convolution {
+                w: none,
+                bias: 0,
+                state: 0,
+                state_stride: 0,
+                y: none,
+                spans: 0,
+                first: 0,
+                cols: 0,
+                act: 0,
+            },
         };
         let product = OneRow { product, blocks };
         if !self.device.records() {
             return self.start_row(&product);
         }
-        self.start_norms()?;
+        // Norms that wait were there before the product that waits.
         self.waiting = match std::mem::take(&mut self.waiting) {
             Waiting::One(first) if first.goes_with(&product) => Waiting::Two(first, product),
+            Waiting::None if self.norms.give(product.product.x, product.product.k) => {
+                Waiting::One(product)
+            }
             before => {
+                self.start_norms()?;
                 self.start_waiting(before)?;
                 Waiting::One(product)
             }
@@ -182,7 +224,8 @@ impl State {
             return Ok(false);
         }
         self.waiting = Waiting::None;
-        (product.after, product.other, product.z) = (1, other, z);
+        (product.after, product.other, product.z) = (ADD, other, z);
+        self.start_norms()?;
         self.start_row(&row)?;
         Ok(true)
     }
@@ -200,6 +243,7 @@ impl State {
             return Ok(false);
         }
         self.waiting = Waiting::None;
+        self.start_norms()?;
         let both = RowProduct {
             z,
             gate: gate.w,
@@ -216,6 +260,98 @@ impl State {
         let blocks = (up.n as usize).div_ceil(GATED_OUTPUTS[split]);
         launch!(self, GATED[split], (blocks, 1, 1), THREADS, 2 * up.k as usize; both)?;
         Ok(true)
+    }
+}
+
+impl State {
+    /// Does a convolution with the product that waits for it; false if none does.
+    pub fn convolved(&mut self, op: &Conv1d<'_>) -> Result<bool> {
+        let Waiting::One(mut row) = self.waiting else {
+            return Ok(false);
+        };
+        let product = &mut row.product;
+        let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols() as i32);
+        let from = product.y.pointer;
+        let within =
+            x.pointer >= from && x.pointer + 4 * cols as u64 <= from + 4 * product.n as u64;
+        let one = op.x.rows() == 1 && op.ragged.spans.len() == 1 && op.w.rows() == TAPS;
+        // Others read the row while outputs are written; in its own place an output is written last.
+        let apart = !overlap(product.x.pointer, product.k, y.pointer, cols)
+            && (y.pointer == x.pointer || !overlap(from, product.n, y.pointer, cols));
+        if !within || !one || !apart {
+            return Ok(false);
+        }
+        let batch = self.lists.batch(&op.ragged)?;
+        let (state, state_stride) = sequences::state(op.conv_state)?;
+        product.after = CONVOLVE;
+        product.conv = Convolution {
+            w: Rows::of(op.w)?,
+            bias: optional(op.bias)?,
+            state,
+            state_stride,
+            y,
+            spans: batch.spans,
+            first: ((x.pointer - from) / 4) as i32,
+            cols,
+            act: rows::activation(op.act),
+        };
+        self.waiting = Waiting::None;
+        self.start_norms()?;
+        self.start_row(&row)?;
+        Ok(true)
+    }
+
+    /// What gives a step's dt, b and c, taken from what waits; none if it is not for one kernel.
+    pub fn given(&mut self, op: &SelectiveScan<'_>) -> Result<Option<Given>> {
+        let Waiting::One(row) = self.waiting else {
+            return Ok(None);
+        };
+        let product = row.product;
+        let [dt, x, z, b, c, y] = [
+            Rows::of(op.dt)?,
+            Rows::of(op.x)?,
+            Rows::optional(op.z)?,
+            Rows::of(op.b)?,
+            Rows::of(op.c)?,
+            Rows::of(op.y)?,
+        ];
+        let (n, k) = (product.n as usize, product.k as usize);
+        let warps = 1 << self.split(n).0.saturating_sub(1);
+        let one = op.x.rows() == 1 && op.ragged.spans.len() == 1;
+        let mine = row.blocks.is_none() && dt.pointer == product.y.pointer && op.x.cols() == n;
+        // Of a row that several warps share, only one has anything to do.
+        let fits = op.a.rows() <= 32 && (k <= 256 || warps == 1);
+        if !one || !mine || !fits {
+            return Ok(None);
+        }
+        let norms = &self.norms;
+        // Blocks read all of a norm's input while others are done.
+        let inner = op.x.cols() as i32;
+        let writes = |to: u64| {
+            let reads = norms.inputs().chain(match norms.of(product.x) {
+                Some(_) => None,
+                None => Some((product.x.pointer, product.k)),
+            });
+            let results = norms.results();
+            reads
+                .chain(results)
+                .all(|(at, len)| !overlap(at, len, to, inner))
+        };
+        let may = writes(y.pointer)
+            && writes(product.y.pointer)
+            && [x, z]
+                .iter()
+                .all(|r| !overlap(r.pointer, inner, product.y.pointer, inner))
+            && norms.keep_inputs();
+        if !may {
+            return Ok(None);
+        }
+        let given = Given::new(&self.norms, &product, warps, b, c);
+        if given.is_some() {
+            self.waiting = Waiting::None;
+            self.norms.clear();
+        }
+        Ok(given)
     }
 }
 

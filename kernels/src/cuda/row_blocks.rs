@@ -2,7 +2,7 @@
 //! own for it. What follows them is done as [`row`](super::row) has it.
 
 use super::device::{Param, launch};
-use super::row::{Blocks, RowProduct};
+use super::row::{Blocks, CONVOLVE, Convolution, RowProduct};
 use super::{Rows, State, blocks};
 use crate::error::Result;
 use crate::format::Format;
@@ -12,6 +12,8 @@ use crate::tensor::DType;
 /// Threads of a block, and teams of eight lanes: as in row_blocks.cu.
 const THREADS: usize = 512;
 const TEAMS: usize = THREADS / 8;
+/// Bytes that an output's convolution needs: `WINDOW` floats in after.cuh.
+const WINDOW: usize = 32;
 /// From so many outputs a processor on it gets two blocks.
 const OUTPUTS: usize = 8;
 
@@ -36,6 +38,8 @@ struct BlockRow {
     share: i32,
     places: i32,
     wide: i32,
+    windows: i32,
+    conv: Convolution,
 }
 
 // SAFETY: laid out as there.
@@ -91,7 +95,7 @@ impl State {
         let (k, n) = (op.x.cols(), op.w.rows());
         let fits = op.x.rows() == 1 && op.activations == DType::BF16 && k.is_multiple_of(codes);
         let cut = Cut::new(n, k / codes, self.device.processors);
-        let shared = blocks::room(format, k, 1) + 8 * TEAMS * cut.places;
+        let shared = blocks::room(format, k, 1) + 8 * TEAMS * cut.places + WINDOW * cut.rows;
         let steps = (cut.rows * (k / codes)).max(n);
         let fits = fits && shared <= self.device.shared_memory && steps < 1 << 24;
         fits.then(|| Blocks {
@@ -109,6 +113,7 @@ impl State {
         let cut = Cut::new(n, k / codes, self.device.processors);
         let gated = of.gate != 0;
         let parts = 4 * TEAMS * cut.places * if gated { 2 } else { 1 };
+        let room = blocks::room(blocks.format, k, 1);
         let row = BlockRow {
             x: of.x,
             w: of.w,
@@ -128,8 +133,15 @@ impl State {
             share: cut.share as i32,
             places: cut.places as i32,
             wide: i32::from(of.x.wide()),
+            windows: (room + parts) as i32,
+            conv: of.conv,
         };
-        let shared = blocks::room(blocks.format, k, 1) + parts;
+        let windows = if of.after == CONVOLVE {
+            WINDOW * cut.rows
+        } else {
+            0
+        };
+        let shared = room + parts + windows;
         let kernel = kernels[usize::from(gated)];
         launch!(self, kernel, (cut.grid, 1, 1), THREADS, shared; row)
     }

@@ -1,6 +1,7 @@
 //! Elementwise operations, lookups, norms, routes: each row by itself.
 
 use super::device::{Param, launch};
+use super::row::Waiting;
 use super::{Rows, State, address, code, optional};
 use crate::error::{Error, Result};
 use crate::ops::{
@@ -11,6 +12,9 @@ use crate::tensor::Tensor;
 
 /// Columns that a block takes: `COLUMNS` in elements.cu.
 const COLUMNS: usize = 1024;
+
+/// Columns that a block looks through where several share a row: as in route.cu.
+const LIKELIEST_COLUMNS: usize = 4096;
 
 /// A block a row and so many columns.
 pub(super) fn grid(rows: usize, cols: usize) -> (usize, usize, usize) {
@@ -55,7 +59,7 @@ struct Several {
 }
 
 /// Norms that one kernel does.
-const MOST_NORMS: usize = 4;
+pub(super) const MOST_NORMS: usize = 4;
 
 // SAFETY: laid out as there.
 unsafe impl Param for Several {}
@@ -67,7 +71,59 @@ pub(super) struct WaitingNorms {
     rows: usize,
 }
 
+impl WaitingNorms {
+    /// The number of the norm whose result this is.
+    pub fn of(&self, y: Rows) -> Option<usize> {
+        self.norms.iter().position(|n| n.y.pointer == y.pointer)
+    }
+
+    /// Whether one gives a single row of `k` elements here.
+    pub fn give(&self, x: Rows, k: i32) -> bool {
+        self.rows == 1 && self.of(x).is_some_and(|i| self.norms[i].width == k)
+    }
+
+    /// What they read and what they write of a row: addresses and elements.
+    pub fn inputs(&self) -> impl Iterator<Item = (u64, i32)> {
+        self.norms.iter().map(|n| (n.x.pointer, n.width))
+    }
+
+    pub fn results(&self) -> impl Iterator<Item = (u64, i32)> {
+        self.norms.iter().map(|n| (n.y.pointer, n.width))
+    }
+
+    /// Whether none writes where it reads.
+    pub fn keep_inputs(&self) -> bool {
+        self.norms.iter().all(|n| n.is_apart(n, 1))
+    }
+
+    pub fn clear(&mut self) {
+        self.norms.clear();
+    }
+
+    /// All of them, and the threads of each.
+    pub fn all(&self) -> (&[Norm], impl Iterator<Item = usize>) {
+        let of = self.norms.iter().map(|n| threads(n.width as usize));
+        (&self.norms, of)
+    }
+}
+
 impl Norm {
+    /// Nothing to do.
+    pub const NONE: Norm = Norm {
+        x: Rows::NONE,
+        weight: 0,
+        bias: 0,
+        y: Rows::NONE,
+        eps: 0.0,
+        width: 0,
+        weight_cols: 0,
+        bias_cols: 0,
+    };
+
+    pub fn width(&self) -> usize {
+        self.width as usize
+    }
+
     /// Bytes from the first to behind the last of `rows` rows.
     fn extent(of: Rows, width: i32, rows: usize) -> std::ops::Range<u64> {
         let floats = (rows as i64 - 1) * of.stride + i64::from(width);
@@ -159,7 +215,19 @@ impl State {
 
     pub fn likeliest(&mut self, op: Likeliest<'_>) -> Result<()> {
         let (x, y, cols) = (Rows::of(op.x)?, Rows::of(op.y)?, op.x.cols());
-        launch!(self, "likeliest", (op.x.rows(), 1, 1), 1024, 0; x, op.by, y, cols as i32)
+        let rows = op.x.rows();
+        // Many rows keep the device busy by themselves.
+        let across = if rows < self.device.processors {
+            cols.div_ceil(LIKELIEST_COLUMNS)
+        } else {
+            1
+        };
+        if across <= 1 {
+            return launch!(self, "likeliest", (rows, 1, 1), 1024, 0; x, op.by, y, cols as i32, 0_u64);
+        }
+        let parts = self.scratch(8 * rows * across)?;
+        launch!(self, "likeliest", (rows, across, 1), 1024, 0; x, op.by, y, cols as i32, parts)?;
+        launch!(self, "likeliest_parts", (rows, 1, 1), 32, 0; parts, across as i32, y)
     }
 
     pub fn combine(&mut self, op: Combine<'_>) -> Result<()> {
@@ -178,6 +246,7 @@ impl State {
         let rows = op.x.rows();
         let waiting = &self.norms;
         let joins = waiting.rows == rows
+            && matches!(self.waiting, Waiting::None)
             && (1..MOST_NORMS).contains(&waiting.norms.len())
             && waiting.norms.iter().all(|n| n.is_apart(&norm, rows));
         if !joins {

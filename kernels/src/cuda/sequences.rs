@@ -2,6 +2,8 @@
 //! its state in the sequence's slot.
 
 use super::device::{Param, launch};
+use super::row::RowProduct;
+use super::rows::{MOST_NORMS, Norm, WaitingNorms};
 use super::{Rows, State, address, optional, rows};
 use crate::error::{Error, Result};
 use crate::ops::{Conv1d, Decay, Mamba3Scan, S4dScan, SelectiveScan, SsdScan};
@@ -52,6 +54,66 @@ struct Selective {
     inner: i32,
     states: i32,
     group_width: i32,
+}
+
+/// `Given` in selective_scan.cu: what gives a step's dt, b and c.
+#[repr(C)]
+pub(super) struct Given {
+    norms: [Norm; MOST_NORMS],
+    threads: [i32; MOST_NORMS],
+    count: i32,
+    x: Rows,
+    w: u64,
+    bias: u64,
+    y: Rows,
+    k: i32,
+    warps: i32,
+    x_of: i32,
+    b_of: i32,
+    c_of: i32,
+}
+
+/// Floats of all norms' results that a block of a step keeps.
+const MOST_NORMED: usize = 4096;
+
+impl Given {
+    /// None where the norms' results do not fit.
+    pub fn new(
+        norms: &WaitingNorms,
+        product: &RowProduct,
+        warps: i32,
+        b: Rows,
+        c: Rows,
+    ) -> Option<Self> {
+        let number = |of: Rows| norms.of(of).map_or(-1, |i| i as i32);
+        let (all, widths) = norms.all();
+        let mut threads = [0; MOST_NORMS];
+        for (i, of) in widths.enumerate() {
+            threads[i] = of as i32;
+        }
+        let given = Given {
+            norms: std::array::from_fn(|i| all.get(i).copied().unwrap_or(Norm::NONE)),
+            threads,
+            count: all.len() as i32,
+            x: product.x,
+            w: product.w,
+            bias: product.bias,
+            y: product.y,
+            k: product.k,
+            warps,
+            x_of: number(product.x),
+            b_of: number(b),
+            c_of: number(c),
+        };
+        (given.floats() <= MOST_NORMED).then_some(given)
+    }
+
+    fn floats(&self) -> usize {
+        self.norms[..self.count as usize]
+            .iter()
+            .map(Norm::width)
+            .sum()
+    }
 }
 
 /// `SsdScan` in ssd_scan.cu.
@@ -134,6 +196,8 @@ unsafe impl Param for Conv {}
 // SAFETY: as above.
 unsafe impl Param for Selective {}
 // SAFETY: as above.
+unsafe impl Param for Given {}
+// SAFETY: as above.
 unsafe impl Param for Ssd {}
 // SAFETY: as above.
 unsafe impl Param for S4d {}
@@ -155,6 +219,11 @@ pub(super) fn state(of: &Tensor) -> Result<(u64, i64)> {
 
 impl State {
     pub fn conv1d(&mut self, op: Conv1d<'_>) -> Result<()> {
+        self.rounded = None;
+        if self.convolved(&op)? {
+            return Ok(());
+        }
+        self.flush()?;
         let batch = self.lists.batch(&op.ragged)?;
         let (state, state_stride) = state(op.conv_state)?;
         let (cols, spans) = (op.x.cols(), op.ragged.spans.len());
@@ -182,6 +251,9 @@ impl State {
     }
 
     pub fn selective_scan(&mut self, op: SelectiveScan<'_>) -> Result<()> {
+        self.rounded = None;
+        let given = self.given(&op)?;
+        self.flush()?;
         let (inner, states) = (op.x.cols(), op.a.rows());
         let batch = self.lists.batch(&op.ragged)?;
         let (state, state_stride) = state(op.ssm_state)?;
@@ -204,6 +276,15 @@ impl State {
         };
         let spans = op.ragged.spans.len();
         let step = op.ragged.rows() == spans;
+        if let Some(given) = given {
+            let kernel = match states {
+                0..=8 => "selective_scan_given_1",
+                9..=16 => "selective_scan_given_2",
+                _ => "selective_scan_given_4",
+            };
+            let grid = (inner.div_ceil(STEP_CHANNELS), 1, 1);
+            return launch!(self, kernel, grid, 256, 4 * given.floats(); scan, given);
+        }
         let kernel = match (states, op.groups) {
             (0..=8, _) if step => "selective_scan_step_1",
             (9..=16, _) if step => "selective_scan_step_2",

@@ -2,15 +2,7 @@
 // the width alone, and so does the order of the sums.
 
 #include "common.cuh"
-
-// weight.p and bias.p may be null; either may be one part's, shared by all.
-struct Norm {
-    In x;
-    const float *weight, *bias;
-    Out y;
-    float eps;
-    int width, weight_cols, bias_cols;
-};
+#include "norm.cuh"
 
 // By the first `step` threads of the block.
 __device__ __forceinline__ void rms(const Norm& n, int step) {

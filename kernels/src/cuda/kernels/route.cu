@@ -3,6 +3,9 @@
 
 #include "common.cuh"
 
+// Columns of a block of `likeliest`, where several share a row: a multiple of four.
+#define LIKELIEST_COLUMNS 4096
+
 struct Route {
     In logits;
     const float* bias;
@@ -107,13 +110,24 @@ KERNEL __launch_bounds__(32) route(ARGS(Route) p) {
     for (int k = lane; k < p.top_k; k += 32) weights[k] = weight(k) / total * p.scale;
 }
 
-// y[t] = the first i with the largest x[t, i] · by; -1 where one is NaN or the largest is not finite.
-KERNEL __launch_bounds__(1024) likeliest(In x, float by, Rows<int> y, int cols) {
+// The largest of some columns and where it first stands, which is -1 where one is NaN.
+struct Top {
+    float value;
+    int place;
+};
+__device__ __forceinline__ int likeliest_of(float top, int place) {
+    return place < 0 || !(fabsf(top) < __uint_as_float(0x7f800000u)) ? -1 : place;
+}
+
+// y[t] = the first i with the largest x[t, i] · by; -1 where one is NaN or the largest is not finite. Where several blocks
+// share a row, they leave their parts for `likeliest_parts`.
+KERNEL __launch_bounds__(1024) likeliest(In x, float by, Rows<int> y, int cols, Top* parts) {
     BEGIN();
     __shared__ float tops[32];
     __shared__ int places[32];
     const float* from = x.row(blockIdx.x);
     const float lowest = __uint_as_float(0xff800000u);
+    const int begin = blockIdx.y * LIKELIEST_COLUMNS, end = gridDim.y == 1 ? cols : min(cols, begin + LIKELIEST_COLUMNS);
     float top = lowest;
     int place = 0x7fffffff, nan = 0;
     // A thread's own come in order: only a larger one takes the place.
@@ -124,14 +138,14 @@ KERNEL __launch_bounds__(1024) likeliest(In x, float by, Rows<int> y, int cols) 
     };
     if (is_wide(from, 0, 0)) {
 #pragma unroll 4
-        for (int c = 4 * threadIdx.x; c + 3 < cols; c += 4096) {
+        for (int c = begin + 4 * threadIdx.x; c + 3 < end; c += 4096) {
             float4 v = *(const float4*)(from + c);
             look(v.x, c), look(v.y, c + 1), look(v.z, c + 2), look(v.w, c + 3);
         }
-        int c = (cols & ~3) + threadIdx.x;
-        if (c < cols) look(from[c], c);
+        int c = (end & ~3) + threadIdx.x;
+        if (c < end) look(from[c], c);
     } else {
-        for (int c = threadIdx.x; c < cols; c += 1024) look(from[c], c);
+        for (int c = begin + threadIdx.x; c < end; c += 1024) look(from[c], c);
     }
     auto join = [&](float v, int i) {
         if (v > top || (v == top && i < place)) top = v, place = i;
@@ -144,5 +158,29 @@ KERNEL __launch_bounds__(1024) likeliest(In x, float by, Rows<int> y, int cols) 
     top = tops[threadIdx.x], place = places[threadIdx.x];
 #pragma unroll
     for (int o = 16; o; o >>= 1) join(__shfl_xor_sync(FULL, top, o), __shfl_xor_sync(FULL, place, o));
-    if (threadIdx.x == 0) y.row(blockIdx.x)[0] = nan || !(fabsf(top) < __uint_as_float(0x7f800000u)) ? -1 : place;
+    if (threadIdx.x) return;
+    if (nan) place = -1;
+    if (gridDim.y == 1) y.row(blockIdx.x)[0] = likeliest_of(top, place);
+    else parts[blockIdx.x * gridDim.y + blockIdx.y] = {top, place};
+}
+
+// The same from `count` parts of each row, in their order.
+KERNEL __launch_bounds__(32) likeliest_parts(const Top* parts, int count, Rows<int> y) {
+    BEGIN();
+    float top = __uint_as_float(0xff800000u);
+    int place = 0x7fffffff;
+    bool nan = false;
+    for (int i = threadIdx.x; i < count; i += 32) {
+        const Top part = parts[blockIdx.x * count + i];
+        nan |= part.place < 0;
+        if (part.value > top || (part.value == top && part.place < place)) top = part.value, place = part.place;
+    }
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+        const float v = __shfl_xor_sync(FULL, top, o);
+        const int i = __shfl_xor_sync(FULL, place, o);
+        if (v > top || (v == top && i < place)) top = v, place = i;
+    }
+    nan = __any_sync(FULL, nan);
+    if (threadIdx.x == 0) y.row(blockIdx.x)[0] = likeliest_of(top, nan ? -1 : place);
 }

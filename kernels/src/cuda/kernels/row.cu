@@ -2,9 +2,7 @@
 // product element by element may be done in the same kernel.
 
 #include "common.cuh"
-
-// What follows.
-enum After { NOTHING = 0, ADD = 1 };
+#include "after.cuh"
 
 struct RowProduct {
     In x;
@@ -21,6 +19,7 @@ struct RowProduct {
     const float* gate_bias;
     Out gate_y;
     int act;
+    Convolution conv;
 };
 
 // Weights are read once and never again.
@@ -51,10 +50,12 @@ template <int R, int W, bool GATED>
 __device__ __forceinline__ void row(const RowProduct& p) {
     extern __shared__ __align__(16) uint4 xs[];
     __shared__ float parts[8][R];
+    const int OUTPUTS = 8 / W * R; // of the block
+    __shared__ float windows[WINDOW * OUTPUTS];
     const int AHEAD = HELD / R; // chunks of each row on their way
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, outputs = GATED ? 1 : R;
     // Warps beyond the last output do the last ones again.
-    const int n = min((int)(blockIdx.x * (8 / W) + warp / W) * outputs, p.n - outputs);
+    const int own = (blockIdx.x * (8 / W) + warp / W) * outputs, n = min(own, p.n - outputs);
     const int chunks = p.k / 8, first = warp % W * 32 + lane, step = 32 * W;
     const uint4* w[R]; // where this lane reads next
 #pragma unroll
@@ -68,11 +69,14 @@ __device__ __forceinline__ void row(const RowProduct& p) {
         for (int r = 0; r < R; r++)
             if (u * step < left) q[u][r] = load_once(w[r] + u * step);
     BEGIN();
+    const int n0 = blockIdx.x * (8 / W) * R;
+    if (!GATED && p.after == CONVOLVE) ask_windows(p.conv, n0, OUTPUTS, windows);
     const float4* x = (const float4*)p.x.row(0);
     for (int i = threadIdx.x; i < 2 * chunks; i += 256) {
         float4 v = x[i];
         ((uint2*)xs)[i] = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
     }
+    if (!GATED && p.after == CONVOLVE) wait_copies<0>();
     __syncthreads();
     const uint4* from = xs + first;
     float sum[R] = {};
@@ -111,19 +115,22 @@ __device__ __forceinline__ void row(const RowProduct& p) {
             for (int i = 0; i < W; i++) sum[r] += parts[warp + i][r];
         }
     }
-    if (lane != 0) return;
     if (GATED) {
+        if (lane != 0) return;
         float gate = sum[0] + (p.gate_bias ? p.gate_bias[n] : 0.0f), up = sum[R - 1] + (p.bias ? p.bias[n] : 0.0f);
         p.gate_y.row(0)[n] = gate;
         p.y.row(0)[n] = up;
         p.z.row(0)[n] = activation(gate, p.act) * up;
         return;
     }
+    if (lane != 0) return;
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        float y = sum[r] + (p.bias ? p.bias[n + r] : 0.0f);
-        p.y.row(0)[n + r] = y;
-        if (p.after == ADD) p.z.row(0)[n + r] = y + p.other.row(0)[n + r];
+        const int o = n + r;
+        const float y = sum[r] + (p.bias ? p.bias[o] : 0.0f);
+        p.y.row(0)[o] = y;
+        if (p.after == ADD) p.z.row(0)[o] = y + p.other.row(0)[o];
+        if (p.after == CONVOLVE && o >= own) convolve(p.conv, windows, o - n0, OUTPUTS, o, y);
     }
 }
 

@@ -4,12 +4,11 @@
 // element by element may be done in the same kernel, as in row.cu.
 
 #include "blocks.cuh"
+#include "after.cuh"
 #include "fp8.cuh"
 
 #define THREADS 512
 #define TEAMS (THREADS / 8)
-
-enum After { NOTHING = 0, ADD = 1 };
 
 struct BlockRow {
     In x;
@@ -31,6 +30,8 @@ struct BlockRow {
     int share;  // steps of a team
     int places; // rows that a team can have to do with
     int wide;
+    int windows; // where those of a convolution begin in shared memory
+    Convolution conv;
 };
 
 // Codes are read once.
@@ -198,6 +199,9 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             if (GATED) g[a].load(p.gate, p.blocks, f0 + begin + a, u);
         }
     BEGIN();
+    const bool convolves = !GATED && p.after == CONVOLVE;
+    float* windows = (float*)(room + p.windows);
+    if (convolves) ask_windows(p.conv, row0, rows, windows);
     int* sums = (int*)(room + p.k);
     float* scales = (float*)(room + p.k + p.k / 4);
     const float* from = p.x.row(0);
@@ -272,6 +276,7 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             place++, at = 0, sum = gate_sum = 0;
         }
     }
+    if (convolves) wait_copies<0>();
     __syncthreads();
     for (int r = threadIdx.x; r < rows; r += THREADS) {
         T ys = 0, gates = 0;
@@ -291,6 +296,8 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             p.z.row(0)[n] = activation(gate, p.act) * y;
         } else if (p.after == ADD) {
             p.z.row(0)[n] = y + p.other.row(0)[n];
+        } else if (convolves) {
+            convolve(p.conv, windows, r, rows, n, y);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 #include "common.cuh"
 #include "scan.cuh"
+#include "norm.cuh"
 
 struct SelectiveScan {
     In x, dt, z, b, c, a;
@@ -263,3 +264,133 @@ __device__ __forceinline__ void step(const SelectiveScan& p) {
 OF_STEP(1)
 OF_STEP(2)
 OF_STEP(4)
+
+// A step whose step sizes are a product of one row, in BF16, maybe of what is normed before it, as b and c may be: all
+// that stands between two large products.
+struct Given {
+    Norm norms[4];
+    int threads[4]; // as `rms_norms` would have; sums are added in that order
+    int count;
+    // The product: x, which is `norms[x_of]`'s result if that is not negative; the rest as in row.cu.
+    In x;
+    const u16* w;
+    const float* bias;
+    Out y;
+    int k, warps; // warps that share a row there
+    int x_of, b_of, c_of;
+};
+
+// By one warp, in the order in which `threads` would do it; also to `to`.
+__device__ __forceinline__ void norm_row(const Norm& n, int threads, float* to, int lane, bool writes) {
+    const float* x = n.x.row(0);
+    float parts = 0.0f;
+    for (int first = 0; first < threads; first += 32) {
+        float sum = 0.0f;
+        for (int i = first + lane; i < n.width; i += threads) {
+            const float v = x[i];
+            to[i] = v;
+            sum = fmaf(v, v, sum);
+        }
+        sum = warp_sum(sum);
+        if (lane == first / 32) parts = sum;
+    }
+    const float sum = threads == 32 ? __shfl_sync(FULL, parts, 0) : warp_sum(parts);
+    const float by = 1.0f / sqrtf(sum / n.width + n.eps);
+    for (int i = lane; i < n.width; i += 32) {
+        const float y = to[i] * by * (n.weight ? n.weight[i] : 1.0f);
+        to[i] = y;
+        if (writes) n.y.row(0)[i] = y;
+    }
+}
+
+// A block takes 32 channels.
+template <int S>
+__device__ __forceinline__ void step_given(const SelectiveScan& p, const Given& g) {
+    extern __shared__ __align__(16) float normed[];
+    __shared__ float dts[STEP_CHANNELS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c0 = blockIdx.x * STEP_CHANNELS;
+    const int channel = min(c0 + lane, p.inner - 1), chunks = g.k / 8, mine = c0 + 4 * warp;
+    const bool here = c0 + lane < p.inner;
+    const int group = channel / p.group_width * p.states;
+    const float dt_bias = p.dt_bias ? p.dt_bias[channel] : 0.0f, skip = p.d[channel];
+    float h[S], a[S], sum = 0.0f;
+    uint4 q[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        q[i] = lane < chunks ? __ldg((const uint4*)g.w + (i64)min(mine + i, p.inner - 1) * chunks + lane) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        a[s] = n < p.states ? p.a.row(n)[channel] * LOG2E : 0.0f;
+    }
+    BEGIN();
+    const Span span = p.spans[0];
+    float* state = p.state + span.slot * p.state_stride + channel;
+    const float x = p.x.row(span.start)[channel], z = p.z.p ? p.z.row(span.start)[channel] : 0.0f;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        h[s] = n < p.states ? state[(i64)n * p.inner] : 0.0f;
+    }
+    // Where the result of a norm stands.
+    auto result = [&](int of) {
+        float* at = normed;
+        for (int i = 0; i < of; i++) at += g.norms[i].width;
+        return at;
+    };
+    if (warp < g.count) norm_row(g.norms[warp], g.threads[warp], result(warp), lane, blockIdx.x == 0);
+    if (g.count) __syncthreads();
+    const float* from = g.x_of < 0 ? g.x.row(0) : result(g.x_of);
+    float sums[4] = {};
+    for (int i = lane; i < chunks; i += 32) {
+        u32 v[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = pack_bf16(from[8 * i + 2 * e], from[8 * i + 2 * e + 1]);
+#pragma unroll
+        for (int o = 0; o < 4; o++) {
+            if (i >= 32) q[o] = __ldg((const uint4*)g.w + (i64)min(mine + o, p.inner - 1) * chunks + i);
+            const u32 w[4] = {q[o].x, q[o].y, q[o].z, q[o].w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                sums[o] = fmaf(low_bf16(v[e]), low_bf16(w[e]), sums[o]);
+                sums[o] = fmaf(high_bf16(v[e]), high_bf16(w[e]), sums[o]);
+            }
+        }
+    }
+#pragma unroll
+    for (int o = 0; o < 4; o++) {
+        sums[o] = warp_sum(sums[o]);
+        // There the others' parts, which are nothing, are added.
+        if (g.warps > 1) sums[o] += 0.0f;
+    }
+    if (lane < 4) {
+        float y = lane == 0 ? sums[0] : lane == 1 ? sums[1] : lane == 2 ? sums[2] : sums[3];
+        const int n = mine + lane;
+        y += g.bias && n < p.inner ? g.bias[n] : 0.0f;
+        if (n < p.inner) g.y.row(0)[n] = y;
+        dts[4 * warp + lane] = y;
+    }
+    __syncthreads();
+    const float delta = softplus(dts[lane] + dt_bias), u = delta * x;
+    const float* b = (g.b_of < 0 ? p.b.row(span.start) : result(g.b_of)) + group;
+    const float* c = (g.c_of < 0 ? p.c.row(span.start) : result(g.c_of)) + group;
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        int n = state_of<S>(warp, s);
+        const bool in = n < p.states;
+        h[s] = fmaf(exp2_fast(delta * a[s]), h[s], u * (in ? b[n] : 0.0f));
+        sum = fmaf(in ? c[n] : 0.0f, h[s], sum);
+        if (here && in) state[(i64)n * p.inner] = h[s];
+    }
+    sum = sum_parts(sum, warp, lane);
+    if (warp != 0 || !here) return;
+    float y = fmaf(skip, x, sum);
+    if (p.z.p) y *= silu(z);
+    p.y.row(span.start)[channel] = y;
+}
+
+#define OF_STEP_GIVEN(S) \
+    KERNEL __launch_bounds__(256, 2) selective_scan_given_##S(ARGS(SelectiveScan) p, ARGS(Given) g) { step_given<S>(p, g); }
+OF_STEP_GIVEN(1)
+OF_STEP_GIVEN(2)
+OF_STEP_GIVEN(4)
