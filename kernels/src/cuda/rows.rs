@@ -1,5 +1,7 @@
 //! Elementwise operations, lookups, norms, routes: each row by itself.
 
+use std::ops::Range;
+
 use super::device::{Param, launch};
 use super::row::Waiting;
 use super::{Rows, State, address, code, optional};
@@ -93,7 +95,8 @@ impl WaitingNorms {
 
     /// Whether none writes where it reads.
     pub fn keep_inputs(&self) -> bool {
-        self.norms.iter().all(|n| n.is_apart(n, 1))
+        let of = |n: &Norm, r| Norm::extent(r, n.width, 1);
+        self.norms.iter().all(|n| apart(&of(n, n.x), &of(n, n.y)))
     }
 
     pub fn clear(&mut self) {
@@ -125,19 +128,22 @@ impl Norm {
     }
 
     /// Bytes from the first to behind the last of `rows` rows.
-    fn extent(of: Rows, width: i32, rows: usize) -> std::ops::Range<u64> {
+    fn extent(of: Rows, width: i32, rows: usize) -> Range<u64> {
         let floats = (rows as i64 - 1) * of.stride + i64::from(width);
         of.pointer..of.pointer + 4 * floats as u64
     }
 
     /// Whether neither writes what the other reads or writes.
     fn is_apart(&self, other: &Norm, rows: usize) -> bool {
-        let overlap =
-            |a: std::ops::Range<u64>, b: std::ops::Range<u64>| a.start < b.end && b.start < a.end;
         let y = |n: &Norm| Norm::extent(n.y, n.width, rows);
         let x = |n: &Norm| Norm::extent(n.x, n.width, rows);
-        !overlap(y(self), x(other)) && !overlap(y(other), x(self)) && !overlap(y(self), y(other))
+        apart(&y(self), &x(other)) && apart(&y(other), &x(self)) && apart(&y(self), &y(other))
     }
+}
+
+/// Whether two parts of memory have nothing in common.
+fn apart(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.end <= b.start || b.end <= a.start
 }
 
 /// Threads that do a norm: by the width alone, which fixes the order of the sums.

@@ -38,6 +38,8 @@ __device__ __forceinline__ float add_products(u32 x, u32 w, float sum) {
 // Chunks of sixteen bytes that a lane has on their way, and blocks that a processor holds at least: where
 // registers allow, 2,560 outputs by two warps each run at once.
 #define HELD 4
+// Parts of x that a thread asks for at once.
+#define ASKED 4
 #if __CUDA_ARCH__ >= 1000
 #define BLOCKS 4
 #else
@@ -72,9 +74,16 @@ __device__ __forceinline__ void row(const RowProduct& p) {
     const int n0 = blockIdx.x * (8 / W) * R;
     if (!GATED && p.after == CONVOLVE) ask_windows(p.conv, n0, OUTPUTS, windows);
     const float4* x = (const float4*)p.x.row(0);
-    for (int i = threadIdx.x; i < 2 * chunks; i += 256) {
-        float4 v = x[i];
-        ((uint2*)xs)[i] = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+    // Several are asked for at once: the first product of all waits for them.
+    for (int i0 = threadIdx.x; i0 < 2 * chunks; i0 += 256 * ASKED) {
+        float4 v[ASKED];
+#pragma unroll
+        for (int u = 0; u < ASKED; u++)
+            if (i0 + 256 * u < 2 * chunks) v[u] = x[i0 + 256 * u];
+#pragma unroll
+        for (int u = 0; u < ASKED; u++)
+            if (i0 + 256 * u < 2 * chunks)
+                ((uint2*)xs)[i0 + 256 * u] = make_uint2(pack_bf16(v[u].x, v[u].y), pack_bf16(v[u].z, v[u].w));
     }
     if (!GATED && p.after == CONVOLVE) wait_copies<0>();
     __syncthreads();
