@@ -9,7 +9,9 @@ use super::cuda::gpu;
 use super::*;
 
 const WIDTH: usize = 256;
+/// As it is in most cases; so wide that BF16 has kernels of its own for it.
 const INNER: usize = 768;
+const WIDE: usize = 16_384;
 const PAGE: usize = 4;
 const PAGES: usize = 64;
 
@@ -29,7 +31,7 @@ struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    fn new(gpu: &'a dyn Backend, rows: usize, format: Option<Format>) -> Self {
+    fn new(gpu: &'a dyn Backend, rows: usize, inner: usize, format: Option<Format>) -> Self {
         let mut rng = Rng(77);
         let mut matrix = |rows: usize, cols: usize| {
             let values = rng.numbers(rows * cols, 0.3);
@@ -47,12 +49,12 @@ impl<'a> Block<'a> {
         };
         let (embed, gate, up, down) = (
             matrix(100, WIDTH),
-            matrix(INNER, WIDTH),
-            matrix(INNER, WIDTH),
-            matrix(WIDTH, INNER),
+            matrix(inner, WIDTH),
+            matrix(inner, WIDTH),
+            matrix(WIDTH, inner),
         );
         let widths = [
-            WIDTH, WIDTH, INNER, INNER, INNER, WIDTH, WIDTH, WIDTH, WIDTH,
+            WIDTH, WIDTH, inner, inner, inner, WIDTH, WIDTH, WIDTH, WIDTH,
         ];
         let pages = || gpu.alloc(BF16, PAGES * PAGE, WIDTH).unwrap();
         Block {
@@ -159,9 +161,11 @@ fn cuda_steps_that_repeat_are_the_same_bits() {
         Some(Format::Int8),
         Some(Format::Fp8),
     ];
-    for (i, rows) in (0..3 * forms.len()).map(|i| (i, [1, 2, 5][i / forms.len()])) {
-        let form = forms[i % forms.len()];
-        let new = || Block::new(gpu(), rows, form);
+    let of = |rows: usize| forms.map(|form| (rows, INNER, form));
+    let cases = [1, 2, 5].into_iter().flat_map(of);
+    let cases = cases.chain([(1, WIDE, None)]);
+    for (i, (rows, inner, form)) in cases.enumerate() {
+        let new = || Block::new(gpu(), rows, inner, form);
         let (plain, repeated) = (new(), new());
         let mut rng = Rng(rows as u64);
         let mut replayed = 0;
@@ -200,7 +204,8 @@ fn cuda_steps_that_repeat_are_the_same_bits() {
             gpu().repeat(&step, &mut operations).unwrap();
             replayed += usize::from(asked == 0);
             for (i, (found, expected)) in repeated.values.iter().zip(&plain.values).enumerate() {
-                let what = format!("{form:?}, {rows} rows, position {position}, value {i}");
+                let what =
+                    format!("{form:?}, {inner} wide, {rows} rows, position {position}, value {i}");
                 same(&what, &read(gpu(), found), &read(gpu(), expected));
             }
         }

@@ -147,7 +147,7 @@ pub(super) fn blocks(w: &Matrix) -> usize {
 
 /// Bytes of shared memory that `rows` rounded rows take: `row_room` in blocks.cuh, and BF16 beside fp8.
 pub(super) fn room(format: Format, k: usize, rows: usize) -> usize {
-    if format == Format::Fp8 {
+    if matches!(format, Format::Fp8 | Format::BF16) {
         return rows * (2 * k).next_multiple_of(16);
     }
     let block = if format.scales_rows() {

@@ -65,7 +65,7 @@ pub const UNITS: [Unit; 25] = [
     unit!("row.cu": "row_2_1", "row_1_1", "row_1_2", "row_1_4", "row_gated_1", "row_gated_2",
         "row_gated_4"),
     unit!("row_blocks.cu": "row_q8_0", "row_q8_0_gated", "row_q6_k", "row_q6_k_gated", "row_q4_k",
-        "row_q4_k_gated", "row_int8", "row_int8_gated", "row_fp8", "row_fp8_gated"),
+        "row_q4_k_gated", "row_int8", "row_int8_gated", "row_fp8", "row_fp8_gated", "row_bf16", "row_bf16_gated"),
     unit!("int8.cu": "round_int8", "arrange_int8", "widen_int8", "units_int8", "units_int8_chosen",
         "scale_int8", "few_int8", "few_int8_chosen"),
     unit!("fp8.cu": "widen_fp8", "scale_fp8", "few_fp8_1", "few_fp8_2", "few_fp8_4", "few_fp8_chosen",

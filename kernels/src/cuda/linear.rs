@@ -100,7 +100,8 @@ impl State {
         };
         let chunks = in_chunks(w, product.w);
         if State::is_row(&op, &product.x, chunks) {
-            return self.row(&op, None);
+            let blocks = self.block_row(&op);
+            return self.row(&op, blocks);
         }
         self.flush()?;
         if rows == 1 && chunks && product.x.wide() {

@@ -12,6 +12,8 @@ use crate::tensor::DType;
 /// Threads of a block, and teams of eight lanes: as in row_blocks.cu.
 const THREADS: usize = 512;
 const TEAMS: usize = THREADS / 8;
+/// Elements from which on a matrix in BF16 is for these kernels: smaller ones are read at once by row.cu's.
+const LARGE: usize = 1 << 22;
 /// Bytes that an output's convolution needs: `WINDOW` floats in after.cuh.
 const WINDOW: usize = 32;
 /// From so many outputs a processor on it gets two blocks.
@@ -53,6 +55,7 @@ fn kernels(format: Format) -> Option<([&'static str; 2], usize)> {
         Format::Q6K => Some((["row_q6_k", "row_q6_k_gated"], 256)),
         Format::Int8 => Some((["row_int8", "row_int8_gated"], 128)),
         Format::Fp8 => Some((["row_fp8", "row_fp8_gated"], 128)),
+        Format::BF16 => Some((["row_bf16", "row_bf16_gated"], 64)),
         _ => None,
     }
 }
@@ -93,7 +96,9 @@ impl State {
         let format = op.w.format();
         let (_, codes) = kernels(format)?;
         let (k, n) = (op.x.cols(), op.w.rows());
-        let fits = op.x.rows() == 1 && op.activations == DType::BF16 && k.is_multiple_of(codes);
+        let large = format != Format::BF16 || n * k >= LARGE;
+        let fits =
+            op.x.rows() == 1 && op.activations == DType::BF16 && k.is_multiple_of(codes) && large;
         let cut = Cut::new(n, k / codes, self.device.processors);
         let shared = blocks::room(format, k, 1) + 8 * TEAMS * cut.places + WINDOW * cut.rows;
         let steps = (cut.rows * (k / codes)).max(n);

@@ -16,6 +16,14 @@ struct Convolution {
 // What the channels of `count` outputs from `n0` on need beside them, eight numbers each, asked for early, while weights
 // are on their way: three inputs before, four taps, a bias. All threads of a block are here.
 #define WINDOW 8
+// Before all results are there: inputs from before may come nearer.
+__device__ __forceinline__ void near_windows(const Convolution& p, int n0, int count) {
+    const float* state = p.state + p.spans[0].slot * p.state_stride;
+    for (int i = threadIdx.x; i < 3 * count; i += blockDim.x) {
+        const int c = n0 + i % count - p.first;
+        if (c >= 0 && c < p.cols) come_near(state + (i64)(i / count) * p.cols + c);
+    }
+}
 __device__ __forceinline__ void ask_windows(const Convolution& p, int n0, int count, float* to) {
     const float* state = p.state + p.spans[0].slot * p.state_stride;
     for (int i = threadIdx.x; i < WINDOW * count; i += blockDim.x) {

@@ -13,12 +13,15 @@ enum Type { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, U8 = 4 };
 #define KERNEL extern "C" __global__ void
 // The beginning of every kernel. From Hopper on a kernel is started while the one before it still runs:
 // it lets its own successor start, and waits until all of its predecessor's results are there. Only what
-// never changes, which is weights, may be touched before.
+// no kernel writes may be read before, which is weights and the lists that the host sends: they are there before the
+// kernel ahead of it begins. Others may be asked to come nearer, which reads nothing.
 #if __CUDA_ARCH__ >= 900
 #define BEGIN() asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory")
 #else
 #define BEGIN()
 #endif
+// Asks for a line of memory to be in the second-level cache, where all writes are seen.
+__device__ __forceinline__ void come_near(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // A structure of arguments, as launch.rs lays it out.
 #define ARGS(T) const __grid_constant__ T
 

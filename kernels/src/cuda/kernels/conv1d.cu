@@ -24,11 +24,11 @@ __device__ __forceinline__ float output(const Conv& p, float sum, int c) {
 
 // All rows of short spans, and their states: one thread a channel and span.
 KERNEL __launch_bounds__(128, 8) conv1d_step(ARGS(Conv) p) {
-    BEGIN();
-    int c = blockIdx.x * 128 + threadIdx.x;
-    if (c >= p.cols) return;
+    const int c = blockIdx.x * 128 + threadIdx.x;
     const Span s = p.spans[blockIdx.y];
     float* state = p.state + s.slot * p.state_stride;
+    BEGIN();
+    if (c >= p.cols) return;
     if (p.taps == 4 && s.len == 1) {
         // A step of generation: all is asked for at once.
         float* past = state + c;

@@ -70,8 +70,9 @@ __device__ __forceinline__ void row(const RowProduct& p) {
 #pragma unroll
         for (int r = 0; r < R; r++)
             if (u * step < left) q[u][r] = load_once(w[r] + u * step);
-    BEGIN();
     const int n0 = blockIdx.x * (8 / W) * R;
+    if (!GATED && p.after == CONVOLVE) near_windows(p.conv, n0, OUTPUTS);
+    BEGIN();
     if (!GATED && p.after == CONVOLVE) ask_windows(p.conv, n0, OUTPUTS, windows);
     const float4* x = (const float4*)p.x.row(0);
     // Several are asked for at once: the first product of all waits for them.

@@ -1,4 +1,4 @@
-// Products of one row, rounded to integers, with weights in blocks: the speed is that of memory. A block of
+// Products of one row, rounded to integers, with weights in blocks, or with large matrices in BF16: the speed is that of memory. A block of
 // threads takes neighbouring rows of w, whose codes lie in one piece, and shares them out to teams of eight
 // lanes by steps of 128 bytes: all teams have as much to do, wherever rows end. What follows a product
 // element by element may be done in the same kernel, as in row.cu.
@@ -136,7 +136,7 @@ struct Step<Q6_K> {
 // Whole numbers with a scale a row, for which the row of x is one block: sums stay whole numbers.
 template <>
 struct Step<INT8> {
-    static const int CODES = 128, BLOCK = 128, AHEAD = 6;
+    static const int CODES = 128, BLOCK = 128, AHEAD = 8;
     uint4 c;
     static __device__ __forceinline__ int place(int c) { return c; }
     __device__ __forceinline__ void load(const u8* w, i64, i64 f, int u) { c = once(w + 128 * f + 16 * u); }
@@ -156,6 +156,26 @@ struct Step<FP8> {
     __device__ __forceinline__ float times(const Rounded& x, int p, int u, float sum) const {
         const u8* at = x.codes + 256 * p + 16 * u;
         return add_sixteen(c, *(const uint4*)at, *(const uint4*)(at + 128), sum);
+    }
+};
+
+// BF16 on both sides.
+#define WORDS (FP8 + 1)
+template <>
+struct Step<WORDS> {
+    static const int CODES = 64, BLOCK = 64, AHEAD = 8;
+    uint4 c;
+    static __device__ __forceinline__ int place(int c) { return 2 * c; }
+    __device__ __forceinline__ void load(const u8* w, i64, i64 f, int u) { c = once(w + 128 * f + 16 * u); }
+    __device__ __forceinline__ float times(const Rounded& x, int p, int u, float sum) const {
+        const uint4 v = *(const uint4*)(x.codes + 128 * p + 16 * u);
+        const u32 w[4] = {c.x, c.y, c.z, c.w}, xs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum = fmaf(low_bf16(xs[i]), low_bf16(w[i]), sum);
+            sum = fmaf(high_bf16(xs[i]), high_bf16(w[i]), sum);
+        }
+        return sum;
     }
 };
 
@@ -186,6 +206,7 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
     extern __shared__ __align__(16) u8 room[];
     typedef Step<F> S;
     typedef typename Sum<F>::T T;
+    const bool FLOATS = F == FP8 || F == WORDS; // x is BF16
     const int AHEAD = GATED ? S::AHEAD / 2 : S::AHEAD, B = S::BLOCK;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = threadIdx.x / 8, u = threadIdx.x % 8;
     const int steps = p.k / S::CODES, row0 = blockIdx.x * p.rows, rows = min(p.rows, p.n - row0);
@@ -198,8 +219,9 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
             q[a].load(p.w, p.blocks, f0 + begin + a, u);
             if (GATED) g[a].load(p.gate, p.blocks, f0 + begin + a, u);
         }
-    BEGIN();
     const bool convolves = !GATED && p.after == CONVOLVE;
+    if (convolves) near_windows(p.conv, row0, rows);
+    BEGIN();
     float* windows = (float*)(room + p.windows);
     if (convolves) ask_windows(p.conv, row0, rows, windows);
     int* sums = (int*)(room + p.k);
@@ -224,7 +246,7 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         int c = c0 + 8 * lane, codes[8];
         float v[8], d = whole;
         take_eight(from, c, p.k, p.wide, v);
-        if (F == FP8) {
+        if (FLOATS) {
             const int at = 2 * (c / S::CODES) * S::CODES + S::place(c % S::CODES);
             const uint4 x = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
             if (c < p.k) *(uint4*)(room + at) = x;
@@ -246,7 +268,7 @@ __device__ __forceinline__ void row_blocks(const BlockRow& p) {
         if (c % B == 0) scales[c / B] = d;
     }
     __syncthreads();
-    T* parts = (T*)(room + (F == FP8 ? 2 * p.k : (p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15));
+    T* parts = (T*)(room + (FLOATS ? 2 * p.k : (p.k + p.k / 4 + 4 * (p.k / B) + 15) & ~15));
     T* gate_parts = parts + TEAMS * p.places;
     const Rounded x = {room, sums, scales};
     const u32 mine = 255u << (lane & 24);
@@ -317,3 +339,4 @@ OF_FORMAT_ROW(Q6_K, q6_k)
 OF_FORMAT_ROW(Q4_K, q4_k)
 OF_FORMAT_ROW(INT8, int8)
 OF_FORMAT_ROW(FP8, fp8)
+OF_FORMAT_ROW(WORDS, bf16)

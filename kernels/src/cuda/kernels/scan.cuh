@@ -46,6 +46,8 @@ __device__ __forceinline__ float sum_scattered(float* v, int lane) {
 // A step of generation: one token a sequence. A warp takes one of the eight parts of the states, a lane a
 // channel, so that memory is read in whole lines; all is added in the order above.
 #define STEP_CHANNELS 32
+// From so many sequences on blocks wait for their turn, and their states need not be asked for before it.
+#define MANY_SPANS 8
 
 // The sum of a lane's eight parts.
 __device__ __forceinline__ float eight_parts(const float (*parts)[STEP_CHANNELS], int lane) {

@@ -220,6 +220,15 @@ OF_GROUPS(2)
 OF_GROUPS(4)
 
 template <int S>
+__device__ __forceinline__ void states_come(const float* state, int warp, const SelectiveScan& p) {
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+        const int n = state_of<S>(warp, s);
+        if (n < p.states) come_near(state + (i64)n * p.inner);
+    }
+}
+
+template <int S>
 __device__ __forceinline__ void step(const SelectiveScan& p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int channel = min((int)blockIdx.x * STEP_CHANNELS + lane, p.inner - 1);
@@ -232,9 +241,10 @@ __device__ __forceinline__ void step(const SelectiveScan& p) {
         int n = state_of<S>(warp, s);
         a[s] = n < p.states ? p.a.row(n)[channel] * LOG2E : 0.0f;
     }
-    BEGIN();
     const Span span = p.spans[blockIdx.y];
     float* state = p.state + span.slot * p.state_stride + channel;
+    if (gridDim.y < MANY_SPANS) states_come<S>(state, warp, p);
+    BEGIN();
     const float x = p.x.row(span.start)[channel], dt = p.dt.row(span.start)[channel];
 #pragma unroll
     for (int s = 0; s < S; s++) {
@@ -323,9 +333,10 @@ __device__ __forceinline__ void step_given(const SelectiveScan& p, const Given& 
         int n = state_of<S>(warp, s);
         a[s] = n < p.states ? p.a.row(n)[channel] * LOG2E : 0.0f;
     }
-    BEGIN();
     const Span span = p.spans[0];
     float* state = p.state + span.slot * p.state_stride + channel;
+    states_come<S>(state, warp, p);
+    BEGIN();
     const float x = p.x.row(span.start)[channel], z = p.z.p ? p.z.row(span.start)[channel] : 0.0f;
 #pragma unroll
     for (int s = 0; s < S; s++) {

@@ -153,9 +153,13 @@ __device__ __forceinline__ void step(const SsdScan& p) {
     const int of_head = here ? p0 : p.width - C, channel = head * p.width + of_head;
     const int group = head / p.group_heads * p.states;
     const float a = p.a[head], dt_bias = p.dt_bias ? p.dt_bias[head] : 0.0f, skip = p.d ? p.d[head] : 0.0f;
-    BEGIN();
     const Span span = p.spans[blockIdx.y];
     float* state = p.state + span.slot * p.state_stride + (i64)head * p.states * p.width + of_head;
+    if (gridDim.y < MANY_SPANS)
+#pragma unroll
+        for (int s = 0; s < S; s++)
+            if (state_of<S>(warp, s) < p.states) come_near(state + (i64)state_of<S>(warp, s) * p.width);
+    BEGIN();
     const float dt = p.dt.row(span.start)[head];
     float h[S][C], x[C], u[C], sum[C];
 #pragma unroll
