@@ -1,5 +1,5 @@
 //! Products of one row with weights in blocks, rounded to integers, for the formats that have kernels of their
-//! own for it. What follows them is done as [`row`](super::row) has it.
+//! own for it, and with large matrices in BF16. What follows them is done as [`row`](super::row) has it.
 
 use super::device::{Param, launch};
 use super::row::{Blocks, CONVOLVE, Convolution, RowProduct};
