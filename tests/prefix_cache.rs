@@ -201,6 +201,7 @@ fn traffic(
         every: random.percent(60).then(|| random.range(1, 20)),
         ends: random.percent(70),
         branches: random.percent(70),
+        wait: random.percent(70).then(|| random.range(1, 8)),
         budget: random.percent(70).then_some(budget as u64 * 300),
         spill: random.percent(60).then(|| folder.0.join(format!("{seed}"))),
         disk: None,
@@ -331,6 +332,7 @@ fn random_traffic_generates_what_each_would_alone() {
             compared += n;
             all.hits += told.hits;
             all.misses += told.misses;
+            all.waited += told.waited;
             all.taken += told.taken;
             all.evicted += told.evicted;
             all.spilled += told.spilled;
@@ -341,6 +343,7 @@ fn random_traffic_generates_what_each_would_alone() {
             (compared, "sequences"),
             (all.hits, "hits"),
             (all.misses, "misses"),
+            (all.waited, "waits"),
             (all.taken, "taken"),
             (all.evicted, "evicted"),
             (all.spilled, "spilled"),
@@ -418,6 +421,66 @@ fn a_prompt_goes_on_from_the_deepest_state_and_says_why() {
         (60..=61).contains(&matched) && (59..=61).contains(&resumed),
         "{matched} {resumed}"
     );
+}
+
+#[test]
+fn prompts_that_come_together_read_what_they_share_once() {
+    for layers in [&[ATTENTION, MAMBA][..], &[MAMBA], &[ATTENTION]] {
+        let network = network(layers);
+        for (policy, waits) in [("ends; wait=8", true), ("ends; branches", false)] {
+            let config = EngineConfig {
+                page_size: 4,
+                token_budget: 16,
+                ..EngineConfig::new(CONTEXT, 4, DType::F32)
+            };
+            let mut engine = Engine::new(network.clone(), config).unwrap();
+            engine.keep_states(policy.parse().unwrap(), fingerprint());
+            let document = counted(0, 60);
+            let prompts = [6, 5, 4].map(|end| [&document[..], &[end; 3]].concat());
+            let ids = prompts
+                .each_ref()
+                .map(|p| engine.submit(request(p, 2)).unwrap());
+            // One that begins otherwise passes by.
+            let other = engine.submit(request(&[5, 5, 5, 5], 2)).unwrap();
+            let mut rows = 0;
+            let mut ended = Vec::new();
+            loop {
+                let (more, outputs, _) = step(&mut engine);
+                if !more {
+                    break;
+                }
+                rows += engine.prompt_rows();
+                ended.extend(outputs.iter().filter_map(|o| match o {
+                    Output::Finished { id, .. } => Some(*id),
+                    Output::Token { .. } => None,
+                }));
+            }
+            let resumed = ids.map(|id| engine.reuse(id).expect("it ran").resumed);
+            if waits {
+                assert_eq!(resumed, [0, 60, 60]);
+                assert_eq!(rows, 63 + 3 + 3 + 4);
+                assert_eq!(ended[0], other);
+                assert_eq!(engine.cache_use().unwrap().waited, 2);
+            } else {
+                assert_eq!(resumed, [0; 3]);
+                assert_eq!(rows, 3 * 63 + 4);
+            }
+            // The reader leaves: the next one reads.
+            for id in ids {
+                engine.remove(id);
+            }
+            let fresh = counted(3, 50);
+            let pair = [1, 2].map(|end| [&fresh[..], &[end; 2]].concat());
+            let [first, second] = pair
+                .each_ref()
+                .map(|p| engine.submit(request(p, 1)).unwrap());
+            step(&mut engine);
+            engine.remove(first);
+            run(&mut engine);
+            assert_eq!(engine.sequence(second).unwrap().generated().len(), 1);
+            assert_eq!(engine.cache_faults(), Vec::<String>::new());
+        }
+    }
 }
 
 #[test]

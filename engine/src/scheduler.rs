@@ -1,7 +1,7 @@
 //! Which tokens next: queue, admission, the rows of each step, and whose state must give way.
 //!
 //! **Line.** Everything goes by [`Place`]: by arrival, forks behind their parent. Sequences are admitted from
-//! the front of the queue only. One enters when a place among the running, a slot, and pages for all its
+//! the front of the queue only, where those that are held back ([`Scheduler::hold`]) are passed by. One enters when a place among the running, a slot, and pages for all its
 //! tokens are free, after what the running ones still need and one page to spare for each of them.
 //!
 //! **Rows.** Every running sequence that decodes gets its row. No more sequences run than leave a prompt its
@@ -16,7 +16,7 @@
 //! its tokens again, prompt and generated alike. A sequence never takes from an older running one; it sits out
 //! the step instead. Hence the oldest running sequence always advances, and so all of them end.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 mod config;
 mod guesses;
@@ -91,6 +91,8 @@ pub struct Scheduler {
     sequences: BTreeMap<SeqId, Sequence>,
     /// In order of place.
     waiting: VecDeque<Place>,
+    /// Those of them that others pass by.
+    held: BTreeSet<SeqId>,
     /// In order of place.
     running: Vec<Place>,
     /// Those that hold state and do not run: finished, or in the queue.
@@ -132,6 +134,7 @@ impl Scheduler {
             config,
             sequences: BTreeMap::new(),
             waiting: VecDeque::new(),
+            held: BTreeSet::new(),
             running: Vec::new(),
             idle: Vec::new(),
             next_id: 0,
@@ -406,10 +409,8 @@ impl Scheduler {
             pages: self.outstanding(),
             slots: 0,
         };
-        if let Some(first) = self.waiting.front()
-            && self.running.len() < self.running_limit
-        {
-            let first = self.wanted_by(first.id);
+        if let Some(first) = self.next_in_line() {
+            let first = self.wanted_by(first);
             wanted.pages += first.pages + self.spare_pages();
             wanted.slots += first.slots;
         }

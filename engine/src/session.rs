@@ -11,6 +11,7 @@ mod cached;
 mod config;
 mod error;
 mod guesses;
+mod readers;
 mod snapshots;
 mod view;
 
@@ -316,6 +317,7 @@ impl Engine {
         if let Some(cache) = &mut self.cache {
             cache.reuses.remove(&id);
             cache.marks.remove(&id);
+            cache.awaits.remove(&id);
         }
         self.lookups.remove(&id);
         self.scheduler.remove(id)

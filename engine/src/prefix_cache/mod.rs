@@ -97,6 +97,8 @@ pub struct CacheUse {
     pub misses: u64,
     /// Tokens that were not computed again.
     pub reused_tokens: u64,
+    /// Prompts that waited for another to read what they begin with, too.
+    pub waited: u64,
     /// States taken.
     pub taken: u64,
     /// States given up.
@@ -142,9 +144,19 @@ pub(crate) struct Cache {
     clock: u64,
     pub reuses: BTreeMap<SeqId, Reuse>,
     pub marks: BTreeMap<SeqId, Vec<usize>>,
+    /// Whose prompt waits, and for what; none if it has waited.
+    pub awaits: BTreeMap<SeqId, Option<Awaited>>,
     /// Files that were spilled: bytes, and when they were last read or written.
     pub spilled: BTreeMap<PathBuf, (u64, u64)>,
     pub told: CacheUse,
+}
+
+/// Tokens that a running sequence is about to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Awaited {
+    pub reader: SeqId,
+    /// So many of its first.
+    pub tokens: usize,
 }
 
 /// The sizes of states.
@@ -168,6 +180,7 @@ impl Cache {
             clock: 0,
             reuses: BTreeMap::new(),
             marks: BTreeMap::new(),
+            awaits: BTreeMap::new(),
             spilled: BTreeMap::new(),
             told: CacheUse::default(),
         }

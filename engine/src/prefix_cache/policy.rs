@@ -14,6 +14,9 @@ pub struct Policy {
     pub ends: bool,
     /// `branches`: where a prompt leaves what is known.
     pub branches: bool,
+    /// `wait=256`: a prompt that begins with so many tokens that another is reading, or more, waits for it, whose state is
+    /// kept where the two part.
+    pub wait: Option<usize>,
     /// `budget=4GiB`: most bytes of memory, pages and slots together. Without it as many as there are.
     pub budget: Option<u64>,
     /// `spill=DIR`: a folder that gets as files what the memory has no room for.
@@ -28,12 +31,13 @@ pub struct Policy {
 pub struct BadPolicy(pub Vec<String>);
 
 impl Policy {
-    /// A state every 2048 tokens, at ends and where prompts part, in 4 GiB.
+    /// A state every 2048 tokens, at ends and where prompts part, in 4 GiB; a beginning of 256 tokens is read once.
     pub fn standard() -> Self {
         Policy {
             every: Some(2048),
             ends: true,
             branches: true,
+            wait: Some(256),
             budget: Some(4 << 30),
             ..Policy::default()
         }
@@ -50,8 +54,10 @@ impl Policy {
             ("branches", None) => self.branches = true,
             ("ends" | "branches", Some(_)) => return Err(format!("`{key}` takes no value")),
             ("every", value) => {
-                let tokens = value.and_then(|v| v.parse().ok()).filter(|n| *n > 0);
-                self.every = Some(tokens.ok_or_else(|| wants("a number of tokens above 0"))?);
+                self.every = Some(count(value).ok_or_else(|| wants("a number of tokens above 0"))?);
+            }
+            ("wait", value) => {
+                self.wait = Some(count(value).ok_or_else(|| wants("a number of tokens above 0"))?);
             }
             ("budget", value) => {
                 self.budget = Some(value.and_then(size).ok_or_else(|| wants("a size"))?);
@@ -65,7 +71,7 @@ impl Policy {
             }
             _ => {
                 return Err(format!(
-                    "a policy has no `{key}`; it has every, ends, branches, budget, spill and disk"
+                    "a policy has no `{key}`; it has every, ends, branches, wait, budget, spill and disk"
                 ));
             }
         }
@@ -73,9 +79,15 @@ impl Policy {
     }
 }
 
+/// Tokens, at least one.
+fn count(value: Option<&str>) -> Option<usize> {
+    value?.parse().ok().filter(|n| *n > 0)
+}
+
 fn example(key: &str) -> &'static str {
     match key {
         "every" => "every=2048",
+        "wait" => "wait=256",
         "budget" => "budget=4GiB",
         "disk" => "disk=100GB",
         _ => "spill=states",
@@ -160,6 +172,7 @@ impl fmt::Display for Policy {
             self.every.map(|n| format!("every={n}")),
             self.ends.then(|| "ends".into()),
             self.branches.then(|| "branches".into()),
+            self.wait.map(|n| format!("wait={n}")),
             self.budget.map(|b| format!("budget={}", print_size(b))),
             self.spill
                 .as_ref()
@@ -179,7 +192,7 @@ mod tests {
     fn a_policy_reads_back_as_it_prints() {
         for text in [
             "",
-            "every=2048; ends; branches; budget=4GiB",
+            "every=2048; ends; branches; wait=1; budget=4GiB",
             "every=1; spill=/tmp/a b; disk=1000001",
             "ends; budget=0",
         ] {
@@ -189,7 +202,7 @@ mod tests {
         }
         assert_eq!(
             Policy::standard().to_string(),
-            "every=2048; ends; branches; budget=4GiB"
+            "every=2048; ends; branches; wait=256; budget=4GiB"
         );
         let loose: Policy = " ends ;; every = 64 ;\n budget = 17 MB ".parse().unwrap();
         assert_eq!((loose.every, loose.budget), (Some(64), Some(17_000_000)));
@@ -197,13 +210,14 @@ mod tests {
 
     #[test]
     fn all_faults_of_a_policy_are_told_at_once() {
-        let faults = "every=0; ends=1; budget=4 cows; often; every=2; disk=1MB; spill="
+        let faults = "every=0; ends=1; wait=0; budget=4 cows; often; every=2; disk=1MB; spill="
             .parse::<Policy>()
             .unwrap_err()
             .to_string();
         for said in [
             "`every` wants a number of tokens above 0, such as `every=2048`",
             "`ends` takes no value",
+            "`wait` wants a number of tokens above 0, such as `wait=256`",
             "`budget` wants a size, such as `budget=4GiB`",
             "a policy has no `often`",
             "`every` is given twice",

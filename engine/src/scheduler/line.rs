@@ -2,7 +2,7 @@
 
 use super::{Refused, Scheduler, insert_running};
 use crate::ids::{PageId, SeqId, SlotId};
-use crate::sequence::{Sequence, SequenceRequest, Status};
+use crate::sequence::{Place, Sequence, SequenceRequest, Status};
 
 /// No slot is free, and no finished sequence has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,22 +80,39 @@ impl Scheduler {
                 _ => return false,
             }
         }
-        let place = self.waiting.pop_front().expect("looked at above");
+        let place = self.sequences[&id].place();
+        let at = self.waiting.binary_search(&place).expect("it waits");
+        self.waiting.remove(at);
         self.idle.retain(|idle| *idle != id);
         let sequence = self.sequences.get_mut(&id).expect("queued sequences exist");
         if sequence.slot.is_none() {
             sequence.slot = self.pools.alloc_slot();
         }
         sequence.status = Status::Running;
+        self.held.remove(&id);
         self.pools.reserve(sequence);
         insert_running(&mut self.running, place);
         true
     }
 
-    /// The first of the queue, if one more sequence may run.
+    /// The first of the queue that is not held back, if one more sequence may run beside those that are held
+    /// back before it: their places stay free.
     pub fn next_in_line(&self) -> Option<SeqId> {
-        let first = self.waiting.front()?;
-        (self.running.len() < self.running_limit).then_some(first.id)
+        let free = self.running_limit.saturating_sub(self.running.len());
+        // With nobody running there is nobody to wait for.
+        let held = |place: &Place| !self.running.is_empty() && self.held.contains(&place.id);
+        let mut line = self.waiting.iter().take(free);
+        line.find(|place| !held(place)).map(|place| place.id)
+    }
+
+    /// Lets others of the queue pass by a sequence of it, or no longer.
+    pub fn hold(&mut self, id: SeqId, held: bool) {
+        let waits = |s: &Sequence| matches!(s.status, Status::Waiting | Status::Preempted);
+        if held && self.sequences.get(&id).is_some_and(waits) {
+            self.held.insert(id);
+        } else {
+            self.held.remove(&id);
+        }
     }
 
     /// Gives a queued sequence that has no state the state of its first `computed` tokens: pages, of which it
@@ -159,6 +176,7 @@ impl Scheduler {
             Status::Waiting | Status::Preempted => {
                 let i = self.waiting.binary_search(&place).expect("it waits");
                 self.waiting.remove(i);
+                self.held.remove(&id);
                 self.idle.retain(|idle| *idle != id);
             }
         }

@@ -115,7 +115,7 @@ impl Picture {
             json!({
                 "states": cache.states, "in_files": cache.in_files, "bytes": cache.bytes,
                 "disk_bytes": cache.disk_bytes, "hits": cache.hits, "misses": cache.misses,
-                "reused_tokens": cache.reused_tokens, "taken": cache.taken, "evicted": cache.evicted,
+                "waited": cache.waited, "reused_tokens": cache.reused_tokens, "taken": cache.taken, "evicted": cache.evicted,
                 "spilled": cache.spilled, "trouble": cache.trouble,
             })
         });

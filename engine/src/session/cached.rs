@@ -29,6 +29,9 @@ impl Engine {
     /// Keeps no states any more. Files that were spilled stay where they are.
     pub fn forget_states(&mut self) {
         if let Some(cache) = self.cache.take() {
+            for id in cache.awaits.keys() {
+                self.scheduler.hold(*id, false);
+            }
             let held = cache
                 .tree
                 .loads()
@@ -99,9 +102,13 @@ impl Engine {
         if self.cache.is_none() {
             return;
         }
+        self.end_waits();
         while let Some(id) = self.scheduler.next_in_line() {
             let sequence = self.scheduler.sequence(id);
             if sequence.is_some_and(|s| !s.holds_state()) {
+                if self.waits_for_reader(id) {
+                    continue;
+                }
                 self.resume(id);
             }
             self.make_room();
