@@ -201,7 +201,7 @@ fn traffic(
         every: random.percent(60).then(|| random.range(1, 20)),
         ends: random.percent(70),
         branches: random.percent(70),
-        wait: random.percent(70).then(|| random.range(1, 8)),
+        wait: random.percent(90).then(|| random.range(1, 4)),
         budget: random.percent(70).then_some(budget as u64 * 300),
         spill: random.percent(60).then(|| folder.0.join(format!("{seed}"))),
         disk: None,
