@@ -1390,6 +1390,10 @@ fn inspect_bench_and_verify_tell_scripts_what_they_found() {
         ["bytes_per_second", "flops_per_second"]
     );
 
+    let cold = object(&run(&[&bench[..], &["--cold"]].concat(), &folder.0));
+    let timed = cold["prefill_tokens_per_second"]["median"].as_f64();
+    assert!(timed.is_some_and(|rate| rate > 0.0), "{cold}");
+
     let verify = [
         "verify",
         &model,

@@ -22,6 +22,8 @@ pub struct BenchOptions {
     pub batch: usize,
     /// Timed runs, after one that is not counted.
     pub repeat: usize,
+    /// Whether that one is left out: nothing is run twice.
+    pub cold: bool,
     /// Type of keys and values.
     pub kv_dtype: KvType,
     /// Bytes of activations that each row of a step takes.
@@ -81,14 +83,15 @@ pub fn bench(
     report: &mut dyn FnMut(usize, usize),
 ) -> Result<Benched, Error> {
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
-    for run in 0..=options.repeat {
+    // The first run touches memory for the first time.
+    let untimed = usize::from(!options.cold);
+    for run in 0..options.repeat + untimed {
         let (read, generated) = once(engine, options)?;
-        // The first run touches memory for the first time.
-        if run > 0 {
+        if run >= untimed {
             prefill.push(rate(options.prompt * options.batch, read));
             decode.push(rate(options.generate * options.batch, generated));
         }
-        report(run, options.repeat);
+        report(run + 1 - untimed, options.repeat);
     }
     Ok(Benched {
         prefill: Figure::of(prefill),

@@ -42,6 +42,9 @@ pub struct Bench {
     /// Timed runs, of which the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     repeat: u16,
+    /// Leave out the untimed run before the timed ones, for prompts that take minutes
+    #[arg(long)]
+    cold: bool,
     /// Most tokens of a sequence [default: what the model was made for]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
@@ -66,6 +69,7 @@ impl Bench {
             depth: self.depth as usize,
             batch: usize::from(self.batch),
             repeat: usize::from(self.repeat),
+            cold: self.cold,
             kv_dtype: model.kv_dtype,
             bytes_per_row: model.footprint.per_row(),
             device: model.network.backend.clone(),
