@@ -1,5 +1,6 @@
 """Measures what a question costs once its document was read: time to the first token, of the first question, of later
-ones, of a prompt that shares the first half only, after a restart, and from a state file.
+ones, of a prompt that shares the first half only, after a restart, and from a state file; and what several questions take
+that come together about a document which nobody has read.
 
     python tests/bench_documents.py [--strata target/release/strata] [--model demo] [--tokens 32768] [--long 131072]
 
@@ -12,6 +13,7 @@ cold start. Prints Markdown tables, and exits with 1 if a bar is missed.
 
 import argparse
 import atexit
+import concurrent.futures
 import http.client
 import json
 import os
@@ -167,6 +169,22 @@ def over_http(args, folder, text, missed):
     table("`strata serve`, time to the first token", rows)
 
 
+def together(args, folder, text):
+    """Questions about a document that nobody has read, all at once."""
+    print(f"\n| {args.together} questions at once, `--cache` | tokens computed | first answer, s | median, s | last, s |")
+    print("| --- | --- | --- | --- | --- |")
+    for policy in ("every=2048; ends; branches; wait=256; budget=4GiB", "every=2048; ends; branches; budget=4GiB"):
+        server = Server(args, ["--documents", str(folder / "none"), "--cache", policy])
+        prompts = [f"{text}\n\nQ: {QUESTIONS[i % len(QUESTIONS)]} ({i})\nA:" for i in range(args.together)]
+        with concurrent.futures.ThreadPoolExecutor(args.together) as clients:
+            answers = list(clients.map(server.complete, prompts))
+        told = [said["strata"] for said, _ in answers]
+        computed = sum(t["prompt"] - t["resumed_at"] for t in told)
+        times = sorted(took for _, took in answers)
+        print(f"| {policy} | {computed:,} | {times[0]:.2f} | {statistics.median(times):.2f} | {times[-1]:.2f} |", flush=True)
+        server.stop()
+
+
 def from_file(args, folder, text, missed, bar):
     book, state = folder / "book.md", folder / "book.state"
     book.write_text(text)
@@ -207,6 +225,7 @@ def main():
     parser.add_argument("--model", default="demo", help="[default: %(default)s]")
     parser.add_argument("--tokens", type=int, default=32768, help="of the document [default: %(default)s]")
     parser.add_argument("--long", type=int, default=131072, help="of the state file; 0 is none [default: %(default)s]")
+    parser.add_argument("--together", type=int, default=8, help="questions at once; 0 leaves them out [default: %(default)s]")
     parser.add_argument("--skip-http", action="store_true", help="the state file alone")
     parser.add_argument("--per-byte", type=float, default=1.0, help="tokens a byte [default: %(default)s]")
     parser.add_argument("--threads", type=int, help="[default: all]")
@@ -215,6 +234,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if not args.skip_http:
             over_http(args, pathlib.Path(folder), text_of(args.tokens, args.per_byte, 1), missed)
+        if args.together:
+            together(args, pathlib.Path(folder), text_of(args.tokens, args.per_byte, 3))
         if args.long:
             # Room for what the chat template and a question add.
             long = text_of(args.long - 512, args.per_byte, 2)
